@@ -1,0 +1,15 @@
+/* threads.h: how a kernel spreads its work, whatever the number of threads. */
+#ifndef THREADS_H
+#define THREADS_H
+#include <stdint.h>
+
+/* Calls body(context, begin, end) for disjoint ranges that cover [0, n). Ranges are handed out in
+ * multiples of `grain` (≥ 1), the smallest piece worth waking a thread for; n ≤ grain runs inline.
+ *
+ * The rule that makes the bits independent of the thread count: body may write only what belongs to
+ * its own indices, and must compute index i in the same way whatever range it came in. A reduction
+ * therefore parallelises over its outputs, or over constant-size blocks whose partial results a
+ * second, sequential pass combines in index order. */
+void parallel_for(int64_t n, int64_t grain, void (*body)(void *context, int64_t begin, int64_t end), void *context);
+
+#endif

@@ -1,0 +1,174 @@
+"""Compile kernels/*.c into one extension module per instruction-set level: engine/_kernels/cpu_<level>.
+
+    python tools/build_kernels.py [--into FOLDER] [--levels v2,v3,v4] [--flags "-fsanitize=address"]
+
+kernels/kernels.h is the single source of the interface: its KERNEL and EXPORT lines are turned into
+cffi declarations here, and the C compiler checks the bodies against the very same lines. Each typed
+source is compiled twice, for float and for double. Files that have not changed are not rebuilt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "kernels"
+UNTYPED = {"threads.c", "machine.c"}  # no element type inside: compiled once
+FLAGS = ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+         "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Werror=implicit-function-declaration"]
+
+# An instruction-set level is three facts: its name, the compiler's flags, the vector width (simd.h reads it).
+X86_LEVELS = {
+    "v2": ["-march=x86-64-v2", "-DVECTOR_BYTES=16"],
+    "v3": ["-march=x86-64-v3", "-DVECTOR_BYTES=32"],
+    "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-DVECTOR_BYTES=64"],
+}
+ARM_LEVELS = {"neon": ["-DVECTOR_BYTES=16"]}
+
+
+class BuildError(Exception):
+    """The kernels could not be built; the message is one line that says why."""
+
+
+def levels_here() -> dict[str, list[str]]:
+    """The levels that this processor family can have; which of them runs is decided at import."""
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        return X86_LEVELS
+    if machine in ("aarch64", "arm64"):
+        return ARM_LEVELS
+    raise BuildError(f"no kernels for processor family {machine!r}; the NumPy reference backend will be used")
+
+
+def declarations(header: str) -> str:
+    """kernels.h as cffi reads it: each KERNEL line twice (float, double), each EXPORT line once."""
+    header = re.sub(r"/\*.*?\*/", "", header, flags=re.S)
+    lines = []
+    for line in header.splitlines():
+        if line.startswith("KERNEL("):
+            name, arguments = re.fullmatch(r"KERNEL\((\w+)\)(.*)", line.strip()).groups()
+            for suffix, c_type in (("f32", "float"), ("f64", "double")):
+                lines.append(f"void {name}_{suffix}" + re.sub(r"\breal\b", c_type, arguments))
+        elif line.startswith("EXPORT"):
+            lines.append(line.removeprefix("EXPORT").strip())
+    return "\n".join(lines)
+
+
+BOTH_TYPES = """
+#define REAL_BITS 32
+#include "kernels.h"
+#undef REAL_BITS
+#define REAL_BITS 64
+#include "kernels.h"
+#undef real
+"""
+
+
+def find_compiler() -> list[str]:
+    for candidate in (os.environ.get("CC"), sysconfig.get_config_var("CC"), "cc", "gcc", "clang"):
+        if candidate and shutil.which(shlex.split(candidate)[0]):
+            return shlex.split(candidate)
+    raise BuildError("no C compiler found (tried $CC, cc, gcc, clang)")
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        raise BuildError(f"the C compiler failed: {shlex.join(command)}")
+
+
+def newer(target: Path, *sources: Path) -> bool:
+    return target.exists() and all(target.stat().st_mtime >= s.stat().st_mtime for s in sources)
+
+
+def build(into: Path = ROOT / "engine" / "_kernels", levels: list[str] | None = None,
+          flags: list[str] | None = None, work: Path | None = None) -> list[Path]:
+    """Build the extension modules for `levels` (all of this machine's family by default) in `into`.
+
+    Returns the paths of the modules. Raises BuildError with one line when there is no compiler, when
+    a file does not compile, or when this processor family has no kernels.
+    """
+    import cffi
+
+    known = levels_here()
+    unknown = set(levels or ()) - set(known)
+    if unknown:
+        raise BuildError(f"unknown level {sorted(unknown)}; this machine has {sorted(known)}")
+    compiler, flags = find_compiler(), list(flags or ())
+    work = work or ROOT / "build" / "kernels"
+    work.mkdir(parents=True, exist_ok=True)
+    into.mkdir(parents=True, exist_ok=True)
+    headers = sorted(KERNELS.glob("*.h")) + [Path(__file__).resolve()]
+    # The flags are part of the objects' identity: a change of compiler or flags rebuilds.
+    stamp = work / "flags.txt"
+    wanted = shlex.join(compiler + FLAGS + flags)
+    with open(work / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would write the same objects
+        if not stamp.exists() or stamp.read_text() != wanted:
+            stamp.write_text(wanted)
+        headers.append(stamp)
+        jobs, modules = [], []
+        for level in levels or list(known):
+            name = f"cpu_{level}"
+            ffi = cffi.FFI()
+            ffi.cdef(declarations((KERNELS / "kernels.h").read_text()))
+            ffi.set_source(f"engine._kernels.{name}", BOTH_TYPES, py_limited_api=True)
+            glue = work / f"{name}.c"
+            if not newer(glue, *headers):
+                ffi.emit_c_code(str(glue))
+            objects = []
+            for source in [*sorted(KERNELS.glob("*.c")), glue]:
+                for bits in ("32",) if source.name in UNTYPED or source == glue else ("32", "64"):
+                    obj = work / f"{level}_{source.stem}_{bits}.o"
+                    objects.append(obj)
+                    if not newer(obj, source, *headers):
+                        type_flags = [] if source == glue else [f"-DREAL_BITS={bits}"]
+                        quiet = ["-w"] if source == glue else []
+                        jobs.append([*compiler, *FLAGS, *known[level], *flags, *type_flags, *quiet,
+                                     f"-I{KERNELS}", f"-I{sysconfig.get_paths()['include']}",
+                                     "-c", str(source), "-o", str(obj)])
+            modules.append((into / f"{name}.abi3.so", objects))
+        if jobs:
+            print(f"compiling {len(jobs)} kernel objects with {compiler[0]}", flush=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(run, jobs))
+        link = ["-dynamiclib", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        for module, objects in modules:
+            if not newer(module, *objects):
+                fresh = module.with_suffix(".tmp")  # renamed over: a process that has the old one open keeps it
+                run([*compiler, *link, "-pthread", *flags, *map(str, objects), "-lm", "-o", str(fresh)])
+                os.replace(fresh, module)
+    return [module for module, _ in modules]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--into", type=Path, default=ROOT / "engine" / "_kernels", help="folder for the modules")
+    parser.add_argument("--levels", default="", help="comma-separated, e.g. v3,v4 (default: all of this family)")
+    parser.add_argument("--flags", default="", help="extra compiler and linker flags")
+    parser.add_argument("--work", type=Path, default=None, help="folder for the objects (default: build/kernels)")
+    arguments = parser.parse_args()
+    try:
+        for module in build(arguments.into, [v for v in arguments.levels.split(",") if v],
+                            shlex.split(arguments.flags), arguments.work):
+            print(module)
+    except BuildError as error:
+        print(f"build_kernels: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
