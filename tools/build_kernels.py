@@ -10,7 +10,6 @@ source is compiled twice, for float and for double. Files that have not changed 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import platform
 import re
@@ -41,6 +40,17 @@ class BuildError(Exception):
     """The kernels could not be built; the message is one line that says why."""
 
 
+def check_python() -> None:
+    """Raise BuildError where this Python cannot load, or cannot compile, a module of the stable C interface."""
+    headers = Path(sysconfig.get_paths()["include"])
+    if sys.platform == "win32":
+        raise BuildError("the kernels need POSIX threads, and this is Windows")
+    if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise BuildError("the kernels need CPython's stable C interface (abi3), which this Python does not have")
+    if not (headers / "Python.h").exists():
+        raise BuildError(f"no Python.h in {headers}: install Python's headers (Debian, Ubuntu: python3-dev)")
+
+
 def levels_here() -> dict[str, list[str]]:
     """The levels that this processor family can have; which of them runs is decided at import."""
     machine = platform.machine().lower()
@@ -48,7 +58,7 @@ def levels_here() -> dict[str, list[str]]:
         return X86_LEVELS
     if machine in ("aarch64", "arm64"):
         return ARM_LEVELS
-    raise BuildError(f"no kernels for processor family {machine!r}; the NumPy reference backend will be used")
+    raise BuildError(f"there are no kernels for processor family {machine!r}, only for x86-64 and ARM64")
 
 
 def declarations(header: str) -> str:
@@ -57,7 +67,10 @@ def declarations(header: str) -> str:
     lines = []
     for line in header.splitlines():
         if line.startswith("KERNEL("):
-            name, arguments = re.fullmatch(r"KERNEL\((\w+)\)(.*)", line.strip()).groups()
+            prototype = re.fullmatch(r"KERNEL\((\w+)\)(\(.*\);)", line.strip())
+            if prototype is None:
+                raise BuildError(f"kernels.h: expected KERNEL(name)(arguments); on one line, got: {line.strip()}")
+            name, arguments = prototype.groups()
             for suffix, c_type in (("f32", "float"), ("f64", "double")):
                 lines.append(f"void {name}_{suffix}" + re.sub(r"\breal\b", c_type, arguments))
         elif line.startswith("EXPORT"):
@@ -79,7 +92,7 @@ def find_compiler() -> list[str]:
     for candidate in (os.environ.get("CC"), sysconfig.get_config_var("CC"), "cc", "gcc", "clang"):
         if candidate and shutil.which(shlex.split(candidate)[0]):
             return shlex.split(candidate)
-    raise BuildError("no C compiler found (tried $CC, cc, gcc, clang)")
+    raise BuildError("found no C compiler (tried $CC, cc, gcc and clang)")
 
 
 def run(command: list[str]) -> None:

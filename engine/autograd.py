@@ -1,0 +1,295 @@
+"""Reverse-mode automatic differentiation over a tape of nodes.
+
+Every op that touches a tensor requiring grad makes one Node. It holds its op, the edges to where its inputs came
+from, and what its vjp rule asked to keep. backward() walks the nodes from the outputs down, each one once, when
+all its consumers are done, later-made ones first: so the order in which gradients are added is fixed. It is a
+loop over a heap, not a recursion, and frees each node as it leaves it.
+
+    vjp: given g = dL/dy, an op's rule returns dL/dx = gᵀ ∂y/∂x for each input x.
+
+Baydin, Pearlmutter, Radul, Siskind 2018, "Automatic Differentiation in Machine Learning: a Survey", section 3.2.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import weakref
+from contextvars import ContextVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Callable, Sequence
+
+from engine.backend import Array, get_backend
+
+if TYPE_CHECKING:
+    from engine.ops.registry import Op
+    from engine.tensor import Tensor
+
+_grad_mode: ContextVar[bool] = ContextVar("grad_mode", default=True)
+_saving: ContextVar[Any] = ContextVar("saving", default=None)  # the checkpoint being recorded, if any (checkpoint.py)
+_order = itertools.count()
+
+
+# ── grad mode ─────────────────────────────────────────────────────────────────────────────────────────
+
+class _GradMode:
+    """A context manager and decorator that sets whether operations are recorded."""
+
+    def __init__(self, enabled: bool):
+        self._enabled = enabled
+        self._tokens: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_grad_mode.set(self._enabled))
+
+    def __exit__(self, *_: Any) -> None:
+        _grad_mode.reset(self._tokens.pop())
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _GradMode(self._enabled):
+                return function(*args, **kwargs)
+        return run
+
+
+def no_grad() -> _GradMode:
+    """`with eg.no_grad():` or `@eg.no_grad()`: operations inside are not recorded."""
+    return _GradMode(False)
+
+
+def enable_grad() -> _GradMode:
+    """`with eg.enable_grad():` records operations even inside no_grad."""
+    return _GradMode(True)
+
+
+def is_grad_enabled() -> bool:
+    return _grad_mode.get()
+
+
+# ── the tape ──────────────────────────────────────────────────────────────────────────────────────────
+
+class Saved:
+    """An Array kept for the rule, with the version it had."""
+
+    __slots__ = ("array", "version")
+
+    def __init__(self, array: Array):
+        self.array = array
+        self.version = array.storage.version
+
+    def get(self, op: str, name: str) -> Array:
+        if self.array.storage.version != self.version:
+            raise RuntimeError(f"{op}: its {name} was modified in place after it was saved for backward "
+                               f"(version {self.array.storage.version}, saved at {self.version})")
+        return self.array
+
+
+class Node:
+    """One application of an op.
+
+    edges:  for each input, the Node that made it, the leaf Tensor itself, or None if no gradient is wanted
+    saved:  what the op's rule needs, by name: Saved arrays (or what stands for them in a checkpoint)
+    inputs: (shape, dtype) of each input, to bring a gradient back to after broadcasting and promotion
+    """
+
+    __slots__ = ("__weakref__", "attributes", "device", "edges", "hooks", "inputs", "op", "order", "saved")
+
+    def __init__(self, op: Op, edges: tuple[Any, ...], inputs: tuple[Any, ...], saved: dict[str, Any],
+                 attributes: dict[str, Any], device: str):
+        self.op = op
+        self.edges = edges
+        self.inputs = inputs
+        self.saved: dict[str, Any] | None = saved
+        self.attributes = attributes
+        self.device = device
+        self.order = next(_order)
+        self.hooks: list[Callable[[Tensor], Tensor | None]] | None = None
+
+    def array(self, name: str) -> Array:
+        """A saved array by name, checked to be unmodified."""
+        if self.saved is None:
+            raise RuntimeError(f"{self.op.name}: backward through a graph that has been freed; "
+                               "pass retain_graph=True the first time")
+        return self.saved[name].get(self.op.name, name)
+
+    def release(self) -> None:
+        self.saved = None
+        self.edges = ()
+
+
+def save(array: Array) -> Any:
+    """How a node keeps an array: as it is, or, inside eg.checkpoint, as a promise to compute it again."""
+    recorder = _saving.get()
+    return Saved(array) if recorder is None else recorder.save(array)
+
+
+def edge_of(tensor: Tensor) -> Any:
+    """Where gradients of this tensor go."""
+    if not tensor.requires_grad:
+        return None
+    return tensor.node if tensor.node is not None else tensor
+
+
+# ── the walk ──────────────────────────────────────────────────────────────────────────────────────────
+
+def _consumers(roots: list[Any]) -> dict[int, int]:
+    """How many edges lead to each node and leaf that the roots reach, by id."""
+    count: dict[int, int] = {}
+    stack = []
+    for root in roots:
+        if id(root) not in count:
+            count[id(root)] = 0
+            stack.append(root)
+    while stack:
+        for edge in getattr(stack.pop(), "edges", ()):
+            if edge is None:
+                continue
+            if id(edge) in count:
+                count[id(edge)] += 1
+            else:
+                count[id(edge)] = 1
+                stack.append(edge)
+    return count
+
+
+def _walk(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph: bool, create_graph: bool,
+          deliver: Callable[[Any, Tensor], None]) -> None:
+    """Push cotangents through the graph; deliver(leaf or node, its whole gradient) for each one reached."""
+    gradients: dict[int, Tensor] = {}
+    ready: list[tuple[int, int, Any]] = []  # a heap: later-made nodes first; leaves as soon as they are complete
+
+    def arrive(edge: Any, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            known = gradients.get(id(edge))
+            gradients[id(edge)] = gradient if known is None else known + gradient
+        if waiting[id(edge)] == 0:
+            heapq.heappush(ready, (-getattr(edge, "order", float("inf")), id(edge), edge))
+
+    roots = [edge_of(out) for out in outputs]
+    waiting = _consumers(roots)
+    for root, cotangent in zip(roots, cotangents):
+        waiting[id(root)] += 1
+    for root, cotangent in zip(roots, cotangents):
+        waiting[id(root)] -= 1
+        arrive(root, cotangent)
+    with _GradMode(create_graph):
+        while ready:
+            edge = heapq.heappop(ready)[2]
+            gradient = gradients.pop(id(edge), None)
+            if gradient is not None and edge.hooks:
+                for hook in tuple(edge.hooks):
+                    replaced = hook(gradient)
+                    gradient = gradient if replaced is None else replaced
+            if gradient is not None:
+                deliver(edge, gradient)
+            if not isinstance(edge, Node):
+                continue
+            if edge.saved is None:
+                edge.array("graph")  # raises: freed
+            edges = edge.edges
+            grads = edge.op.vjp(edge, gradient, create_graph) if gradient is not None else (None,) * len(edges)
+            if not (retain_graph or create_graph):
+                edge.release()
+            for target, grad, (shape, dtype) in zip(edges, grads, edge.inputs):
+                if target is None:
+                    continue
+                waiting[id(target)] -= 1
+                arrive(target, None if grad is None else _fit(grad, shape, dtype))
+
+
+def _fit(gradient: Tensor, shape: tuple[int, ...], dtype: Any) -> Tensor:
+    """Bring a gradient back to its input: sum over the axes that broadcasting added, undo the promotion.
+
+    The transpose of broadcasting is summing: y = x repeated, so dL/dx = Σ of the repeats' dL/dy.
+    """
+    if gradient.shape != shape:
+        added = gradient.ndim - len(shape)
+        axes = (*range(added), *(added + i for i, n in enumerate(shape) if n == 1 and gradient.shape[added + i] != 1))
+        gradient = gradient.sum(axis=axes, keepdims=True).reshape(shape)
+    return gradient if gradient.dtype is dtype else gradient.to(dtype=dtype)
+
+
+def _cotangents(what: str, outputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """The given cotangents, checked, or ones for single-element outputs."""
+    full = []
+    for i, (out, grad) in enumerate(zip(outputs, grads, strict=True)):
+        if not out.requires_grad:
+            raise RuntimeError(f"{what}: output {i} does not require grad, so there is no graph behind it")
+        if grad is None:
+            if out.size != 1:
+                raise RuntimeError(f"{what}: output {i} has shape {out.shape}; pass its gradient, "
+                                   "or reduce it to one element first")
+            k = get_backend(out.device)
+            grad = type(out)(k.full(out.shape, 1, out.dtype), out.device)
+        elif grad.shape != out.shape:
+            raise ValueError(f"{what}: the gradient of output {i} has shape {grad.shape}, expected {out.shape}")
+        full.append(grad)
+    return full
+
+
+# ── what users call ───────────────────────────────────────────────────────────────────────────────────
+
+def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor | None], *, retain_graph: bool = False,
+             create_graph: bool = False) -> None:
+    """Accumulate Σ gᵢ · d outputᵢ / d leaf into every leaf's `.grad`."""
+    cotangents = _cotangents("backward", outputs, grads)
+    handed_out = {id(c.array.storage) for c in cotangents}
+
+    def deliver(edge: Any, gradient: Tensor) -> None:
+        if isinstance(edge, Node):
+            return
+        if edge.grad is not None:
+            edge.grad = edge.grad + gradient
+            return
+        # A rule may pass its g on as it is, or a view of it: no two .grad may share memory.
+        storage = gradient.array.storage
+        if not create_graph and (storage.has_views or id(storage) in handed_out):
+            gradient = gradient + 0
+        handed_out.add(id(gradient.array.storage))
+        edge.grad = gradient
+
+    _walk(outputs, cotangents, retain_graph, create_graph, deliver)
+
+
+def grad(outputs: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor],
+         grad_outputs: Tensor | Sequence[Tensor | None] | None = None, *, create_graph: bool = False,
+         retain_graph: bool | None = None, allow_unused: bool = False) -> Any:
+    """Σ gᵢ · d outputᵢ / d input for each input: a tensor for one input, a tuple for a sequence. `.grad` is untouched.
+
+    create_graph records the computation, so the result can be differentiated again.
+    Raises RuntimeError for an input that the outputs do not depend on, unless allow_unused (then None).
+    """
+    single = not isinstance(inputs, (tuple, list))
+    wanted: Sequence[Any] = (inputs,) if single else inputs
+    outs: Sequence[Any] = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    cots = grad_outputs if isinstance(grad_outputs, (tuple, list)) else (grad_outputs,) * len(outs)
+    for i, x in enumerate(wanted):
+        if not x.requires_grad:
+            raise RuntimeError(f"grad: input {i} does not require grad")
+    targets = {id(edge_of(x)) for x in wanted}
+    found: dict[int, Tensor] = {}
+
+    def deliver(edge: Any, gradient: Tensor) -> None:
+        if id(edge) in targets:
+            found[id(edge)] = gradient
+
+    retain = create_graph if retain_graph is None else retain_graph
+    _walk(outs, _cotangents("grad", outs, cots), retain, create_graph, deliver)
+    results = [found.get(id(edge_of(x))) for x in wanted]
+    if not allow_unused and None in [None if r is None else True for r in results]:
+        missing = next(i for i, r in enumerate(results) if r is None)
+        raise RuntimeError(f"grad: the outputs do not depend on input {missing}; allow_unused=True gives None instead")
+    return results[0] if single else tuple(results)
+
+
+def retain_grad(tensor: Tensor) -> None:
+    """Let a non-leaf tensor keep its gradient."""
+    here = weakref.ref(tensor)  # the node must not keep its own output alive
+
+    def keep(gradient: Tensor) -> None:
+        target = here()
+        if target is not None:
+            target.grad = gradient if target.grad is None else target.grad + gradient
+
+    tensor.register_hook(keep)

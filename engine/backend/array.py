@@ -1,0 +1,61 @@
+"""Array: what a kernel sees of a tensor, a NumPy array over pool memory plus its address.
+
+An Array knows no gradients. It is the currency below the ops: the launch turns it into a pointer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from engine.dtypes import DType, as_dtype
+
+
+class Storage:
+    """What all views of one buffer share: how often it was written in place, and whether it has views."""
+
+    __slots__ = ("has_views", "version")
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.has_views = False
+
+
+class Array:
+    """A strided block of elements on one device.
+
+    data:    the NumPy (or CuPy) array; slicing, reshaping and transposing are its business
+    dtype:   our DType
+    ptr:     the address as a cffi `void *`, cached; None until a C kernel first asks for a view's address
+    storage: shared by every view of the same buffer
+    """
+
+    __slots__ = ("data", "dtype", "ptr", "storage")
+
+    def __init__(self, data: Any, dtype: DType | None = None, ptr: Any = None, storage: Storage | None = None):
+        self.data = data
+        self.dtype = dtype or as_dtype(data.dtype)
+        self.ptr = ptr
+        self.storage = storage or Storage()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def size(self) -> int:
+        return self.data.size
+
+    def view(self, data: Any) -> Array:
+        """An Array over `data`, which must be a view of this one's memory."""
+        self.storage.has_views = True
+        return Array(data, self.dtype, None, self.storage)
+
+    def reshaped(self, shape: tuple[int, ...]) -> Array:
+        """A C-contiguous Array under another shape: same memory, same address."""
+        self.storage.has_views = True
+        return Array(self.data.reshape(shape), self.dtype, self.ptr, self.storage)
+
+    def __repr__(self) -> str:
+        return f"Array({np.array2string(np.asarray(self.data), threshold=8)}, {self.dtype})"

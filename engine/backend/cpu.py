@@ -1,0 +1,178 @@
+"""The CPU backend: C kernels through cffi, memory from the pool.
+
+The same C sources are compiled once per instruction-set level; the best level that this processor supports
+is chosen here, or the one that the environment variable ENGINE_ISA names. Element types without a C kernel
+(integers, bool) run their NumPy row, behind the same launch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from engine.backend.array import Array
+from engine.backend.launch import Backend, Kernel
+from engine.backend.numpy_rows import numpy_rows
+from engine.backend.pool import Pool
+from engine.dtypes import DType, float32, float64
+
+LEVELS = {"v4": 4, "v3": 3, "v2": 2, "neon": 1}  # best first; the numbers are kernels.h's
+
+
+def built_levels() -> list[str]:
+    """The levels whose modules are there, best first."""
+    found = []
+    for level in LEVELS:
+        if importlib.util.find_spec(f"engine._kernels.cpu_{level}"):
+            found.append(level)
+    return found
+
+
+def load_level() -> tuple[str, Any]:
+    """Choose a level and import its module: (level, module with .ffi and .lib).
+
+    Raises ImportError with one line when no module was built, and when ENGINE_ISA asks for a level that
+    was not built or that this processor does not have.
+    """
+    built = built_levels()
+    if not built:
+        raise ImportError("no compiled kernels: run `make` in a checkout, or install a C compiler and "
+                          "`pip install --force-reinstall --no-binary shardgrad shardgrad`")
+    # Any module can be asked what the processor supports; the lowest level is safe to load anywhere.
+    probe = importlib.import_module(f"engine._kernels.cpu_{built[-1]}").lib
+    runs = [level for level in built if probe.level_supported(LEVELS[level])]
+    wanted = os.environ.get("ENGINE_ISA")
+    if wanted and wanted not in runs:
+        raise ImportError(f"ENGINE_ISA: got {wanted!r}, expected one of {', '.join(runs) or 'none'} "
+                          f"(built: {', '.join(built)}; supported by this processor: {', '.join(runs)})")
+    if not runs:
+        raise ImportError(f"this processor supports none of the built levels ({', '.join(built)})")
+    level = wanted or runs[0]
+    return level, importlib.import_module(f"engine._kernels.cpu_{level}")
+
+
+class CpuBackend(Backend):
+    """Kernels in C for float32 and float64, NumPy rows for the other types, pooled memory."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level, module = load_level()
+        self.lib, self.ffi = module.lib, module.ffi
+        self.rows = numpy_rows(np)
+        self.pool = Pool(self._reserve, lambda pointer, offset: self.ffi.cast("void *", self._char(pointer) + offset))
+        self._functions = set(dir(self.lib))
+        threads = os.environ.get("ENGINE_NUM_THREADS")
+        if threads:
+            if not threads.isdigit() or not int(threads):
+                raise ImportError(f"ENGINE_NUM_THREADS: got {threads!r}, expected a positive whole number")
+            self.lib.threads_set(int(threads))
+
+    # ── memory ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _char(self, pointer: Any) -> Any:
+        return self.ffi.cast("char *", pointer)
+
+    def _reserve(self, size: int) -> tuple[memoryview, Any]:
+        pointer = self.lib.memory_reserve(size)
+        if pointer == self.ffi.NULL:
+            raise MemoryError(f"cpu: the system refused {size:,} bytes ({self.pool.figures()})")
+        owner = self.ffi.gc(pointer, lambda p: self.lib.memory_release(p, size), size)
+        return memoryview(self.ffi.buffer(owner, size)), pointer
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
+        size = dtype.itemsize
+        for n in shape:
+            size *= n
+        block = self.pool.allocate(size)
+        return Array(np.ndarray(shape, dtype.numpy, block), dtype, block.pointer)
+
+    def address(self, array: Array) -> Any:
+        """The Array's pointer, computed once for a view."""
+        array.ptr = self.ffi.cast("void *", array.data.__array_interface__["data"][0])
+        return array.ptr
+
+    # ── kernels ─────────────────────────────────────────────────────────────────────────────────────
+
+    def has_fused(self, name: str) -> bool:
+        return f"{name}_f32" in self._functions
+
+    def bind(self, name: str) -> Kernel:
+        if name in self._functions:
+            typed, which = {None: getattr(self.lib, name)}, None
+        else:
+            typed, which = self._typed(name)
+        row = self.rows.get(name)
+        if row is None and not typed:
+            raise AttributeError(f"no kernel {name!r}: not in kernels.h and not among the NumPy rows")
+        null, address = self.ffi.NULL, self.address
+
+        def run(*arguments: Any) -> None:
+            function = typed.get(arguments[which].dtype if which is not None else None)
+            if function is None:
+                if row is None:
+                    raise TypeError(f"{name}: no kernel for {arguments[which or 0].dtype}, expected float32 or float64")
+                row(*[a.data if a.__class__ is Array else a for a in arguments])
+            else:
+                function(*[(a.ptr or address(a)) if a.__class__ is Array else null if a is None else a
+                           for a in arguments])
+
+        return run
+
+    def _typed(self, name: str) -> tuple[dict[DType | None, Any], int | None]:
+        """The C functions of a typed kernel by element type, and which argument's type selects among them."""
+        if f"{name}_f32" not in self._functions:
+            return {}, 0
+        single = getattr(self.lib, f"{name}_f32")
+        of_element = (self.ffi.typeof("float *"), self.ffi.typeof("float const *"))
+        which = next(i for i, kind in enumerate(self.ffi.typeof(single).args) if kind in of_element)
+        return {float32: single, float64: getattr(self.lib, f"{name}_f64")}, which
+
+    def layout(self, out: Array, *inputs: Array) -> Any:
+        shape = out.data.shape
+        for x in inputs:
+            if x.data.shape != shape or not x.data.flags.c_contiguous:
+                break
+        else:
+            if out.data.flags.c_contiguous:
+                return self._dense_layout(out.data.size, len(inputs) + 1)
+        strides = []
+        for x in (out, *inputs):
+            missing = len(shape) - x.data.ndim
+            strides.append((0,) * missing + tuple(
+                0 if n == 1 and m != 1 else s // x.dtype.itemsize
+                for n, m, s in zip(x.data.shape, shape[missing:], x.data.strides)))
+        return self._strided_layout(shape, tuple(strides))
+
+    @lru_cache(maxsize=4096)
+    def _dense_layout(self, size: int, operands: int) -> Any:
+        return self.ffi.new("int64_t[]", [1, size] + [1] * operands)
+
+    @lru_cache(maxsize=4096)
+    def _strided_layout(self, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> Any:
+        shape, strides = merge_axes(shape, strides)
+        return self.ffi.new("int64_t[]", [len(shape), *shape, *[s for operand in strides for s in operand]])
+
+
+def merge_axes(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tuple[Any, Any]:
+    """Drop axes of length 1 and merge neighbours that every operand walks as one: stride[i] = stride[i+1]·shape[i+1]."""
+    merged: list[int] = []
+    walks: list[list[int]] = [[] for _ in strides]
+    for axis, n in enumerate(shape):
+        if n == 1:
+            continue
+        if merged and all(walk[-1] == operand[axis] * n for walk, operand in zip(walks, strides)):
+            merged[-1] *= n
+            for walk, operand in zip(walks, strides):
+                walk[-1] = operand[axis]
+        else:
+            merged.append(n)
+            for walk, operand in zip(walks, strides):
+                walk.append(operand[axis])
+    return tuple(merged), tuple(tuple(walk) for walk in walks)
