@@ -1,6 +1,7 @@
 /* threads.h: how a kernel spreads its work, whatever the number of threads. */
 #ifndef THREADS_H
 #define THREADS_H
+#include <stddef.h>
 #include <stdint.h>
 
 /* Calls body(context, begin, end) for disjoint ranges that cover [0, n). Ranges are handed out in
@@ -11,5 +12,11 @@
  * therefore parallelises over its outputs, or over constant-size blocks whose partial results a
  * second, sequential pass combines in index order. */
 void parallel_for(int64_t n, int64_t grain, void (*body)(void *context, int64_t begin, int64_t end), void *context);
+
+/* Memory of the calling thread that stays its own until it ends: 64-byte aligned, at least `bytes` long,
+ * its contents undefined after each call. One buffer for each use, so that a kernel that calls another
+ * keeps its own. Ends the process with one line if the machine refuses the memory. */
+enum scratch_use { SCRATCH_GEMM_PACKED, SCRATCH_GEMM_PARTIAL, SCRATCH_ATTENTION, SCRATCH_ROWS, SCRATCH_USES };
+void *thread_scratch(enum scratch_use use, size_t bytes);
 
 #endif
