@@ -10,6 +10,7 @@ source is compiled twice, for float and for double. Files that have not changed 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import re
@@ -18,8 +19,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
@@ -106,64 +109,90 @@ def newer(target: Path, *sources: Path) -> bool:
     return target.exists() and all(target.stat().st_mtime >= s.stat().st_mtime for s in sources)
 
 
+def write_if_changed(path: Path, text: str) -> Path:
+    """So that a file's time says when its content last changed."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return path
+
+
+class Unit(NamedTuple):
+    """One run of the compiler: a source, for one level and, where it has an element type, for one of the two."""
+
+    source: Path
+    object: Path
+    flags: list[str]
+
+
+def units_of(level: str, glue: Path, work: Path) -> Iterator[Unit]:
+    flags = levels_here()[level]
+    for source in sorted(KERNELS.glob("*.c")):
+        for bits in ("32",) if source.name in UNTYPED else ("32", "64"):
+            yield Unit(source, work / f"{level}_{source.stem}_{bits}.o", [*flags, f"-DREAL_BITS={bits}"])
+    yield Unit(glue, work / f"{level}_glue.o", [*flags, "-O1", "-w", f"-I{sysconfig.get_paths()['include']}"])
+
+
+def emit_glue(level: str, work: Path, declared: str, *sources: Path) -> Path:
+    """Let cffi write the C source of the extension module that makes the kernels callable from Python."""
+    import cffi
+
+    glue = work / f"cpu_{level}.c"
+    if not newer(glue, *sources):
+        ffi = cffi.FFI()
+        ffi.cdef(declared)
+        ffi.set_source(f"engine._kernels.cpu_{level}", BOTH_TYPES, py_limited_api=True)
+        with contextlib.redirect_stdout(None):
+            ffi.emit_c_code(str(glue))
+        glue.touch()  # cffi leaves an equal file alone
+    return glue
+
+
+def link(module: Path, objects: list[Path], compiler: list[str], flags: list[str], work: Path) -> None:
+    shared = ["-dynamiclib", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    command = [*compiler, *shared, "-pthread", *flags, *map(str, objects), "-lm"]
+    stamp = write_if_changed(work / f"{module.stem}.link", shlex.join(command))  # a source may have gone
+    if not newer(module, stamp, *objects):
+        fresh = module.with_suffix(".tmp")
+        run([*command, "-o", str(fresh)])
+        os.replace(fresh, module)  # a process that has the old module open keeps it
+
+
 def build(into: Path = ROOT / "engine" / "_kernels", levels: list[str] | None = None,
           flags: list[str] | None = None, work: Path | None = None) -> list[Path]:
     """Build the extension modules for `levels` (all of this machine's family by default) in `into`.
 
     Returns the paths of the modules. Raises BuildError with one line when there is no compiler, when
-    a file does not compile, or when this processor family has no kernels.
+    a file does not compile, or when this Python or this processor family has no kernels.
     """
-    import cffi
+    check_python()
+    import fcntl  # not on Windows
 
     known = levels_here()
     unknown = set(levels or ()) - set(known)
     if unknown:
-        raise BuildError(f"unknown level {sorted(unknown)}; this machine has {sorted(known)}")
+        raise BuildError(f"unknown level {', '.join(sorted(unknown))}: this machine's family has {', '.join(known)}")
     compiler, flags = find_compiler(), list(flags or ())
     work = work or ROOT / "build" / "kernels"
     work.mkdir(parents=True, exist_ok=True)
     into.mkdir(parents=True, exist_ok=True)
-    headers = sorted(KERNELS.glob("*.h")) + [Path(__file__).resolve()]
-    # The flags are part of the objects' identity: a change of compiler or flags rebuilds.
-    stamp = work / "flags.txt"
-    wanted = shlex.join(compiler + FLAGS + flags)
+    declared = declarations((KERNELS / "kernels.h").read_text())
     with open(work / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would write the same objects
-        if not stamp.exists() or stamp.read_text() != wanted:
-            stamp.write_text(wanted)
-        headers.append(stamp)
-        jobs, modules = [], []
-        for level in levels or list(known):
-            name = f"cpu_{level}"
-            ffi = cffi.FFI()
-            ffi.cdef(declarations((KERNELS / "kernels.h").read_text()))
-            ffi.set_source(f"engine._kernels.{name}", BOTH_TYPES, py_limited_api=True)
-            glue = work / f"{name}.c"
-            if not newer(glue, *headers):
-                ffi.emit_c_code(str(glue))
-            objects = []
-            for source in [*sorted(KERNELS.glob("*.c")), glue]:
-                for bits in ("32",) if source.name in UNTYPED or source == glue else ("32", "64"):
-                    obj = work / f"{level}_{source.stem}_{bits}.o"
-                    objects.append(obj)
-                    if not newer(obj, source, *headers):
-                        type_flags = [] if source == glue else [f"-DREAL_BITS={bits}"]
-                        quiet = ["-w"] if source == glue else []
-                        jobs.append([*compiler, *FLAGS, *known[level], *flags, *type_flags, *quiet,
-                                     f"-I{KERNELS}", f"-I{sysconfig.get_paths()['include']}",
-                                     "-c", str(source), "-o", str(obj)])
-            modules.append((into / f"{name}.abi3.so", objects))
-        if jobs:
-            print(f"compiling {len(jobs)} kernel objects with {compiler[0]}", flush=True)
+        common = [*compiler, *FLAGS, *flags, f"-I{KERNELS}"]
+        # What every object depends on: the headers, the compiler and its flags, and this file.
+        shared = [*KERNELS.glob("*.h"), write_if_changed(work / "flags", shlex.join(common)), Path(__file__).resolve()]
+        modules = {}
+        for level in levels or known:
+            glue = emit_glue(level, work, declared, *shared)
+            modules[into / f"cpu_{level}.abi3.so"] = list(units_of(level, glue, work))
+        stale = [u for units in modules.values() for u in units if not newer(u.object, u.source, *shared)]
+        if stale:
+            print(f"kernels: compiling {len(stale)} objects with {compiler[0]}", flush=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(run, jobs))
-        link = ["-dynamiclib", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        for module, objects in modules:
-            if not newer(module, *objects):
-                fresh = module.with_suffix(".tmp")  # renamed over: a process that has the old one open keeps it
-                run([*compiler, *link, "-pthread", *flags, *map(str, objects), "-lm", "-o", str(fresh)])
-                os.replace(fresh, module)
-    return [module for module, _ in modules]
+            list(pool.map(lambda u: run([*common, *u.flags, "-c", str(u.source), "-o", str(u.object)]), stale))
+        for module, units in modules.items():
+            link(module, [u.object for u in units], compiler, flags, work)
+    return list(modules)
 
 
 def main() -> int:
@@ -174,11 +203,11 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=None, help="folder for the objects (default: build/kernels)")
     arguments = parser.parse_args()
     try:
-        for module in build(arguments.into, [v for v in arguments.levels.split(",") if v],
-                            shlex.split(arguments.flags), arguments.work):
-            print(module)
+        modules = build(arguments.into, [v for v in arguments.levels.split(",") if v],
+                        shlex.split(arguments.flags), arguments.work)
+        print(f"kernels: {', '.join(module.name for module in modules)} in {arguments.into} are up to date")
     except BuildError as error:
-        print(f"build_kernels: {error}", file=sys.stderr)
+        print(f"kernels: {error}", file=sys.stderr)
         return 1
     return 0
 
