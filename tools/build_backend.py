@@ -74,8 +74,8 @@ def compiled(into: Path) -> list[Path]:
     try:
         return build(into)
     except (BuildError, OSError) as error:
-        print(f"shardgrad: the C kernels were not compiled ({error}); the NumPy reference backend will be used, which is "
-              "slow. To fix it, install a C compiler (Debian, Ubuntu: apt install gcc python3-dev; macOS: xcode-select "
+        print(f"shardgrad: the C kernels were not compiled ({error}); the slow NumPy reference backend will be used. "
+              "To fix it, install a C compiler (Debian, Ubuntu: apt install gcc python3-dev; macOS: xcode-select "
               "--install) and repeat the pip command with --force-reinstall --no-cache-dir", file=sys.stderr)
         return []
 

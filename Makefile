@@ -1,0 +1,64 @@
+# `make help` lists the targets. The programs stand in tools/; this file knows their environment and their order.
+#   PYTHON=python3.12   the Python that .venv is made with      ARGS="--steps 50"   flags for the target's program
+
+PYTHON ?= python3
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+VENV := .venv
+READY := $(VENV)/ready
+RUN := $(VENV)/bin/python
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+.DEFAULT_GOAL := build
+.PHONY: build help venv train test test-isa test-wheel lint mutate lines doctor wheel clean
+.DELETE_ON_ERROR:
+
+build: $(READY) ## compile the kernels in place (what plain `make` does)
+	@$(RUN) tools/build_kernels.py
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(READY) ## make the environment .venv from pyproject.toml's dev extra
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(f"make: shardgrad needs Python >= 3.10, and $(PYTHON) is {sys.version.split()[0]}; try make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	@echo "environment: making $(VENV) from pyproject.toml, and compiling the kernels (minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+train: build ## train a Transformer on the parameter server: checkpoint, plot, report, samples
+	@$(RUN) tools/train.py $(ARGS)
+
+# One kernel thread for each of the JOBS processes; the tests that are about threads set their own number.
+test: build ## run all tests that fit in ten minutes
+	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) $(ARGS)
+
+test-isa: build ## run the tests of the ops at every instruction-set level of this machine
+	@set -e; for level in $$($(RUN) -m engine doctor --levels); do \
+	    echo "tests of the ops: ENGINE_ISA=$$level"; \
+	    ENGINE_ISA=$$level ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) tests/ops $(ARGS); \
+	done
+
+test-wheel: $(READY) ## build the wheel, install it in a new environment, run it without a compiler
+	@$(RUN) -m pytest -q -m slow tests/test_packaging.py $(ARGS)
+
+lint: $(READY) ## ruff and mypy
+	@$(RUN) -m ruff check
+	@$(RUN) -m mypy
+
+mutate: build ## plant bugs one by one, and see that the tests catch every one
+	@$(RUN) tools/mutate.py $(ARGS)
+
+lines: ## the reader's budget: lines of source beside their goals
+	@$(PYTHON) tools/lines.py $(ARGS)
+
+doctor: build ## what is active on this machine, its measured limits, and a self-test
+	@$(RUN) -m engine doctor
+
+wheel: $(READY) ## build the wheel in dist/
+	@$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## remove what was built (.venv and runs/ stay)
+	@rm -rf build dist *.egg-info engine/_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
