@@ -1,0 +1,40 @@
+"""One clear line instead of a traceback: what every program here raises for a mistake that a user can mend."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+
+class ProgramError(Exception):
+    """A mistake in the input, the flags or the machine's state. The message is one line that says how to go on."""
+
+
+def require(module: str, purpose: str) -> ModuleType:
+    """Import an optional dependency, or say in one line what it is for and how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise ProgramError(f"{purpose} needs the package {package!r}, which is not installed ({error}); "
+                           f"run: {sys.executable} -m pip install 'shardgrad[train]'") from error
+
+
+def run_program(name: str, main: Callable[[], int]) -> int:
+    """Call a program's main and turn the errors a user can mend into one line and exit status 1.
+
+    Returns the status: main's own, 1 after such an error, 130 after Ctrl-C (128 + SIGINT, as shells count it).
+    """
+    try:
+        return main()
+    except ProgramError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output (head, less) has gone; Python would complain at exit
+        return 0
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130

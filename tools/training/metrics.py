@@ -1,0 +1,47 @@
+"""Measurements as JSON lines: one object a line, appended, so that a killed run leaves all but perhaps the last line.
+
+A resumed run drops the lines that came after its checkpoint, so each step stands in the file once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Metrics:
+    """The file metrics.jsonl of a run. Every record carries its "step"."""
+
+    def __init__(self, path: Path, resume_step: int | None = None):
+        self.path = path
+        kept = [] if resume_step is None else [r for r in read_metrics(path) if r["step"] <= resume_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(temporary, path)
+        self.file = path.open("ab", buffering=0)  # a line is with the system as soon as it is written
+
+    def write(self, step: int, **values: Any) -> None:
+        self.file.write((json.dumps({"step": step, **values}) + "\n").encode())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete records of the file; none where there is no file."""
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # a line cut off by a kill: what follows it cannot be trusted
+        if not isinstance(record, dict) or "step" not in record:
+            break
+        records.append(record)
+    return records
