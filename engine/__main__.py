@@ -1,22 +1,23 @@
-"""python -m engine doctor"""
+"""python -m engine doctor [--levels]"""
 
 from __future__ import annotations
 
 import sys
 
-USAGE = "usage: python -m engine doctor [--levels]"
+USAGE = """usage: python -m engine doctor [--levels]
+  doctor             what is active on this machine, its measured limits, and a numeric self-test
+  doctor --levels    only the instruction-set levels that run here, best first"""
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["doctor"]:
+    if arguments in (["doctor"], ["doctor", "--levels"]):
         from engine import doctor
 
-        return doctor.main(arguments[1:])
+        return doctor.main(levels_only="--levels" in arguments)
     if arguments in (["-h"], ["--help"]):
         print(USAGE)
         return 0
-    got = f"unknown command {arguments[0]!r}" if arguments else "no command"
-    print(f"engine: {got}; {USAGE}", file=sys.stderr)
+    print(f"engine: got {' '.join(arguments) or 'no command'!r}, expected doctor or doctor --levels", file=sys.stderr)
     return 2
 
 

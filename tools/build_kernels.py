@@ -69,7 +69,7 @@ def declarations(header: str) -> str:
     header = re.sub(r"/\*.*?\*/", "", header, flags=re.S)
     lines = []
     for line in header.splitlines():
-        if line.startswith("KERNEL("):
+        if line.startswith("KERNEL"):
             prototype = re.fullmatch(r"KERNEL\((\w+)\)(\(.*\);)", line.strip())
             if prototype is None:
                 raise BuildError(f"kernels.h: expected KERNEL(name)(arguments); on one line, got: {line.strip()}")
