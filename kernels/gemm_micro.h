@@ -1,0 +1,45 @@
+/* gemm_micro.h: the two inner pieces of every matrix product here, for gemm.c and attention.c: packing a
+ * panel, and multiplying two packed panels in registers. The scheme is that of Goto and van de Geijn 2008,
+ * "Anatomy of high-performance matrix multiplication", in the form BLIS gave it (Van Zee and van de Geijn 2015).
+ *
+ * The register tile. A tile of MR × NR elements of C stays in registers while k runs: MR rows of two vectors each.
+ * One step in k loads two vectors of B and multiplies them by each of MR broadcast elements of A:
+ *
+ *     32 registers (AVX-512, NEON): 14 × 2 sums + 2 of B + 1 of A = 31
+ *     16 registers (AVX2):           6 × 2 sums + 2 of B + 1 of A = 15
+ *     16 registers (SSE, no FMA):    6 × 2 sums + 2 of B + 1 of A + 1 product = 16
+ *
+ * A step is 2·MR fused multiply-adds and MR + 2 loads. Two of each start in a cycle, so the loads hide behind the
+ * arithmetic as soon as MR > 2; and 2·MR ≥ 10 independent sums cover the 4 to 5 cycles that one FMA takes. */
+#ifndef GEMM_MICRO_H
+#define GEMM_MICRO_H
+#include "simd.h"
+
+#if VECTOR_BYTES == 64 || defined(__aarch64__)
+#define MR 14
+#else
+#define MR 6
+#endif
+#define NR (2 * VL)
+
+/* The name of a function that has a float and a double version. */
+#if REAL_BITS == 32
+#define TYPED(name) name##_f32
+#else
+#define TYPED(name) name##_f64
+#endif
+
+/* tile[i·tile_row + j] = Σ_p a[p·a_step + i] · b[p·b_step + j], one ascending chain of FMAs from zero for each
+ * element; i < rows ≤ MR, j < vectors·VL, vectors 1 or 2. All vectors·VL columns are read and written. */
+void TYPED(micro_tile)(real *tile, const real *a, const real *b, int64_t rows, int64_t vectors, int64_t k,
+                       int64_t tile_row, int64_t a_step, int64_t b_step);
+
+/* panel[p·width + i] = x[i·x_line + p·x_step] for i < lines and p < k; 0 for lines ≤ i < width. Up to VL − 1
+ * elements behind the panel are overwritten too, so a panel takes panel_size(width, k) elements. */
+void TYPED(pack_panel)(real *panel, const real *x, int64_t width, int64_t lines, int64_t k, int64_t x_line,
+                       int64_t x_step);
+
+/* Rounded to whole cache lines, so that each panel starts on one. */
+static inline int64_t panel_size(int64_t width, int64_t k) { return (width * k + VL + 15) / 16 * 16; }
+
+#endif
