@@ -189,6 +189,54 @@ static inline vf vf_floor(vf v) { return NEON(vrndmq)(v); }
 static inline vf vf_ceil(vf v) { return NEON(vrndpq)(v); }
 #endif
 
+#if REAL_BITS == 32
+/* ── Through double: vd has the bytes of vf and half as many lanes ──────────────────────────────── */
+#define HALF_VL (VL / 2)
+typedef double vd __attribute__((vector_size(VECTOR_BYTES)));
+typedef int64_t vl __attribute__((vector_size(VECTOR_BYTES)));
+typedef float vf_half __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+static inline vd vd_set1(double x) { return x - (vd){0}; }
+static inline vd vd_select(vl mask, vd a, vd b) { return (vd)((mask & (vl)a) | (~mask & (vl)b)); }
+static inline vd vd_low(vf v) {
+    vf_half half;
+    memcpy(&half, &v, sizeof half);
+    return __builtin_convertvector(half, vd);
+}
+static inline vd vd_high(vf v) {
+    vf_half half;
+    memcpy(&half, (char *)&v + sizeof half, sizeof half);
+    return __builtin_convertvector(half, vd);
+}
+static inline vf vf_narrow(vd low, vd high) {
+    vf_half halves[2] = {__builtin_convertvector(low, vf_half), __builtin_convertvector(high, vf_half)};
+    vf v;
+    memcpy(&v, halves, sizeof v);
+    return v;
+}
+
+/* a · b + c with one rounding at every level: on x86-64-v2 through double, which holds the product exactly,
+ * at some eight times the cost of vf_fma. vf_fma_once(a, b, −c) is the rounding error of c ≈ a · b. */
+static inline vf vf_fma_once(vf a, vf b, vf c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return vf_fma(a, b, c);
+#else
+    return vf_narrow(vd_low(a) * vd_low(b) + vd_low(c), vd_high(a) * vd_high(b) + vd_high(c));
+#endif
+}
+
+/* v · 2ⁿ, n a whole number in −252 … 252, rounded once, subnormal results included. */
+static inline vf vf_ldexp(vf v, vf n) {
+#if VECTOR_BYTES == 64
+    return _mm512_scalef_ps(v, n);
+#else
+    vi whole = __builtin_convertvector(n, vi), half = whole >> 1; /* 2ⁿ itself need not be a normal float */
+    vf first = (vf)((half + 127) << 23), second = (vf)((whole - half + 127) << 23);
+    return v * first * second;
+#endif
+}
+#endif
+
 /* ── Across the lanes. A fixed tree: lane i with lane i + VL/2, then i + VL/4 … ──────────────────── */
 static inline real vf_sum(vf v) {
     real lanes[VL];

@@ -1,0 +1,230 @@
+/* simd_math.h: exp, log, erf and their relatives on whole vectors.
+ *
+ * float: polynomials of our own. Each function reduces its argument to a short interval, evaluates a
+ * minimax polynomial there (fitted by the Remez exchange, coefficients then rounded to float one by one
+ * while the others are refitted), and puts the pieces together so that the last operation makes the only
+ * large rounding error. Where one rounding more would cost the last bit, a value is carried as hi + lo.
+ * Muller, "Elementary Functions", 3rd ed., is the book for all of it. Measured errors: kernels/README.md.
+ *
+ * double: the C library, lane by lane. In this engine double is for testing, where accuracy counts. Its bits
+ * are therefore those of the C library that is installed; those of float depend on the level alone. */
+#ifndef SIMD_MATH_H
+#define SIMD_MATH_H
+#include "simd.h"
+#include <math.h>
+
+#if REAL_BITS == 32
+
+/* Horner's rule for c[0] + c[1] x + … + c[n−1] xⁿ⁻¹; n is known when compiling, so no loop remains. */
+static inline vf vf_polynomial(vf x, const float *c, int n) {
+    vf sum = vf_set1(c[n - 1]);
+#pragma GCC unroll 16
+    for (int i = n - 2; i >= 0; i--) sum = vf_fma_once(sum, x, vf_set1(c[i]));
+    return sum;
+}
+#define POLYNOMIAL(x, ...) \
+    vf_polynomial(x, (const float[]){__VA_ARGS__}, (int)(sizeof((const float[]){__VA_ARGS__}) / sizeof(float)))
+
+/* ln 2 = LN2_HI + LN2_LO. LN2_HI has 9 bits, so a whole number below 2¹⁵ times it is exact without FMA. */
+#define LOG2_E 0x1.715476p+0f
+#define LN2_HI 0x1.63p-1f
+#define LN2_LO -0x1.bd0106p-13f
+
+/* ── exp ────────────────────────────────────────────────────────────────────────────────────────── */
+
+/* Beyond these exp is 0 or ∞ in float. A NaN passes: vf_min and vf_max return their second operand. */
+static inline vf exp_clamp(vf x) { return vf_max(vf_set1(-104), vf_min(vf_set1(89), x)); }
+
+/* (eʳ − 1 − r)/r² for |r| ≤ ln 2 / 2, to 2⁻²⁸ of eʳ. Its errors count little, so vf_fma is good enough. */
+static inline vf exp_tail(vf r) {
+    vf p = vf_fma(vf_set1(0x1.6afde6p-10f), r, vf_set1(0x1.12449p-7f));
+    p = vf_fma(p, r, vf_set1(0x1.555826p-5f));
+    p = vf_fma(p, r, vf_set1(0x1.555482p-3f));
+    return vf_fma(p, r, vf_set1(0x1.fffffcp-2f));
+}
+
+/* eˣ = 2ⁿ eʳ with n = round(x/ln 2), r = x − n ln 2 (Cody and Waite: ln 2 in two parts). */
+static inline vf vf_exp(vf x) {
+    x = exp_clamp(x);
+    vf n = vf_round(x * vf_set1(LOG2_E));
+    vf whole = vf_fma(n, vf_set1(-LN2_HI), x), small = n * vf_set1(-LN2_LO); /* r = whole + small */
+    vf r = whole + small;
+    vf p = whole + vf_fma(r * r, exp_tail(r), small);
+    return vf_ldexp(vf_set1(1) + p, n);
+}
+
+/* e^(x + x_lo) = (hi + lo) 2ⁿ, to about 2⁻²⁸: for the functions that go on computing with it. */
+typedef struct { vf hi, lo, n; } exp_parts;
+
+static inline exp_parts vf_exp_parts(vf x, vf x_lo) {
+    x = exp_clamp(x);
+    vf n = vf_round(x * vf_set1(LOG2_E));
+    vf whole = vf_fma(n, vf_set1(-LN2_HI), x);
+    vf small = vf_fma(n, vf_set1(-LN2_LO), x_lo);
+    vf r = whole + small, r_lo = (whole - r) + small;
+    vf sum = vf_set1(1) + r, sum_lo = (vf_set1(1) - sum) + r; /* Dekker's fast two-sum, |r| < 1 */
+    vf rest = sum_lo + vf_fma(r * r, exp_tail(r), r_lo);
+    vf hi = sum + rest;
+    return (exp_parts){hi, (sum - hi) + rest, n};
+}
+
+/* eˣ − 1 = 2ⁿ (eʳ − 1) + (2ⁿ − 1). It is computed as twice its half, since 2¹²⁸ is not a float. */
+static inline vf vf_expm1(vf x) {
+    vf clamped = exp_clamp(x);
+    vf n = vf_round(clamped * vf_set1(LOG2_E));
+    vf r = vf_fma(n, vf_set1(-LN2_HI), clamped);
+    r = vf_fma(n, vf_set1(-LN2_LO), r);
+    vf p = vf_fma(r * r, exp_tail(r), r);
+    vf half = vf_ldexp(vf_set1(1), n - vf_set1(1));
+    vf y = vf_fma(p, half, half - vf_set1(0.5f));
+    y = vf_select(n == 0, p, y + y);
+    return vf_copysign(y, x);
+}
+
+/* ── log ────────────────────────────────────────────────────────────────────────────────────────── */
+
+/* log((1 + f) 2ᵏ) for √½ ≤ 1 + f ≤ √2: f − f²/2 + f³ P(f), to 2⁻³⁰, and k ln 2. */
+static inline vf log_of(vf f, vf k) {
+    vf square = f * f;
+    vf cubic = POLYNOMIAL(f, 0x1.555546p-2f, -0x1.ffffeep-3f, 0x1.99a542p-3f, -0x1.5562ep-3f, 0x1.233306p-3f,
+                          -0x1.fb43dcp-4f, 0x1.e64d6cp-4f, -0x1.e2e49ap-4f, 0x1.1b43aap-4f);
+    vf rest = vf_fma(square * f, cubic, k * vf_set1(LN2_LO));
+    rest = vf_fma(vf_set1(-0.5f), square, rest);
+    vf big = k * vf_set1(LN2_HI), sum = big + f;
+    return sum + ((f - (sum - big)) + rest);
+}
+
+/* x = m 2ᵏ with √½ ≤ m < √2, for normal positive x. */
+#define SQRT_HALF_BITS 0x3f3504f3
+static inline vf split_exponent(vf x, vf *k) {
+    vi bits = vf_bits(x) - vi_set1(SQRT_HALF_BITS);
+    *k = __builtin_convertvector(bits >> 23, vf);
+    return vf_from_bits((bits & vi_set1(0x7fffff)) + vi_set1(SQRT_HALF_BITS));
+}
+
+static inline vf vf_log(vf x) {
+    vi subnormal = x < vf_set1(0x1p-126f);
+    vf k, m = split_exponent(vf_select(subnormal, x * vf_set1(0x1p25f), x), &k);
+    k = k - vf_select(subnormal, vf_set1(25), vf_zero());
+    vf y = log_of(m - vf_set1(1), k);
+    vf special = vf_select(x == 0, vf_set1(-INFINITY), vf_select(x < 0, vf_set1(NAN), x)); /* else +∞ or NaN */
+    return vf_select((x > 0) & (x < INFINITY), y, special);
+}
+
+/* log(1 + x): u = 1 + x rounded, c what the rounding lost, log(u + c) with f = (u + c) 2⁻ᵏ − 1. */
+static inline vf vf_log1p(vf x) {
+    vf one = vf_set1(1), u = one + x;
+    vf back = u - one, c = (one - (u - back)) + (x - back); /* Knuth's two-sum */
+    vf k, m = split_exponent(u, &k);
+    vf f = (m - one) + vf_ldexp(c, -k);
+    vf y = log_of(f, k);
+    vf special = vf_select(x == -1, vf_set1(-INFINITY), vf_select(x < -1, vf_set1(NAN), x));
+    return vf_copysign(vf_select((x > -1) & (x < INFINITY), y, special), x);
+}
+
+/* ── sigmoid, tanh, softplus ────────────────────────────────────────────────────────────────────── */
+
+/* σ(x) = 1/(1 + e⁻ˣ) = e^(−|x|)/(1 + e^(−|x|)) for x < 0: neither overflows. Also σ(−x) = 1 − σ(x), to its
+ * own full precision. The quotients are corrected by their remainders. */
+static inline vf vf_sigmoid_both(vf x, vf *complement) {
+    exp_parts e = vf_exp_parts(-vf_abs(x), vf_zero());
+    vf z = vf_ldexp(e.hi, e.n), one = vf_set1(1);
+    vf sum = one + z, sum_lo = ((one - sum) + z) + vf_ldexp(e.lo, e.n);
+    vf inverse = one / sum;
+    vf large = vf_fma(inverse, -vf_fma(inverse, sum_lo, vf_fma_once(inverse, sum, -one)), inverse);
+    vf ratio = e.hi * inverse;
+    vf remainder = vf_fma_once(ratio, sum, -e.hi) + vf_fma(ratio, sum_lo, -e.lo);
+    vf small = vf_ldexp(vf_fma(inverse, -remainder, ratio), e.n);
+    *complement = vf_select(x < 0, large, small);
+    return vf_select(x < 0, small, large);
+}
+static inline vf vf_sigmoid(vf x) {
+    vf complement;
+    return vf_sigmoid_both(x, &complement);
+}
+
+/* Below 1: x + x³ P(x²). Above: 1 − 2z/(1 + z) with z = e^(−2|x|). */
+static inline vf vf_tanh(vf x) {
+    vf a = vf_abs(x), square = a * a;
+    vf p = POLYNOMIAL(square, -0x1.55553cp-2f, 0x1.110be4p-3f, -0x1.b9623ap-5f, 0x1.6009a6p-6f, -0x1.045ff4p-7f,
+                      0x1.2da01cp-9f, -0x1.77cd4p-12f);
+    vf near = vf_fma(a * square, p, a);
+    vf z = vf_exp(a * vf_set1(-2)), one = vf_set1(1);
+    vf far = one - (z + z) / (one + z);
+    return vf_copysign(vf_select(a < one, near, far), x);
+}
+
+/* log(1 + eˣ) = max(x, 0) + log1p(e^(−|x|)) */
+static inline vf vf_softplus(vf x) { return vf_max(x, vf_zero()) + vf_log1p(vf_exp(-vf_abs(x))); }
+
+/* ── erf and the normal distribution ────────────────────────────────────────────────────────────── */
+
+/* e^(a²/2) Φ(−a) for 0 ≤ a ≤ 14.3, the scaled tail of the normal distribution: P((a − k)/(a + k))/(a + k)
+ * after Shepherd and Laframboise (1981). The reciprocal is kept as hi + lo because its error would count three
+ * times. k has few bits, so that sum − k is exact, and makes P's constant term a float almost exactly. */
+static inline vf scaled_normal_tail(vf a) {
+    vf k = vf_set1(0x1.c28p+1f), one = vf_set1(1), sum = a + k, sum_lo = a - (sum - k);
+    vf inverse = one / sum;
+    vf inverse_lo = -inverse * vf_fma(inverse, sum_lo, vf_fma_once(inverse, sum, -one));
+    vf t = vf_fma(vf_set1(-2) * k, inverse, one) - (k + k) * inverse_lo;
+    vf p = POLYNOMIAL(t, 0x1.7d6514p-1f, -0x1.22885p-1f, 0x1.461f66p-2f, -0x1.e6b20ap-4f, 0x1.34dfdap-6f,
+                      0x1.95cac6p-8f, -0x1.b0b0a4p-9f, -0x1.948deap-12f, 0x1.d96a88p-12f, 0x1.fff2dp-15f,
+                      -0x1.e824ecp-16f);
+    return vf_fma(p, inverse, p * inverse_lo);
+}
+
+/* Φ(x), the normal distribution function, and e^(−x²/2). The square is taken exactly, as a sum of two:
+ * in the tail an error of half a unit in x²/2 would show as up to 50 units in the exponential. */
+static inline vf vf_normal_cdf(vf x, vf *bell) {
+    vf a = vf_min(vf_set1(15), vf_abs(x)), square = a * a;
+    exp_parts e = vf_exp_parts(vf_set1(-0.5f) * square, vf_set1(-0.5f) * vf_fma_once(a, a, -square));
+    vf tail = vf_ldexp(e.hi * scaled_normal_tail(a), e.n);
+    *bell = vf_ldexp(e.hi, e.n);
+    return vf_select(x < 0, tail, vf_set1(1) - tail);
+}
+
+/* Below 1: x + x P(x²). Above: 1 − 2 Φ(−√2 |x|). */
+static inline vf vf_erf(vf x) {
+    vf a = vf_min(vf_set1(10), vf_abs(x)), square = a * a;
+    vf p = POLYNOMIAL(square, 0x1.06eba8p-3f, -0x1.81273ep-2f, 0x1.ce2ce6p-4f, -0x1.b7f71ap-6f, 0x1.53f224p-8f,
+                      -0x1.a3515ep-11f, 0x1.4771fep-14f);
+    vf near = vf_fma(a, p, a);
+    exp_parts e = vf_exp_parts(-square, -vf_fma_once(a, a, -square));
+    vf tail = vf_ldexp(e.hi * scaled_normal_tail(a * vf_set1(0x1.6a09e6p+0f)), e.n);
+    return vf_copysign(vf_select(a < vf_set1(1), near, vf_fma(vf_set1(-2), tail, vf_set1(1))), x);
+}
+
+#else
+
+/* The C library's f on each lane. */
+#define LANES_OF(name, f) \
+    static inline vf name(vf x) { \
+        for (int i = 0; i < VL; i++) x[i] = f(x[i]); \
+        return x; \
+    }
+LANES_OF(vf_exp, exp)
+LANES_OF(vf_expm1, expm1)
+LANES_OF(vf_log, log)
+LANES_OF(vf_log1p, log1p)
+LANES_OF(vf_tanh, tanh)
+LANES_OF(vf_erf, erf)
+LANES_OF(vf_erfc, erfc)
+
+/* The formulas of the float half above; there they are explained. */
+static inline vf vf_sigmoid_both(vf x, vf *complement) {
+    vf z = vf_exp(-vf_abs(x)), large = 1 / (1 + z), small = z / (1 + z);
+    *complement = vf_select(x < 0, large, small);
+    return vf_select(x < 0, small, large);
+}
+static inline vf vf_sigmoid(vf x) {
+    vf complement;
+    return vf_sigmoid_both(x, &complement);
+}
+static inline vf vf_softplus(vf x) { return vf_max(x, vf_zero()) + vf_log1p(vf_exp(-vf_abs(x))); }
+static inline vf vf_normal_cdf(vf x, vf *bell) {
+    *bell = vf_exp(-0.5 * x * x);
+    return 0.5 * vf_erfc(x * -0x1.6a09e667f3bcdp-1);
+}
+
+#endif
+#endif
