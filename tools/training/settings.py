@@ -1,0 +1,129 @@
+"""The flags of a training run: what each means, which values are possible, and which a resumed run may change.
+
+Some settings decide every bit of the result (the model, the data, the schedule); a resumed run must have them as
+they were. The others (how many workers and shards, how often to save) change nothing but time, and may differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from tools.training.errors import ProgramError
+
+
+def flag(default: Any, text: str, free: bool = False) -> Any:
+    """A setting with its help text; free: a resumed run may change it."""
+    return field(default=default, metadata={"text": text, "free": free})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting with its default. The defaults train a model of 1.8 million parameters in minutes on two cores."""
+
+    # the model: a Llama-style decoder (rotary positions, RMSNorm, SwiGLU)
+    layers: int = flag(4, "Transformer blocks")
+    heads: int = flag(6, "attention heads")
+    kv_heads: int | None = flag(None, "key and value heads, fewer for grouped-query attention (default: as --heads)")
+    width: int = flag(192, "features of a token")
+    hidden: int | None = flag(None, "features inside the feed-forward (default: 8/3 of the width, to a multiple of 64)")
+    context: int = flag(256, "tokens the model looks back on")
+    dropout: float = flag(0.0, "share of features zeroed in training")
+    vocab: int | None = flag(None, "train a byte-pair tokenizer with so many tokens (default: bytes)")
+
+    # the work
+    steps: int = flag(1200, "optimizer steps")
+    microbatches: int = flag(4, "microbatches in a step, shared out among the workers")
+    batch: int = flag(2, "windows of text in a microbatch")
+    lr: float = flag(3e-3, "peak learning rate")
+    warmup: int = flag(60, "steps until the peak; from there a cosine to zero")
+    weight_decay: float = flag(0.1, "decoupled weight decay, on matrices")
+    beta2: float = flag(0.95, "AdamW's memory of squared gradients")
+    clip: float = flag(1.0, "the largest norm of a gradient")
+    seed: int = flag(0, "of the initial weights, the order of the data and dropout")
+
+    # how it is run
+    workers: int = flag(2, "threads that compute gradients", free=True)
+    shards: int = flag(2, "threads that hold and update parameters", free=True)
+    validate_every: int | None = flag(None, "steps between quick validations (default: a tenth of --steps)", free=True)
+    validate_windows: int = flag(64, "windows of a quick validation", free=True)
+    checkpoint_every: int | None = flag(None, "steps between checkpoints (default: a tenth of --steps)", free=True)
+    keep: int = flag(3, "checkpoints that are kept", free=True)
+    samples: int = flag(3, "texts written by the trained model", free=True)
+    sample_length: int = flag(400, "tokens in each of them", free=True)
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, each with one line."""
+        at_least = {name: 1 for name in ("layers", "heads", "width", "context", "steps", "microbatches", "batch",
+                                         "workers", "shards", "validate_windows", "keep", "sample_length")}
+        at_least |= {"kv_heads": 1, "hidden": 1, "validate_every": 1, "checkpoint_every": 1, "vocab": 257,
+                     "warmup": 0, "seed": 0, "samples": 0, "weight_decay": 0}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ProgramError(f"--{dashed(name)} is {value}, expected at least {least}")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ProgramError(f"--{name} is {getattr(self, name)}, expected a positive number")
+        for name in ("dropout", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ProgramError(f"--{name} is {getattr(self, name)}, expected a number from 0 to below 1")
+        if self.width % (2 * self.heads):
+            raise ProgramError(f"--width is {self.width}, expected a multiple of twice --heads ({2 * self.heads}): "
+                               "each head has an even number of features, which rotary positions turn in pairs")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ProgramError(f"--kv-heads is {self.kv_heads}, expected a divisor of --heads ({self.heads})")
+        if self.workers > self.microbatches:
+            raise ProgramError(f"--workers is {self.workers}, expected at most --microbatches ({self.microbatches}): "
+                               "a microbatch is computed by one worker")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.microbatches * self.batch * self.context
+
+    @property
+    def feed_forward(self) -> int:
+        """Three matrices of a SwiGLU of width 8/3 w have as many elements as the two of a plain one of width 4 w."""
+        return self.hidden or -(-self.width * 8 // (3 * 64)) * 64
+
+    @property
+    def validation_interval(self) -> int:
+        return self.validate_every or max(1, self.steps // 10)
+
+    @property
+    def checkpoint_interval(self) -> int:
+        return self.checkpoint_every or max(1, self.steps // 10)
+
+
+def dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each setting; a flag that is not given does not show up in the parsed arguments."""
+    kinds = {"int": int, "int | None": int, "float": float}
+    for setting in fields(Settings):
+        default = "" if setting.default is None else f" (default: {setting.default})"
+        parser.add_argument(f"--{dashed(setting.name)}", type=kinds[str(setting.type)], default=argparse.SUPPRESS,
+                            metavar="N" if "int" in str(setting.type) else "X", help=setting.metadata["text"] + default)
+
+
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    names = {setting.name for setting in fields(Settings)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def resumed(saved: dict[str, Any], changes: dict[str, Any]) -> Settings:
+    """The settings of a resumed run: the saved ones, with the given changes where those are free."""
+    known = {setting.name: setting for setting in fields(Settings)}
+    for name, value in changes.items():
+        if not known[name].metadata["free"] and saved.get(name) != value:
+            raise ProgramError(f"--{dashed(name)} is {value}, but the run to resume has {saved.get(name)}; leave it out, "
+                               "or start a new run in another folder with --run")
+    return Settings(**{name: value for name, value in {**saved, **changes}.items() if name in known})
+
+
+def as_record(settings: Settings) -> dict[str, Any]:
+    return asdict(settings)
