@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import weakref
 from contextvars import ContextVar
 from functools import wraps
@@ -90,16 +91,16 @@ class Node:
 
     edges:  for each input, the Node that made it, the leaf Tensor itself, or None if no gradient is wanted
     saved:  what the op's rule needs, by name: Saved arrays (or what stands for them in a checkpoint)
-    inputs: (shape, dtype) of each input, to bring a gradient back to after broadcasting and promotion
+    shapes: each input's shape, to bring its gradient back to after broadcasting
     """
 
-    __slots__ = ("__weakref__", "attributes", "device", "edges", "hooks", "inputs", "op", "order", "saved")
+    __slots__ = ("__weakref__", "attributes", "device", "edges", "hooks", "op", "order", "saved", "shapes")
 
-    def __init__(self, op: Op, edges: tuple[Any, ...], inputs: tuple[Any, ...], saved: dict[str, Any],
+    def __init__(self, op: Op, edges: tuple[Any, ...], shapes: tuple[Any, ...], saved: dict[str, Any],
                  attributes: dict[str, Any], device: str):
         self.op = op
         self.edges = edges
-        self.inputs = inputs
+        self.shapes = shapes
         self.saved: dict[str, Any] | None = saved
         self.attributes = attributes
         self.device = device
@@ -133,44 +134,63 @@ def edge_of(tensor: Tensor) -> Any:
 
 # ── the walk ──────────────────────────────────────────────────────────────────────────────────────────
 
-def _consumers(roots: list[Any]) -> dict[int, int]:
-    """How many edges lead to each node and leaf that the roots reach, by id."""
-    count: dict[int, int] = {}
-    stack = []
-    for root in roots:
-        if id(root) not in count:
-            count[id(root)] = 0
-            stack.append(root)
+def _consumers(roots: list[Any], targets: dict[int, Any] | None) -> dict[int, int]:
+    """How many edges lead to each node and leaf, by id: of those that the roots reach and, given targets, that lead
+    to a target. A node made before every target cannot lead to one, so the search does not go there.
+    """
+    oldest = min((_order_of(t) for t in targets.values()), default=0) if targets is not None else -1
+    seen = {id(root): root for root in roots}
+    stack = list(seen.values())
     while stack:
-        for edge in getattr(stack.pop(), "edges", ()):
-            if edge is None:
-                continue
-            if id(edge) in count:
-                count[id(edge)] += 1
-            else:
-                count[id(edge)] = 1
+        for edge in _edges(stack.pop()):
+            if id(edge) not in seen and _order_of(edge) >= oldest:
+                seen[id(edge)] = edge
                 stack.append(edge)
+    if targets is not None:  # inputs are older than what they make: one pass in that order marks what leads to a target
+        leads = set(targets)
+        for edge in sorted(seen.values(), key=_order_of):
+            if any(id(e) in leads for e in _edges(edge)):
+                leads.add(id(edge))
+        seen = {key: edge for key, edge in seen.items() if key in leads}
+    count = dict.fromkeys(seen, 0)
+    for edge in seen.values():
+        for e in _edges(edge):
+            if id(e) in count:
+                count[id(e)] += 1
     return count
 
 
+def _edges(edge: Any) -> list[Any]:
+    return [e for e in edge.edges if e is not None] if isinstance(edge, Node) else []
+
+
+def _order_of(edge: Any) -> int:
+    return edge.order if isinstance(edge, Node) else -1  # a leaf is older than any node
+
+
 def _walk(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph: bool, create_graph: bool,
-          deliver: Callable[[Any, Tensor], None]) -> None:
-    """Push cotangents through the graph; deliver(leaf or node, its whole gradient) for each one reached."""
+          deliver: Callable[[Any, Tensor], None], targets: dict[int, Any] | None = None) -> None:
+    """Push cotangents through the graph; deliver(leaf or node, its whole gradient) for each one reached.
+
+    With targets (by id), only what leads to one of them is walked.
+    """
     gradients: dict[int, Tensor] = {}
-    ready: list[tuple[int, int, Any]] = []  # a heap: later-made nodes first; leaves as soon as they are complete
+    ready: list[tuple[float, int, Any]] = []  # a heap: later-made nodes first; leaves as soon as they are complete
+    arrival = itertools.count()  # leaves among themselves: in order of completion
 
     def arrive(edge: Any, gradient: Tensor | None) -> None:
         if gradient is not None:
             known = gradients.get(id(edge))
             gradients[id(edge)] = gradient if known is None else known + gradient
         if waiting[id(edge)] == 0:
-            heapq.heappush(ready, (-getattr(edge, "order", float("inf")), id(edge), edge))
+            heapq.heappush(ready, (-edge.order if isinstance(edge, Node) else -math.inf, next(arrival), edge))
 
     roots = [edge_of(out) for out in outputs]
-    waiting = _consumers(roots)
-    for root, cotangent in zip(roots, cotangents):
+    waiting = _consumers(roots, targets)
+    given = [(root, cotangent) for root, cotangent in zip(roots, cotangents) if id(root) in waiting]
+    for root, _ in given:
         waiting[id(root)] += 1
-    for root, cotangent in zip(roots, cotangents):
+    for root, cotangent in given:
         waiting[id(root)] -= 1
         arrive(root, cotangent)
     with _GradMode(create_graph):
@@ -188,18 +208,18 @@ def _walk(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph:
             if edge.saved is None:
                 edge.array("graph")  # raises: freed
             edges = edge.edges
-            grads = edge.op.vjp(edge, gradient, create_graph) if gradient is not None else (None,) * len(edges)
+            grads = edge.op.gradients(edge, gradient, create_graph) if gradient is not None else (None,) * len(edges)
             if not (retain_graph or create_graph):
                 edge.release()
-            for target, grad, (shape, dtype) in zip(edges, grads, edge.inputs):
-                if target is None:
+            for target, grad, shape in zip(edges, grads, edge.shapes):
+                if target is None or id(target) not in waiting:
                     continue
                 waiting[id(target)] -= 1
-                arrive(target, None if grad is None else _fit(grad, shape, dtype))
+                arrive(target, None if grad is None else _fit(grad, shape))
 
 
-def _fit(gradient: Tensor, shape: tuple[int, ...], dtype: Any) -> Tensor:
-    """Bring a gradient back to its input: sum over the axes that broadcasting added, undo the promotion.
+def _fit(gradient: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Bring a gradient back to its input's shape: sum over the axes that broadcasting added.
 
     The transpose of broadcasting is summing: y = x repeated, so dL/dx = Σ of the repeats' dL/dy.
     """
@@ -207,7 +227,7 @@ def _fit(gradient: Tensor, shape: tuple[int, ...], dtype: Any) -> Tensor:
         added = gradient.ndim - len(shape)
         axes = (*range(added), *(added + i for i, n in enumerate(shape) if n == 1 and gradient.shape[added + i] != 1))
         gradient = gradient.sum(axis=axes, keepdims=True).reshape(shape)
-    return gradient if gradient.dtype is dtype else gradient.to(dtype=dtype)
+    return gradient
 
 
 def _cotangents(what: str, outputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
@@ -267,7 +287,7 @@ def grad(outputs: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor],
     for i, x in enumerate(wanted):
         if not x.requires_grad:
             raise RuntimeError(f"grad: input {i} does not require grad")
-    targets = {id(edge_of(x)) for x in wanted}
+    targets = {id(edge_of(x)): edge_of(x) for x in wanted}
     found: dict[int, Tensor] = {}
 
     def deliver(edge: Any, gradient: Tensor) -> None:
@@ -275,11 +295,11 @@ def grad(outputs: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor],
             found[id(edge)] = gradient
 
     retain = create_graph if retain_graph is None else retain_graph
-    _walk(outs, _cotangents("grad", outs, cots), retain, create_graph, deliver)
+    _walk(outs, _cotangents("grad", outs, cots), retain, create_graph, deliver, targets)
     results = [found.get(id(edge_of(x))) for x in wanted]
-    if not allow_unused and None in [None if r is None else True for r in results]:
-        missing = next(i for i, r in enumerate(results) if r is None)
-        raise RuntimeError(f"grad: the outputs do not depend on input {missing}; allow_unused=True gives None instead")
+    unused = [i for i, result in enumerate(results) if result is None]
+    if unused and not allow_unused:
+        raise RuntimeError(f"grad: the outputs do not depend on input {unused[0]}; allow_unused=True gives None instead")
     return results[0] if single else tuple(results)
 
 

@@ -1,0 +1,88 @@
+"""Activation checkpointing: keep the inputs of a function, compute its insides again when backward needs them.
+
+A function of n layers normally keeps every layer's activations until backward. `checkpoint(f, *args)` records the
+same graph but keeps no arrays: each saved array becomes a promise, and the first one asked for runs f again and
+fills them all. With one checkpoint per √n layers, memory is O(√n) for one more forward pass.
+
+Chen, Xu, Zhang, Guestrin 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from engine import autograd
+from engine.autograd import Saved
+from engine.backend import Array
+from engine.random import default_generator, seed
+
+
+class _Promise:
+    """Stands for the index-th array that f saves."""
+
+    __slots__ = ("index", "recomputation")
+
+    def __init__(self, recomputation: _Recomputation, index: int):
+        self.recomputation = recomputation
+        self.index = index
+
+    def get(self, op: str, name: str) -> Array:
+        return self.recomputation.saved(self.index).get(op, name)
+
+
+class _Recomputation:
+    """Runs f a second time, when its first saved array is asked for, and collects what it saves."""
+
+    def __init__(self, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.f, self.args, self.kwargs = f, args, kwargs
+        self.generator = default_generator()
+        self.cursor = self.generator.state_dict()
+        self.count = 0
+        self.again: list[Saved] | None = None
+        self.given = [x for x in (*args, *kwargs.values()) if hasattr(x, "array")]
+        self.versions = [Saved(x.array) for x in self.given]
+
+    def save(self, array: Array) -> _Promise:
+        self.count += 1
+        return _Promise(self, self.count - 1)
+
+    def saved(self, index: int) -> Saved:
+        if self.again is None:
+            for i, version in enumerate(self.versions):
+                version.get("checkpoint", f"input {i}")
+            collector = _Collector()
+            replay = type(self.generator)(0)
+            replay.load_state_dict(self.cursor)  # dropout draws the same masks
+            token = autograd._saving.set(collector)
+            try:
+                with seed(replay), autograd.enable_grad():
+                    self.f(*self.args, **self.kwargs)
+            finally:
+                autograd._saving.reset(token)
+            if len(collector.arrays) != self.count:
+                raise RuntimeError(f"checkpoint: f saved {self.count} arrays the first time and "
+                                   f"{len(collector.arrays)} the second; it must do the same both times")
+            self.again = collector.arrays
+        return self.again[index]
+
+
+class _Collector:
+    def __init__(self) -> None:
+        self.arrays: list[Saved] = []
+
+    def save(self, array: Array) -> Saved:
+        self.arrays.append(Saved(array))
+        return self.arrays[-1]
+
+
+def checkpoint(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """f(*args, **kwargs), keeping none of its intermediate results for backward: they are computed again there.
+
+    The result and every gradient have the same bits as without it. f must do the same when it is called twice
+    (random draws from the default generator are repeated). Gradients flow to args and to whatever f closes over.
+    """
+    token = autograd._saving.set(_Recomputation(f, args, kwargs))
+    try:
+        return f(*args, **kwargs)
+    finally:
+        autograd._saving.reset(token)

@@ -1,0 +1,197 @@
+"""Attention: softmax(Q Kᵀ/√d + mask) V in tiles, and rotary positions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from engine.backend import Array, get_backend
+from engine.dtypes import int64
+from engine.ops.creation import arange, masked_scale
+from engine.ops.elementwise import where
+from engine.ops.matmul import matmul
+from engine.ops.movement import concat, matrix_transpose, repeat, stack
+from engine.ops.normalization import softmax_rows
+from engine.ops.reductions import any as any_over
+from engine.ops.registry import cast, composite, op
+from engine.random import Generator, Key, default_generator
+from engine.tensor import Tensor
+
+
+NO_DRAW = Key(0, 0, 0, 0)
+
+
+def _strides(k: Any, x: Array) -> Array:
+    """x (batch, heads, t, d) with a dense last axis: itself, or a copy."""
+    return x if x.data.strides[-1] == x.dtype.itemsize or x.shape[-1] == 1 else k.contiguous(x)
+
+
+def _arguments(k: Any, q: Array, key: Array, value: Array, mask: Array | None, lengths: Array | None, scale: float,
+               causal: bool, p: float, draw: Key) -> tuple[Any, ...]:
+    """What the two attention kernels share: sizes, strides and scalars, in the order of kernels.h."""
+    batch, heads, t, d = q.shape
+    kv_heads, s = key.shape[1:3]
+    size = q.dtype.itemsize
+    strides = [n // size for x in (q, key, value) for n in x.data.strides[:3]]
+    if mask is not None:
+        mask = mask.view(np.broadcast_to(mask.data, (batch, heads, t, s)))
+        strides += [n // size for n in mask.data.strides]
+    else:
+        strides += [0, 0, 0, 0]
+    record = k.array(np.array(strides, np.int64), int64)
+    return (q, key, value, mask, lengths, batch, heads, kv_heads, t, s, d, record, scale, int(causal), p, *draw)
+
+
+@op("bhtd, bgsd, bgsd, ..., b -> bhtd", types="float!", fixed=("lengths",), public=False)
+def attention(k: Any, query: Array, key: Array, value: Array, mask: Array | None = None, lengths: Array | None = None,
+              scale: float = 1.0, causal: bool = False, p: float = 0.0, draw: Key = NO_DRAW) -> Any:
+    """Flash attention. Dao 2023, arXiv:2307.08691, algorithm 1: memory O(T), the scores are never stored."""
+    q, key, value = _strides(k, query), _strides(k, key), _strides(k, value)
+    out, lse = k.empty(q.shape, q.dtype), k.empty(q.shape[:3], q.dtype)
+    k.attention(out, lse, *_arguments(k, q, key, value, mask, _lengths(k, lengths), scale, causal, p, draw))
+    return out, {"out": out, "lse": lse}
+
+
+def _lengths(k: Any, lengths: Array | None) -> Array | None:
+    return None if lengths is None else k.contiguous(lengths if lengths.dtype is int64 else cast(k, lengths, int64))
+
+
+@attention.kernel_vjp
+def _(k: Any, g: Array, query: Array, key: Array, value: Array, mask: Array | None, lengths: Array | None,
+      out: Array, lse: Array, scale: float, causal: bool, p: float, draw: Key) -> Any:
+    q, key, value = _strides(k, query), _strides(k, key), _strides(k, value)
+    dq, dk, dv = k.empty(q.shape, q.dtype), k.empty(key.shape, q.dtype), k.empty(value.shape, q.dtype)
+    delta = k.empty(lse.shape, q.dtype)
+    q, key, value, mask, lengths, *sizes = _arguments(k, q, key, value, mask, _lengths(k, lengths), scale, causal,
+                                                      p, draw)
+    k.attention_vjp(dq, dk, dv, delta, g, q, key, value, out, lse, mask, lengths, *sizes)
+    return dq, dk, dv, None, None
+
+
+@attention.composition
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor | None, scale: float,
+      causal: bool, p: float, draw: Key) -> Tensor:
+    heads, (kv_heads, s), t = query.shape[1], key.shape[1:3], query.shape[2]
+    key, value = repeat(key, heads // kv_heads, 1), repeat(value, heads // kv_heads, 1)
+    scores = matmul(query, matrix_transpose(key)) * scale
+    at = arange(s, device=query.device)
+    seen = at <= arange(s - t, s, device=query.device).expand_dims(1) if causal else at >= 0
+    if lengths is not None:
+        seen = seen & (at < lengths.reshape(-1, 1, 1, 1))
+    if mask is not None:
+        scores = scores + mask
+    scores = where(seen, scores, -math.inf)
+    # A row that sees nothing is all −∞: its softmax is NaN, its attention is 0.
+    alive = any_over(scores > -math.inf, -1, keepdims=True)
+    weights = where(alive, softmax_rows(where(alive, scores, 0.0)), 0.0)
+    return matmul(masked_scale(weights, p, draw) if p else weights, value)
+
+
+@composite("...td, ...sd, ...sd -> ...td")
+def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *,
+                                 causal: bool = False, lengths: Tensor | None = None, scale: float | None = None,
+                                 dropout: float = 0.0, generator: Generator | None = None) -> Tensor:
+    """softmax(scale · Q Kᵀ + mask) V. Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
+
+    query (batch, heads, T, d); key, value (batch, kv_heads, S, d), heads a multiple of kv_heads (grouped-query
+    attention, Ainslie et al. 2023, arXiv:2305.13245); or (..., T, d) and (..., S, d) with equal leading axes.
+    mask:    broadcasts to (batch, heads, T, S): bool, true where a query may look, or floating, added to the scores
+    causal:  query t sees keys up to t + S − T, so the last query sees every key
+    lengths: (batch,), how many keys of each sequence are real (right padding)
+    scale:   1/√d by default
+    dropout: probability with which an attention weight is dropped
+    A query that sees no key gives zeros. Raises ValueError for shapes that do not fit.
+    """
+    query, key, value, leading = _four_axes(query, key, value)
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"scaled_dot_product_attention: query has {heads} heads and key {kv_heads}, "
+                         "expected a multiple")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"scaled_dot_product_attention: dropout is {dropout!r}, expected a number in [0, 1)")
+    if mask is not None:
+        if mask.requires_grad:
+            raise ValueError("scaled_dot_product_attention: mask requires grad, which the fused kernel does not "
+                             "compute; write the attention with matmul and softmax")
+        mask = where(mask, 0.0, -math.inf).to(dtype=query.dtype) if not mask.dtype.is_floating else mask
+        try:
+            np.broadcast_shapes(mask.shape, wanted := (*query.shape[:3], key.shape[2]))
+        except ValueError:
+            raise ValueError(f"scaled_dot_product_attention: mask has shape {mask.shape}, which does not "
+                             f"broadcast to (batch, heads, T, S) = {wanted}") from None
+    draw = (generator or default_generator()).key() if dropout else NO_DRAW
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    out = attention(query, key, value, mask, lengths, scale, causal, dropout, draw)
+    return out.reshape(*leading, *out.shape[2:]) if leading is not None else out
+
+
+def _four_axes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """The operands as (batch, heads, length, d), and the leading axes to give back to the result if they differ."""
+    if query.ndim == 4 and key.ndim == 4 and value.ndim == 4:
+        return query, key, value, None
+    if query.ndim < 2 or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        raise ValueError(f"scaled_dot_product_attention: query has shape {query.shape}, key {key.shape}, value "
+                         f"{value.shape}; expected (batch, heads, length, d), or equal leading axes")
+    leading = query.shape[:-2]
+    return (*(x.reshape(1, math.prod(leading), *x.shape[-2:]) for x in (query, key, value)), leading)
+
+
+# ── rotary positions ──────────────────────────────────────────────────────────────────────────────────
+
+@op("...td, th, th -> ...td", types="float!", public=False)
+def rotate_pairs(k: Any, x: Array, cosine: Array, sine: Array, interleaved: bool = False) -> Array:
+    """Turn each pair of coordinates of position t by its angle."""
+    x, cosine, sine = k.contiguous(x), k.contiguous(cosine), k.contiguous(sine)
+    t, d = x.shape[-2:]
+    y = k.empty_like(x)
+    k.rope(y, x, cosine, sine, x.size // (t * d) if t * d else 0, t, d, int(interleaved))
+    return y
+
+
+@rotate_pairs.kernel_vjp
+def _(k: Any, g: Array, cosine: Array, sine: Array, interleaved: bool) -> Any:
+    cosine, back = k.contiguous(cosine), k.map("negative", sine)  # a rotation's transpose turns the other way
+    t, d = g.shape[-2:]
+    dx = k.empty_like(g)
+    k.rope(dx, g, cosine, back, g.size // (t * d) if t * d else 0, t, d, int(interleaved))
+    return dx, None, None
+
+
+@rotate_pairs.composition
+def _(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool = False) -> Tensor:
+    half = x.shape[-1] // 2
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        pairs = stack([a * cosine - b * sine, b * cosine + a * sine], -1)
+        return pairs.reshape(x.shape)
+    a, b = x[..., :half], x[..., half:]
+    return concat([a * cosine - b * sine, b * cosine + a * sine], -1)
+
+
+@composite("...td, th, th -> ...td")
+def rope(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary position embedding. Su et al. 2021, arXiv:2104.09864, eq. 34.
+
+    x (..., T, d), d even; cosine and sine (T, d/2) of the angles (see rope_table). The pairs are (i, i + d/2) as in
+    Llama's published weights, or (2i, 2i + 1) if interleaved, as in the paper.
+    """
+    if x.ndim < 2 or x.shape[-1] % 2:
+        raise ValueError(f"rope: x has shape {x.shape}, expected (..., T, d) with d even")
+    if cosine.shape != (x.shape[-2], x.shape[-1] // 2) or sine.shape != cosine.shape:
+        raise ValueError(f"rope: cosine has shape {cosine.shape} and sine {sine.shape}, expected "
+                         f"{(x.shape[-2], x.shape[-1] // 2)} for x {x.shape}")
+    return rotate_pairs(x, cosine, sine, interleaved)
+
+
+def rope_table(positions: int, dim: int, base: float = 10000.0, *, start: int = 0, device: str | None = None,
+               dtype: Any = None) -> tuple[Tensor, Tensor]:
+    """cos and sin of t · base^(−2i/dim), each (positions, dim/2), for t from `start`; computed in float64."""
+    from engine.dtypes import as_dtype, float32
+    from engine.tensor import default_device
+
+    angle = np.outer(np.arange(start, start + positions), base ** (-np.arange(0, dim, 2) / dim))
+    kind = as_dtype(dtype or float32)
+    k = get_backend(device or default_device())
+    return tuple(Tensor(k.array(f(angle), kind), k.device) for f in (np.cos, np.sin))  # type: ignore[return-value]

@@ -1,0 +1,195 @@
+"""Indexing: reading, writing and scattering by index.
+
+Slices and numbers give views; arrays of integers or bools give copies, as in NumPy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from engine import autograd
+from engine.backend import Array, get_backend
+from engine.dtypes import int64
+from engine.ops.registry import axis_index, cast, composite, op
+from engine.tensor import Tensor
+
+
+def _plain(index: Any) -> Any:
+    """An index with tensors and lists turned into NumPy arrays; always a tuple."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return tuple(_plain_part(part) for part in parts)
+
+
+def _plain_part(part: Any) -> Any:
+    if isinstance(part, (Tensor, np.ndarray, list)):
+        array = part.numpy() if isinstance(part, Tensor) else np.asarray(part)
+        if array.size == 0 and array.dtype.kind == "f":
+            array = array.astype(np.int64)  # an empty list
+        if array.dtype.kind not in "iub":
+            raise TypeError(f"index: got a {array.dtype} array, expected integers or bools")
+        return array.item() if array.ndim == 0 and array.dtype.kind != "b" else array
+    if part is None or part is Ellipsis or isinstance(part, (slice, int, np.integer, np.bool_)):
+        return part
+    raise TypeError(f"index: got {type(part).__name__}, expected integers, slices, None, ..., or arrays of them")
+
+
+def _is_basic(index: tuple[Any, ...]) -> bool:
+    return not any(isinstance(part, (np.ndarray, bool, np.bool_)) for part in index)
+
+
+@op("... -> ...", types="any", public=False)
+def take_index(k: Any, x: Array, index: tuple[Any, ...]) -> Array:
+    """x[index]."""
+    try:
+        if _is_basic(index):
+            return x.view(x.data[index])
+        y = k.empty(np.empty(0).shape if x.data.size == 0 and not index else
+                    np.broadcast_to(np.int8(0), x.data.shape)[index].shape, x.dtype)
+        k.gather(y, x, index)
+        return y
+    except IndexError as error:
+        raise IndexError(f"index: x has shape {x.shape}: {error}") from None
+
+
+@take_index.vjp
+def _(g: Tensor, x_shape: tuple[int, ...], index: tuple[Any, ...]) -> Tensor:
+    return put_index(g, x_shape, index)
+
+
+@op("... -> ...", types="any", public=False)
+def put_index(k: Any, g: Array, shape: tuple[int, ...], index: tuple[Any, ...]) -> Array:
+    """Zeros of `shape` with g added at [index]: the transpose of take_index."""
+    y = k.zeros(shape, g.dtype)
+    if _is_basic(index):  # no element twice: a copy into the view
+        target = y.view(y.data[index])
+        k.copy(target, g, k.layout(target, g))
+    else:
+        k.scatter_add(y, g, index)
+    return y
+
+
+@put_index.vjp
+def _(g: Tensor, index: tuple[Any, ...]) -> Tensor:
+    return take_index(g, index)
+
+
+@op("..., ... -> ...", public=False)
+def assign_index(k: Any, x: Array, value: Array, index: tuple[Any, ...]) -> Array:
+    """A copy of x with x[index] = value."""
+    y = k.empty_like(x)
+    k.copy(y, x, k.layout(y, x))
+    write_index(k, y, value, index)
+    return y
+
+
+@assign_index.vjp
+def _(g: Tensor, x_shape: tuple[int, ...], index: tuple[Any, ...], needs: tuple[bool, ...]) -> Any:
+    kept = assign_index(g, 0.0, index) if needs[0] else None
+    return kept, take_index(g, index) if needs[1] else None
+
+
+def write_index(k: Any, y: Array, value: Array, index: tuple[Any, ...]) -> None:
+    """y[index] = value, in place."""
+    try:
+        k.scatter(y, value, index)
+    except (IndexError, ValueError) as error:
+        raise type(error)(f"index assignment: x has shape {y.shape}, value {value.shape}: {error}") from None
+
+
+def _getitem(self: Tensor, index: Any) -> Tensor:
+    return take_index(self, _plain(index))
+
+
+def _setitem(self: Tensor, index: Any, value: Any) -> None:
+    """x[index] = value, in place: see engine/ops/inplace.py for what that means inside a graph."""
+    from engine.ops.inplace import rebind_or_write
+
+    plain = _plain(index)
+
+    def write(k: Any, target: Array, source: Array) -> None:
+        write_index(k, target, source, plain)
+
+    rebind_or_write("index assignment", self, value, lambda x, v: assign_index(x, v, plain), write)
+
+
+Tensor.__getitem__ = _getitem  # type: ignore[attr-defined]
+Tensor.__setitem__ = _setitem  # type: ignore[attr-defined]
+
+
+@op("vn, ... -> ...n", types="float!", fixed=("index",), reference=lambda weight, index: weight[index])
+def embedding(k: Any, weight: Array, index: Array) -> Array:
+    """y = weight[index]: rows of a (vocabulary, n) table by integer index. Raises IndexError outside [0, vocabulary)."""
+    vocabulary, n = weight.shape
+    where = _checked_index(k, "embedding", index, vocabulary)
+    y = k.empty((*index.shape, n), weight.dtype)
+    k.embedding(y, k.contiguous(weight), where, where.size, vocabulary, n)
+    return y
+
+
+def _checked_index(k: Any, name: str, index: Array, length: int) -> Array:
+    """The index as dense int64, checked to lie in [0, length)."""
+    where = k.contiguous(index if index.dtype is int64 else cast(k, index, int64))
+    if where.size:
+        low, high = k.empty((), int64), k.empty((), int64)
+        k.min(low, where, 1, where.size, 1)
+        k.max(high, where, 1, where.size, 1)
+        if low.data[()] < 0 or high.data[()] >= length:
+            wrong = low.data[()] if low.data[()] < 0 else high.data[()]
+            raise IndexError(f"{name}: index holds {wrong}, expected whole numbers in [0, {length})")
+    return where
+
+
+@embedding.kernel_vjp
+def _(k: Any, g: Array, weight_shape: tuple[int, ...], index: Array) -> Any:
+    vocabulary, n = weight_shape
+    where = k.contiguous(index if index.dtype is int64 else cast(k, index, int64))
+    dweight = k.empty(weight_shape, g.dtype)
+    k.embedding_vjp(dweight, g, where, where.size, vocabulary, n)
+    return dweight, None
+
+
+@embedding.composition
+def _(weight: Tensor, index: Tensor) -> Tensor:
+    length = weight.shape[0]
+    _checked_index(get_backend(index.device), "embedding", index.array, length)
+    return weight[index]
+
+
+@composite("..., ... -> ...", reference=np.take_along_axis)
+def take_along_axis(x: Tensor, index: Tensor, axis: int = -1) -> Tensor:
+    """y[.., i, ..] = x[.., index[.., i, ..], ..] along `axis`; index has x's number of axes."""
+    at = axis_index("take_along_axis", axis, x.ndim)
+    if index.ndim != x.ndim:
+        raise ValueError(f"take_along_axis: index has shape {index.shape}, expected {x.ndim} axes as in x {x.shape}")
+    where = index.numpy()
+    grid = np.ogrid[tuple(slice(n) for n in where.shape)]
+    return x[tuple(where if i == at else grid[i] for i in range(x.ndim))]
+
+
+@composite("..., n -> ...", reference=np.take)
+def take(x: Tensor, index: Tensor, axis: int = 0) -> Tensor:
+    """The slices of x at the given indices along `axis`."""
+    at = axis_index("take", axis, x.ndim)
+    return x[(slice(None),) * at + (index,)]
+
+
+@op("... -> ...", reference=np.sort, types="any", public=False)
+def argsort_values(k: Any, x: Array, axis: int, descending: bool) -> Array:
+    y = k.empty(x.shape, int64)
+    k.argsort(y, x, axis, descending)
+    return y
+
+
+@composite("... -> ...", reference=lambda x, axis=-1: np.argsort(x, axis, kind="stable"), method="argsort")
+def argsort(x: Tensor, axis: int = -1, descending: bool = False) -> Tensor:
+    """The indices (int64) that sort x along `axis`; equal elements keep their order, NaN comes last."""
+    with autograd.no_grad():
+        return argsort_values(x, axis_index("argsort", axis, x.ndim), descending)
+
+
+@composite("... -> ...", reference=np.sort, method="sort")
+def sort(x: Tensor, axis: int = -1, descending: bool = False) -> Tensor:
+    """x sorted along `axis`."""
+    return take_along_axis(x, argsort(x, axis, descending), axis)

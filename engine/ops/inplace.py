@@ -1,0 +1,82 @@
+"""In-place operations: x += y, x[i] = v, x.zero_().
+
+On a tensor outside any graph they write to its memory and advance its version, so that a node which saved the old
+elements says so in backward. On a tensor inside a graph they do not touch memory: x is bound to the result of the
+functional op, and the graph stays right. Where that would go unseen, because other views of the memory exist, and
+on a leaf that requires grad while recording, they raise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from engine import autograd
+from engine.backend import Array, get_backend
+from engine.ops import elementwise
+from engine.ops.registry import cast
+from engine.tensor import Tensor, tensor
+
+
+def rebind_or_write(name: str, x: Tensor, value: Any, functional: Callable[[Tensor, Any], Tensor],
+                    write: Callable[[Any, Array, Array], None]) -> None:
+    """The two ways above: functional(x, value) gives the new tensor; write(k, x's Array, value's Array) overwrites."""
+    recording = autograd.is_grad_enabled() and (
+        x.requires_grad or (isinstance(value, Tensor) and value.requires_grad))
+    if recording:
+        if x.node is None and x.requires_grad:
+            raise RuntimeError(f"{name}: x is a leaf that requires grad, which cannot be changed in place while "
+                               "recording; use eg.no_grad(), or make a new tensor")
+        if x.array.storage.has_views:
+            raise RuntimeError(f"{name}: x shares its memory with a view while in a graph, and the change would not "
+                               "be seen there; make a new tensor instead")
+        result = functional(x, value)
+        if result.shape != x.shape:
+            raise ValueError(f"{name}: the result has shape {result.shape}, which does not fit x {x.shape} in place")
+        if result.dtype is not x.dtype:
+            result = result.to(dtype=x.dtype)
+        x.array, x.node, x.requires_grad = result.array, result.node, result.requires_grad
+        return
+    if not x.array.data.flags.writeable:
+        raise ValueError(f"{name}: x is read-only (a broadcast view or a read-only array)")
+    k = get_backend(x.device)
+    with autograd.no_grad():
+        source = value if isinstance(value, Tensor) else tensor(value, device=x.device)
+    if source.device != x.device:
+        raise ValueError(f"{name}: x is on {x.device} and the value on {source.device}; move it with .to()")
+    write(k, x.array, source.array if source.dtype is x.dtype else cast(k, source.array, x.dtype))
+    x.array.storage.version += 1
+
+
+def _augmented(f: Any, name: str) -> Callable[[Tensor, Any], Tensor]:
+    def run(self: Tensor, other: Any) -> Tensor:
+        def write(k: Any, target: Array, _source: Array) -> None:
+            with autograd.no_grad():
+                result = f(self, other)
+            if result.shape != self.shape:
+                raise ValueError(f"{name}: the result has shape {result.shape}, which does not fit x {self.shape} in place")
+            source = result.array if result.dtype is self.dtype else cast(k, result.array, self.dtype)
+            k.copy(target, source, k.layout(target, source))
+        rebind_or_write(name, self, other, f, write)
+        return self
+    run.__name__ = name
+    return run
+
+
+def _copy_(self: Tensor, other: Any) -> Tensor:
+    """Overwrite the elements with those of `other`, which broadcasts to this shape."""
+    self[...] = other
+    return self
+
+
+def _zero_(self: Tensor) -> Tensor:
+    """Set every element to 0."""
+    self[...] = 0
+    return self
+
+
+for _name, _op in (("__iadd__", elementwise.add), ("__isub__", elementwise.subtract),
+                   ("__imul__", elementwise.multiply), ("__itruediv__", elementwise.divide),
+                   ("__ipow__", elementwise.pow)):
+    setattr(Tensor, _name, _augmented(_op, _name))
+Tensor.copy_ = _copy_  # type: ignore[attr-defined]
+Tensor.zero_ = _zero_  # type: ignore[attr-defined]

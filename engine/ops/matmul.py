@@ -1,0 +1,138 @@
+"""Matrix products. One kernel, gemm, serves them all: operands go by strides, so a transpose costs nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Sequence
+
+import numpy as np
+
+from engine.backend import Array
+from engine.backend.launch import broadcast_shapes
+from engine.ops.movement import matrix_transpose, permute_dims, reshape
+from engine.ops.registry import axes_tuple, axis_index, composite, op
+from engine.tensor import Tensor
+
+
+def _batch_stride(k: Any, x: Array, batch: tuple[int, ...]) -> tuple[Array, int]:
+    """x (..., i, j) as one batch axis of constant stride (in elements) over the broadcast `batch`, copied if it is not."""
+    own = x.data.shape[:-2]
+    if math.prod(own) == 1:
+        return x, 0
+    if own != batch:
+        x = x.view(np.broadcast_to(x.data, (*batch, *x.data.shape[-2:])))
+    strides = [(n, s) for n, s in zip(batch, x.data.strides[:-2]) if n != 1]
+    if all(s == n2 * s2 for (_, s), (n2, s2) in zip(strides, strides[1:])):
+        return x, (strides[-1][1] // x.dtype.itemsize if strides else 0)
+    x = k.contiguous(x)
+    return x, x.data.shape[-1] * x.data.shape[-2]
+
+
+def gemm(k: Any, a: Array, b: Array, bias: Array | None = None) -> Array:
+    """a (..., m, k) times b (..., k, n), leading axes broadcast, plus bias (n,): one launch."""
+    (m, inner), n = a.data.shape[-2:], b.data.shape[-1]
+    batch = broadcast_shapes("matmul", a.data.shape[:-2], b.data.shape[:-2])
+    c = k.empty((*batch, m, n), a.dtype)
+    if math.prod(b.data.shape[:-2]) == 1 and a.data.flags.c_contiguous and batch == a.data.shape[:-2]:
+        rows, count, a_step, b_step = math.prod(batch) * m, 1, 0, 0  # one tall product instead of a batch
+    else:
+        rows, count = m, math.prod(batch)
+        (a, a_step), (b, b_step) = _batch_stride(k, a, batch), _batch_stride(k, b, batch)
+    size = a.dtype.itemsize
+    (a_row, a_col), (b_row, b_col) = a.data.strides[-2:], b.data.strides[-2:]
+    k.gemm(c, a, b, bias, count, rows, n, inner, a_step, a_row // size, a_col // size,
+           b_step, b_row // size, b_col // size, rows * n, n, 0)
+    return c
+
+
+@op("...ij, ...jk -> ...ik", reference=np.matmul, public=False)
+def matrix_product(k: Any, a: Array, b: Array) -> Array:
+    """C = A B over the last two axes, the others broadcast."""
+    return gemm(k, a, b)
+
+
+@matrix_product.vjp
+def _(g: Tensor, a: Tensor, b: Tensor, needs: tuple[bool, ...]) -> Any:
+    return (matrix_product(g, matrix_transpose(b)) if needs[0] else None,
+            _transposed_product(a, g, b.ndim) if needs[1] else None)
+
+
+def _transposed_product(a: Tensor, g: Tensor, columns: int) -> Tensor:
+    """Aᵀ G (..., j, k). Where B was one matrix for all of a batch, the sum over the batch is one tall product."""
+    if columns == 2 and a.ndim > 2 and a.ndim == g.ndim and a.shape[:-2] == g.shape[:-2]:
+        a, g = reshape(a, (-1, a.shape[-1])), reshape(g, (-1, g.shape[-1]))
+    return matrix_product(matrix_transpose(a), g)
+
+
+@composite("...ij, ...jk -> ...ik", reference=np.matmul, method="__matmul__")
+def matmul(a: Any, b: Any) -> Tensor:
+    """C = A B over the last two axes, the others broadcast; a 1-d operand is a row (left) or a column (right).
+
+    Shapes (..., m, k) and (..., k, n) give (..., m, n). Raises ValueError for 0-d operands and unequal k.
+    """
+    if a.ndim == 0 or b.ndim == 0:
+        raise ValueError(f"matmul: got shapes {a.shape} and {b.shape}, expected at least 1 axis each")
+    if a.shape[-1] != b.shape[-2 if b.ndim > 1 else 0]:
+        raise ValueError(f"matmul: a has shape {a.shape} and b has shape {b.shape}: the last axis of a, "
+                         f"{a.shape[-1]}, must equal the {'second last' if b.ndim > 1 else 'only'} axis of b, "
+                         f"{b.shape[-2 if b.ndim > 1 else 0]}")
+    left = a if a.ndim > 1 else a.expand_dims(0)
+    right = b if b.ndim > 1 else b.expand_dims(1)
+    c = matrix_product(left, right)
+    if a.ndim == 1:
+        c = c.squeeze(-2)
+    return c.squeeze(-1) if b.ndim == 1 else c
+
+
+@op("...i, oi, o -> ...o", types="float!")
+def linear(k: Any, x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """y = x Wᵀ + b, W (out, in): a matrix product with the bias added as it is written."""
+    if x.data.ndim == 1:
+        y = gemm(k, x.view(x.data[None, :]), _transposed(weight), bias)
+        return y.reshaped((weight.shape[0],))
+    return gemm(k, x, _transposed(weight), bias)
+
+
+def _transposed(x: Array) -> Array:
+    return Array(x.data.T, x.dtype, x.ptr, x.storage)
+
+
+@linear.kernel_vjp
+def _(k: Any, g: Array, x: Array, weight: Array, bias: Array | None, needs: tuple[bool, ...]) -> Any:
+    outputs, inputs = weight.shape
+    rows = g.size // outputs if outputs else math.prod(x.shape[:-1])
+    flat_g, flat_x = g.reshaped((rows, outputs)), k.contiguous(x).reshaped((rows, inputs))
+    dx = gemm(k, flat_g, weight).reshaped(x.shape) if needs[0] else None
+    dweight = gemm(k, _transposed(flat_g), flat_x) if needs[1] else None
+    dbias = None
+    if bias is not None and needs[2]:
+        dbias = k.empty((outputs,), g.dtype)
+        k.sum(dbias, flat_g, 1, rows, outputs)
+    return dx, dweight, dbias
+
+
+@linear.composition
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = matmul(x, matrix_transpose(weight))
+    return y if bias is None else y + bias
+
+
+@composite("..., ... -> ...", reference=np.tensordot)
+def tensordot(a: Tensor, b: Tensor, axes: int | tuple[Sequence[int], Sequence[int]] = 2) -> Tensor:
+    """Σ over pairs of axes: the last `axes` of a with the first of b, or the two given lists of axes."""
+    if isinstance(axes, int):
+        left, right = list(range(a.ndim - axes, a.ndim)), list(range(axes))
+    else:
+        left = [axis_index("tensordot", i, a.ndim) for i in axes[0]]
+        right = [axis_index("tensordot", i, b.ndim) for i in axes[1]]
+    lengths = [a.shape[i] for i in left]
+    if lengths != [b.shape[i] for i in right]:
+        raise ValueError(f"tensordot: axes {left} of a are {lengths}, axes {right} of b are "
+                         f"{[b.shape[i] for i in right]}; expected equal lengths")
+    axes_tuple("tensordot", left, a.ndim), axes_tuple("tensordot", right, b.ndim)
+    free_a, free_b = ([i for i in range(n) if i not in used] for n, used in ((a.ndim, left), (b.ndim, right)))
+    summed = math.prod(lengths)
+    rows, columns = [a.shape[i] for i in free_a], [b.shape[i] for i in free_b]
+    flat_a = reshape(permute_dims(a, free_a + left), (math.prod(rows), summed))
+    flat_b = reshape(permute_dims(b, right + free_b), (summed, math.prod(columns)))
+    return reshape(matmul(flat_a, flat_b), (*rows, *columns))

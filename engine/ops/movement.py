@@ -1,0 +1,219 @@
+"""Movement ops: the same elements under another shape. Most are views: no element is touched, memory is shared."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Sequence
+
+import numpy as np
+
+from engine.backend import Array
+from engine.ops.registry import axes_tuple, axis_index, composite, op
+from engine.tensor import Tensor
+
+Shape = int | Sequence[int]
+
+
+def _shape_tuple(name: str, shape: Shape) -> tuple[int, ...]:
+    sizes = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
+    if not all(isinstance(n, (int, np.integer)) for n in sizes):
+        raise TypeError(f"{name}: shape is {shape!r}, expected whole numbers")
+    return tuple(int(n) for n in sizes)
+
+
+@op("... -> ...", reference=np.reshape, types="any")
+def reshape(k: Any, x: Array, shape: Shape) -> Array:
+    """The elements in the same order under another shape; one length may be −1. A view if x is contiguous."""
+    new = _shape_tuple("reshape", shape)
+    known = math.prod(n for n in new if n != -1)
+    if -1 in new and new.count(-1) == 1 and known and x.size % known == 0:
+        new = tuple(x.size // known if n == -1 else n for n in new)
+    if math.prod(new) != x.size or any(n < 0 for n in new):
+        raise ValueError(f"reshape: x has shape {x.shape} ({x.size} elements), which does not fit {tuple(new)}")
+    if not x.data.flags.c_contiguous:
+        return k.contiguous(x).reshaped(new)
+    x.storage.has_views = True
+    return x.reshaped(new)
+
+
+@reshape.vjp
+def _(g: Tensor, x_shape: tuple[int, ...]) -> Tensor:
+    return reshape(g, x_shape)
+
+
+@op("... -> ...", reference=np.transpose, types="any", method="permute_dims")
+def permute_dims(k: Any, x: Array, axes: Sequence[int]) -> Array:
+    """Axis i of the result is axis axes[i] of x. A view."""
+    order = tuple(axis_index("permute_dims", a, x.data.ndim) for a in axes)
+    if sorted(order) != list(range(x.data.ndim)):
+        raise ValueError(f"permute_dims: axes are {tuple(axes)}, expected each of the {x.data.ndim} axes of x once")
+    return x.view(x.data.transpose(order))
+
+
+@permute_dims.vjp
+def _(g: Tensor, axes: Sequence[int]) -> Tensor:
+    ndim = len(axes)
+    back = sorted(range(ndim), key=lambda i: axes[i] % ndim)
+    return permute_dims(g, back)
+
+
+@op("... -> ...", reference=np.broadcast_to, types="any", method="broadcast_to")
+def broadcast_to(k: Any, x: Array, shape: Shape) -> Array:
+    """x repeated along axes of length 1, and along new leading axes, to `shape`. A view."""
+    new = _shape_tuple("broadcast_to", shape)
+    try:
+        return x.view(np.broadcast_to(x.data, new))
+    except ValueError:
+        raise ValueError(f"broadcast_to: x has shape {x.shape}, which does not broadcast to {new}") from None
+
+
+@broadcast_to.vjp
+def _(g: Tensor) -> Tensor:
+    return g  # the walk sums it back (autograd._fit)
+
+
+@op("... -> ...", reference=np.flip, types="any", method="flip")
+def flip(k: Any, x: Array, axis: int | Sequence[int] | None = None) -> Array:
+    """x backwards along `axis` (None: every axis). A view."""
+    return x.view(np.flip(x.data, axes_tuple("flip", axis, x.data.ndim)))
+
+
+@flip.vjp
+def _(g: Tensor, axis: Any) -> Tensor:
+    return flip(g, axis)
+
+
+@op("*... -> ...", reference=lambda arrays, axis=0: np.concatenate(arrays, axis))
+def concat(k: Any, arrays: Sequence[Array], axis: int = 0) -> Array:
+    """The tensors one after the other along `axis`."""
+    if not arrays:
+        raise ValueError("concat: got no tensors, expected at least one")
+    shape = arrays[0].shape
+    at = axis_index("concat", axis, len(shape))
+    for i, x in enumerate(arrays):
+        if len(x.shape) != len(shape) or x.shape[:at] + x.shape[at + 1:] != shape[:at] + shape[at + 1:]:
+            raise ValueError(f"concat: tensor {i} has shape {x.shape}, expected {shape} but for axis {at}")
+    if not shape:
+        raise ValueError("concat: tensor 0 is 0-d, expected at least one axis; stack joins 0-d tensors")
+    y = k.empty((*shape[:at], sum(x.shape[at] for x in arrays), *shape[at + 1:]), arrays[0].dtype)
+    start = 0
+    for x in arrays:
+        piece = y.data[(slice(None),) * at + (slice(start, start + x.shape[at]),)]
+        target = Array(piece, y.dtype, None, y.storage)
+        k.copy(target, x, k.layout(target, x))
+        start += x.shape[at]
+    return y
+
+
+@concat.vjp
+def _(g: Tensor, arrays_shapes: Sequence[tuple[int, ...]], axis: int) -> list[Tensor]:
+    at = axis % g.ndim
+    pieces, start = [], 0
+    for shape in arrays_shapes:
+        pieces.append(g[(slice(None),) * at + (slice(start, start + shape[at]),)])
+        start += shape[at]
+    return pieces
+
+
+@composite("... -> ...", reference=np.expand_dims, method="expand_dims")
+def expand_dims(x: Tensor, axis: int | Sequence[int] = 0) -> Tensor:
+    """x with an axis of length 1 inserted at `axis` of the result. A view."""
+    several = axis if isinstance(axis, (tuple, list)) else (axis,)
+    ndim = x.ndim + len(several)
+    axes = axes_tuple("expand_dims", several, ndim)
+    lengths = iter(x.shape)
+    return reshape_view(x, tuple(1 if i in axes else next(lengths) for i in range(ndim)))
+
+
+@composite("... -> ...", reference=np.squeeze, method="squeeze")
+def squeeze(x: Tensor, axis: int | Sequence[int] | None = None) -> Tensor:
+    """x without the axes of length 1 named by `axis` (None: all of them). A view."""
+    axes = tuple(i for i, n in enumerate(x.shape) if n == 1) if axis is None else axes_tuple("squeeze", axis, x.ndim)
+    for i in axes:
+        if x.shape[i] != 1:
+            raise ValueError(f"squeeze: axis {i} of shape {x.shape} has length {x.shape[i]}, expected 1")
+    return reshape_view(x, tuple(n for i, n in enumerate(x.shape) if i not in axes))
+
+
+@op("... -> ...", types="any", public=False)
+def reshape_view(k: Any, x: Array, shape: tuple[int, ...]) -> Array:
+    """A reshape that only adds or drops axes of length 1: a view whatever the strides."""
+    return x.view(x.data.reshape(shape))
+
+
+@reshape_view.vjp
+def _(g: Tensor, x_shape: tuple[int, ...]) -> Tensor:
+    return reshape_view(g, x_shape)
+
+
+@composite("...ij -> ...ji", reference=lambda x: np.swapaxes(x, -1, -2))
+def matrix_transpose(x: Tensor) -> Tensor:
+    """The last two axes swapped. A view."""
+    if x.ndim < 2:
+        raise ValueError(f"matrix_transpose: x has shape {x.shape}, expected at least 2 axes")
+    return permute_dims(x, (*range(x.ndim - 2), x.ndim - 1, x.ndim - 2))
+
+
+@composite("... -> ...", reference=np.moveaxis)
+def moveaxis(x: Tensor, source: int, destination: int) -> Tensor:
+    """Axis `source` moved to place `destination`, the others in their order. A view."""
+    order = list(range(x.ndim))
+    moved = order.pop(axis_index("moveaxis", source, x.ndim))
+    order.insert(axis_index("moveaxis", destination, x.ndim), moved)
+    return permute_dims(x, order)
+
+
+@composite("... -> ...", reference=np.swapaxes, method="swapaxes")
+def swapaxes(x: Tensor, a: int, b: int) -> Tensor:
+    """Two axes exchanged. A view."""
+    order = list(range(x.ndim))
+    a, b = axis_index("swapaxes", a, x.ndim), axis_index("swapaxes", b, x.ndim)
+    order[a], order[b] = order[b], order[a]
+    return permute_dims(x, order)
+
+
+@composite("... -> ...", reference=lambda x: x.reshape(-1), method="flatten")
+def flatten(x: Tensor) -> Tensor:
+    """All elements along one axis."""
+    return reshape(x, (-1,))
+
+
+@composite("*... -> ...", reference=np.stack)
+def stack(arrays: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Tensors of one shape along a new axis."""
+    return concat([expand_dims(x, axis) for x in arrays], axis)
+
+
+@composite("... -> ...", reference=lambda x, sections, axis=0: np.split(x, sections, axis), method="split")
+def split(x: Tensor, sections: int | Sequence[int], axis: int = 0) -> Any:
+    """x cut along `axis` into `sections` equal parts, or into parts of the given lengths: a tuple of views."""
+    at = axis_index("split", axis, x.ndim)
+    length = x.shape[at]
+    if isinstance(sections, int):
+        if sections < 1 or length % sections:
+            raise ValueError(f"split: axis {at} of length {length} does not divide into {sections} equal parts")
+        sections = [length // sections] * sections
+    if sum(sections) != length:
+        raise ValueError(f"split: parts {list(sections)} add up to {sum(sections)}, expected {length}, axis {at}")
+    parts, start = [], 0
+    for n in sections:
+        parts.append(x[(slice(None),) * at + (slice(start, start + n),)])
+        start += n
+    return tuple(parts)
+
+
+@composite("... -> ...", reference=lambda x, repeats, axis: np.repeat(x, repeats, axis))
+def repeat(x: Tensor, repeats: int, axis: int) -> Tensor:
+    """Each element `repeats` times in a row along `axis`."""
+    at = axis_index("repeat", axis, x.ndim)
+    wide = expand_dims(x, at + 1).broadcast_to((*x.shape[:at + 1], repeats, *x.shape[at + 1:]))
+    return reshape(wide, (*x.shape[:at], x.shape[at] * repeats, *x.shape[at + 1:]))
+
+
+def _reshape_method(self: Tensor, *shape: Any) -> Tensor:
+    return reshape(self, shape[0] if len(shape) == 1 else shape)
+
+
+Tensor.reshape = _reshape_method  # type: ignore[attr-defined]
+Tensor.mT = property(matrix_transpose)  # type: ignore[attr-defined]
+Tensor.T = property(lambda self: permute_dims(self, tuple(reversed(range(self.ndim)))))  # type: ignore[attr-defined]

@@ -1,0 +1,191 @@
+"""Reductions: one value from all elements along some axes.
+
+A kernel sees a dense (outer, n, inner) array and reduces the middle axis, so reduced axes are first brought side by
+side. The order of summation is a function of n alone (kernels/reduce.c): the same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Sequence
+
+import numpy as np
+
+from engine.backend import Array
+from engine.dtypes import DType, as_dtype, bool_, int64
+from engine.ops.elementwise import exp, square, where
+from engine.ops.registry import axes_tuple, axis_index, cast, composite, op
+from engine.tensor import Tensor
+
+Axis = int | Sequence[int] | None
+
+
+def _arranged(k: Any, x: Array, axes: tuple[int, ...]) -> tuple[Array, int, int, int]:
+    """x as a dense (outer, n, inner), n over `axes`: as it lies if the axes are neighbours, else moved to the end."""
+    shape = x.data.shape
+    if axes and axes != tuple(range(axes[0], axes[-1] + 1)):
+        kept = [i for i in range(len(shape)) if i not in axes]
+        x = k.contiguous(Array(x.data.transpose(*kept, *axes), x.dtype, None, x.storage))
+        return x, math.prod(shape[i] for i in kept), math.prod(shape[i] for i in axes), 1
+    first, last = (axes[0], axes[-1] + 1) if axes else (len(shape), len(shape))
+    return k.contiguous(x), math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:])
+
+
+def _reduced_shape(shape: tuple[int, ...], axes: tuple[int, ...], keepdims: bool) -> tuple[int, ...]:
+    if keepdims:
+        return tuple([1 if i in axes else n for i, n in enumerate(shape)])
+    return tuple([n for i, n in enumerate(shape) if i not in axes])
+
+
+def _reduce(k: Any, name: str, x: Array, axis: Axis, keepdims: bool, dtype: DType | None = None,
+            non_empty: bool = False) -> Array:
+    axes = axes_tuple(name, axis, x.data.ndim)
+    dense, outer, n, inner = _arranged(k, x, axes)
+    if non_empty and n == 0 and outer * inner:
+        raise ValueError(f"{name}: axis {axis} of shape {x.data.shape} is empty, and {name} of nothing is undefined")
+    y = k.empty(_reduced_shape(x.data.shape, axes, keepdims), dtype or x.dtype)
+    getattr(k, name)(y, dense, outer, n, inner)
+    return y
+
+
+def _spread(g: Tensor, shape: tuple[int, ...], axis: Axis) -> Tensor:
+    """A reduction's gradient with the reduced axes back in place, as length 1."""
+    axes = axes_tuple("sum", axis, len(shape))
+    return g.reshape(_reduced_shape(shape, axes, True))
+
+
+@op("... -> ...", reference=np.sum, method="sum")
+def sum(k: Any, x: Array, axis: Axis = None, keepdims: bool = False, dtype: Any = None) -> Array:
+    """y = Σ x over `axis` (None: all). Bools and small integers are summed as int64; 0 over an empty axis."""
+    wanted = as_dtype(dtype) if dtype is not None else x.dtype if x.dtype.is_floating or x.dtype.itemsize == 8 else int64
+    return _reduce(k, "sum", x if x.dtype is wanted else cast(k, x, wanted), axis, keepdims)
+
+
+@sum.vjp
+def _(g: Tensor, x_shape: tuple[int, ...], axis: Axis) -> Tensor:
+    return _spread(g, x_shape, axis).broadcast_to(x_shape)
+
+
+@op("... -> ...", reference=np.prod, domain=(0.5, 2.0), method="prod")
+def prod(k: Any, x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """y = Π x over `axis` (None: all); 1 over an empty axis. The gradient is y / x, so NaN where x is 0."""
+    wanted = x.dtype if x.dtype.is_floating or x.dtype.itemsize == 8 else int64
+    return _reduce(k, "prod", x if x.dtype is wanted else cast(k, x, wanted), axis, keepdims)
+
+
+@prod.vjp
+def _(g: Tensor, x: Tensor, y: Tensor, axis: Axis) -> Tensor:
+    return _spread(g * y, x.shape, axis) / x
+
+
+@composite("... -> ...", reference=np.mean, method="mean")
+def mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
+    """y = Σ x / n over `axis` (None: all). NaN over an empty axis."""
+    axes = axes_tuple("mean", axis, x.ndim)
+    return sum(x, axis, keepdims) / float(math.prod(x.shape[i] for i in axes))
+
+
+@composite("... -> ...", reference=lambda x, axis=None, correction=0.0, keepdims=False:
+           np.var(x, axis=axis, ddof=correction, keepdims=keepdims), method="var")
+def var(x: Tensor, axis: Axis = None, correction: float = 0.0, keepdims: bool = False) -> Tensor:
+    """y = Σ (x − mean x)² / (n − correction) over `axis`, in two passes."""
+    axes = axes_tuple("var", axis, x.ndim)
+    deviation = x - mean(x, axis, keepdims=True)
+    divisor = max_of_two(float(math.prod(x.shape[i] for i in axes)) - correction, 0.0)
+    return sum(square(deviation), axis, keepdims) / divisor
+
+
+@composite("... -> ...", reference=lambda x, axis=None, correction=0.0, keepdims=False:
+           np.std(x, axis=axis, ddof=correction, keepdims=keepdims), method="std")
+def std(x: Tensor, axis: Axis = None, correction: float = 0.0, keepdims: bool = False) -> Tensor:
+    """y = √var(x)."""
+    return var(x, axis, correction, keepdims).sqrt()
+
+
+def max_of_two(a: float, b: float) -> float:
+    return a if a > b else b  # `max` is the reduction in this file
+
+
+@op("... -> ...", reference=np.max, method="max")
+def max(k: Any, x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """y = the largest x over `axis` (None: all); NaN if any is. Equal largest ones share the gradient equally."""
+    return _reduce(k, "max", x, axis, keepdims, non_empty=True)
+
+
+@max.vjp
+def _(g: Tensor, x: Tensor, y: Tensor, axis: Axis) -> Tensor:
+    return _to_winners(g, x, y, axis)
+
+
+@op("... -> ...", reference=np.min, method="min")
+def min(k: Any, x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """y = the smallest x over `axis` (None: all); NaN if any is. Equal smallest ones share the gradient equally."""
+    return _reduce(k, "min", x, axis, keepdims, non_empty=True)
+
+
+@min.vjp
+def _(g: Tensor, x: Tensor, y: Tensor, axis: Axis) -> Tensor:
+    return _to_winners(g, x, y, axis)
+
+
+def _to_winners(g: Tensor, x: Tensor, y: Tensor, axis: Axis) -> Tensor:
+    won = (x == _spread(y, x.shape, axis)).to(dtype=g.dtype)
+    return won * (_spread(g, x.shape, axis) / sum(won, axis, keepdims=True))
+
+
+@op("... -> ...", reference=np.argmax, method="argmax")
+def argmax(k: Any, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+    """The index (int64) of the first largest x along `axis` (None: in the flattened x); a NaN counts as largest."""
+    return _reduce(k, "argmax", x, axis, keepdims, dtype=int64, non_empty=True)
+
+
+@op("... -> ...", reference=np.argmin, method="argmin")
+def argmin(k: Any, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+    """The index (int64) of the first smallest x along `axis` (None: in the flattened x); a NaN counts as smallest."""
+    return _reduce(k, "argmin", x, axis, keepdims, dtype=int64, non_empty=True)
+
+
+@op("... -> ...", reference=np.any, method="any")
+def any(k: Any, x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """Whether any x is true (not 0) over `axis`."""
+    return _reduce(k, "any", x if x.dtype is bool_ else cast(k, x, bool_), axis, keepdims)
+
+
+@op("... -> ...", reference=np.all, method="all")
+def all(k: Any, x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """Whether every x is true (not 0) over `axis`."""
+    return _reduce(k, "all", x if x.dtype is bool_ else cast(k, x, bool_), axis, keepdims)
+
+
+def _logsumexp(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    return np.log(np.sum(np.exp(x), axis=axis, keepdims=keepdims))
+
+
+@op("... -> ...", reference=_logsumexp, types="float", method="logsumexp")
+def logsumexp(k: Any, x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """y = ln Σ eˣ over `axis` (None: all), without overflow; −∞ over an empty axis."""
+    return _reduce(k, "logsumexp", x, axis, keepdims)
+
+
+@logsumexp.vjp
+def _(g: Tensor, x: Tensor, y: Tensor, axis: Axis) -> Tensor:
+    top = _spread(y, x.shape, axis)
+    # A row of −∞ has y = −∞, and −∞ − (−∞) is NaN where the gradient is 0.
+    return _spread(g, x.shape, axis) * exp(x - where(top == -math.inf, 0.0, top))
+
+
+@op("... -> ...", reference=np.cumsum, method="cumulative_sum")
+def cumulative_sum(k: Any, x: Array, axis: int = -1) -> Array:
+    """y[i] = x[0] + ... + x[i] along `axis`."""
+    if not x.dtype.is_floating and x.dtype.itemsize < 8:
+        x = cast(k, x, int64)
+    at = axis_index("cumulative_sum", axis, x.data.ndim)
+    dense, outer, n, inner = _arranged(k, x, (at,) if x.data.ndim else ())
+    y = k.empty(x.data.shape, x.dtype)
+    k.cumulative_sum(y, dense, outer, n, inner)
+    return y
+
+
+@cumulative_sum.vjp
+def _(g: Tensor, axis: int) -> Tensor:
+    return g.flip(axis).cumulative_sum(axis).flip(axis)  # the transpose sums from the other end

@@ -1,0 +1,429 @@
+"""The op decorator: one definition, from which calls, gradients, methods, checks and documentation follow.
+
+    @op("... -> ...", reference=np.exp, method="exp")
+    def exp(k, x):                      # forward: k launches kernels, x is an Array
+        '''y = eˣ.'''
+        return k.map("exp", x)
+
+    @exp.vjp
+    def _(g, y):                        # dL/dx from g = dL/dy, in Tensor ops: so it can be differentiated again
+        return g * y
+
+A rule's parameter names say what backward needs, and only that is kept:
+
+    g               the output's cotangent
+    y               the output
+    x, weight ...   an input, or an attribute (axis, eps ...), by its name in the forward
+    x_shape         an input's shape, keeping none of its data
+    needs           a tuple of bools: which inputs want a gradient
+    anything else   what the forward returned beside y, in a dict: `return y, {"rstd": rstd}`
+
+It returns the gradient of the one input, or a tuple with one for each, None where there is none.
+
+A fused op's rule is written on raw Arrays, for speed: `@layer_norm.kernel_vjp def _(k, g, x, mean, rstd)`. It also
+has a composition of primitive ops: `@layer_norm.composition def _(x, weight, bias, *, eps)`, which documents it,
+is its float64 oracle, runs on devices without its kernel, and is differentiated for higher derivatives.
+
+The signature names axes: "...i, oi, o -> ...o" reads: x (..., i), weight (o, i), bias (o), y (..., o). Equal letters
+are equal lengths, and the error that says otherwise is made from it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache, reduce
+from typing import Any, Callable, Sequence
+
+import numpy as np
+
+from engine import autograd
+from engine.autograd import Node, _grad_mode, edge_of, save
+from engine.backend import Array, get_backend
+from engine.dtypes import DType, as_dtype, float32, promote, promote_scalar
+from engine.tensor import Tensor, default_device
+
+registry: dict[str, Op] = {}
+"""Every public op by name: the rows that tests, documentation and benchmarks are generated from."""
+
+Value = Any  # a Tensor, or what becomes one: a NumPy array or a Python number
+
+
+class Op:
+    """An op; calling it computes, and records a node if a gradient is wanted."""
+
+    def __init__(self, forward: Callable[..., Any], signature: str, *, reference: Callable[..., Any] | None,
+                 types: str, fixed: tuple[str, ...], domain: tuple[float, float], composite: bool):
+        self.name = forward.__name__
+        self.forward = forward
+        self.signature = signature
+        self.reference = reference
+        self.types = types
+        self.fixed = fixed
+        self.domain = domain
+        self.composite = composite
+        self.rule: Callable[..., Any] | None = None
+        self.kernel_rule: Callable[..., Any] | None = None
+        self.composed: Callable[..., Any] | None = None
+        self.needed: tuple[str, ...] = ()
+        self.inputs, self.attributes = self._parameters()
+        self.optional = {name for name, p in inspect.signature(forward).parameters.items() if p.default is None}
+        self.__doc__ = forward.__doc__
+        self.__name__ = self.name
+        self.__wrapped__ = forward
+
+    def _parameters(self) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """The forward's parameters after k: the tensors that the signature counts, then attributes with defaults."""
+        parameters = list(inspect.signature(self.forward).parameters.values())
+        if not self.composite:
+            parameters = parameters[1:]
+        if self.signature.startswith("*"):  # one sequence of tensors
+            return (parameters[0].name,), {p.name: p.default for p in parameters[1:]}
+        left = self.signature.split("->")[0].strip()
+        count = len(left.split(",")) if left else 0
+        return tuple(p.name for p in parameters[:count]), {p.name: p.default for p in parameters[count:]}
+
+    # ── the decorators that complete a definition ───────────────────────────────────────────────────
+
+    def vjp(self, rule: Callable[..., Any]) -> Callable[..., Any]:
+        """Register a rule on Tensors: rule(g, ...)."""
+        self.rule = rule
+        self.needed = tuple(inspect.signature(rule).parameters)[1:]
+        return rule
+
+    def kernel_vjp(self, rule: Callable[..., Any]) -> Callable[..., Any]:
+        """Register a rule on raw Arrays: rule(k, g, ...)."""
+        self.kernel_rule = rule
+        self.needed = tuple(inspect.signature(rule).parameters)[2:]
+        return rule
+
+    def composition(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Register the op as a composition of primitive ops."""
+        self.composed = function
+        return function
+
+    @property
+    def differentiable(self) -> bool:
+        return self.rule is not None or self.kernel_rule is not None
+
+    @property
+    def fused(self) -> bool:
+        return self.composed is not None
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}: {self.signature}>"
+
+    # ── the call ────────────────────────────────────────────────────────────────────────────────────
+
+    def __call__(self, *args: Value, **attributes: Any) -> Tensor:
+        if self.composite:
+            return self.forward(*args, **attributes)
+        values, attributes = self._bind(args, attributes)
+        tensors = self._as_tensors(values)
+        device = next((t.device for t in tensors if t is not None), default_device())
+        k = get_backend(device)
+        if self.composed is not None and not k.has_fused(self.name):
+            return self.composed(*tensors, **attributes)
+        tensors = self._promoted(tensors)
+        arrays = [None if t is None else t.array for t in tensors]
+        check_shapes(self.name, self.signature, self.inputs,
+                     tuple([None if a is None else a.data.shape for a in arrays]))
+        y = self.forward(k, *arrays, **attributes) if self.signature[0] != "*" else \
+            self.forward(k, arrays, **attributes)
+        extra: dict[str, Array] = {}
+        if y.__class__ is tuple:
+            y, extra = y
+        if _grad_mode.get() and (self.rule is not None or self.kernel_rule is not None):
+            for t in tensors:
+                if t is not None and t.requires_grad:
+                    return Tensor(y, device, True, self._record(tensors, arrays, attributes, y, extra, device))
+        return Tensor(y, device)
+
+    def _bind(self, args: tuple[Any, ...], attributes: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        """Split a call's arguments into tensor operands and attributes, with defaults filled in."""
+        count = len(self.inputs)
+        if len(args) > count + len(self.attributes):
+            raise TypeError(f"{self.name}: got {len(args)} arguments, expected at most {count + len(self.attributes)}")
+        values = list(args[:count])
+        for name in self.inputs[len(values):]:
+            if name in attributes:
+                values.append(attributes.pop(name))
+            elif name in self.optional:
+                values.append(None)
+            else:
+                raise TypeError(f"{self.name}: argument {name!r} is missing")
+        bound = {**self.attributes, **dict(zip(self.attributes, args[count:])), **attributes}
+        if len(bound) > len(self.attributes):
+            unknown = next(name for name in bound if name not in self.attributes)
+            raise TypeError(f"{self.name}: got an unexpected argument {unknown!r}, "
+                            f"expected {', '.join((*self.inputs, *self.attributes))}")
+        for name, value in bound.items():
+            if value is inspect.Parameter.empty:
+                raise TypeError(f"{self.name}: argument {name!r} is missing")
+        if self.signature[0] == "*":
+            if isinstance(values[0], Tensor) or not hasattr(values[0], "__iter__"):
+                raise TypeError(f"{self.name}: {self.inputs[0]} is {type(values[0]).__name__}, "
+                                "expected a list or tuple of tensors")
+            return list(values[0]), bound
+        return values, bound
+
+    def _as_tensors(self, values: Sequence[Any]) -> list[Tensor | None]:
+        """Operands as tensors on one device; Python numbers take the type of the tensors they meet."""
+        tensors: list[Any] = list(values)
+        if all([v.__class__ is Tensor for v in tensors]):
+            if len(tensors) > 1 and any(t.device != tensors[0].device for t in tensors):
+                shown = ", ".join(f"{n} on {t.device}" for n, t in zip(self.inputs, tensors))
+                raise ValueError(f"{self.name}: operands are on different devices ({shown}); move them with .to()")
+            return tensors
+        device = next((v.device for v in tensors if isinstance(v, Tensor)), default_device())
+        k = get_backend(device)
+        for i, value in enumerate(tensors):
+            if value is None or isinstance(value, Tensor):
+                if value is None and self.inputs[min(i, len(self.inputs) - 1)] not in self.optional:
+                    raise TypeError(f"{self.name}: {self.inputs[min(i, len(self.inputs) - 1)]} is None, "
+                                    "expected a tensor")
+            elif isinstance(value, (bool, int, float)):
+                tensors[i] = Tensor(k.constant(value, self._scalar_type(value, values)), device)
+            else:
+                tensors[i] = self._from_data(value, i, k, device)
+        return self._as_tensors_checked(tensors)
+
+    def _as_tensors_checked(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        present = [t for t in tensors if t is not None]
+        if any(t.device != present[0].device for t in present):
+            raise ValueError(f"{self.name}: operands are on different devices "
+                             f"({', '.join(t.device for t in present)}); move them with .to()")
+        return tensors
+
+    def _scalar_type(self, value: bool | int | float, values: Sequence[Any]) -> DType:
+        """A Python number is weak: it takes the type of the tensors in the call where that can hold its kind."""
+        kinds = [v.dtype if isinstance(v, Tensor) else as_dtype(v.dtype) for name, v in zip(self._names(values), values)
+                 if name not in self.fixed and isinstance(v, (Tensor, np.ndarray, np.generic))]
+        if not kinds:
+            return as_dtype(type(value))
+        return promote_scalar(reduce(promote, kinds), type(value))
+
+    def _from_data(self, value: Any, i: int, k: Any, device: str) -> Tensor:
+        try:
+            if isinstance(value, (np.ndarray, np.generic)):
+                return Tensor(k.from_numpy(np.asarray(value)), device)
+            from engine.tensor import tensor
+
+            return tensor(value, device=device)
+        except (TypeError, ValueError):
+            name = self.inputs[min(i, len(self.inputs) - 1)]
+            raise TypeError(f"{self.name}: {name} is {type(value).__name__}, expected a tensor or numbers") from None
+
+    def _names(self, values: Sequence[Any]) -> Sequence[str]:
+        """The name of each operand; those of one sequence share its name."""
+        return self.inputs if self.signature[0] != "*" else self.inputs * len(values)
+
+    def _promoted(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        """The operands in the one type that the op computes in."""
+        if self.types == "any":
+            return tensors
+        present = [t for t in tensors if t is not None]
+        first = present[0].dtype if present else float32
+        if not self.fixed and all([t.dtype is first for t in present]) and (first.is_floating or self.types == "same"):
+            return tensors
+        names = self._names(tensors)
+        for name, t in zip(names, tensors):
+            if name in self.fixed and t is not None and t.dtype.is_floating:
+                raise TypeError(f"{self.name}: {name} has dtype {t.dtype}, expected an integer or bool type")
+        moving = [t for name, t in zip(names, tensors) if t is not None and name not in self.fixed]
+        dtype = reduce(promote, [t.dtype for t in moving])
+        if self.types != "same" and not dtype.is_floating:
+            if self.types == "float!":  # fused kernels do not guess
+                raise TypeError(f"{self.name}: {names[0]} has dtype {moving[0].dtype}, expected float32 or float64")
+            dtype = float32
+        return [t if t is None or t.dtype is dtype or name in self.fixed else t.to(dtype=dtype)
+                for name, t in zip(names, tensors)]
+
+    # ── gradients ───────────────────────────────────────────────────────────────────────────────────
+
+    def _record(self, tensors: Sequence[Tensor | None], arrays: Sequence[Array | None], attributes: dict[str, Any],
+                y: Array, extra: dict[str, Array], device: str) -> Node:
+        """The node of this application: edges to the inputs, and the arrays that the rule's names ask for."""
+        edges = tuple([None if t is None else edge_of(t) for t in tensors])
+        shapes = tuple([() if t is None else t.shape for t in tensors])
+        saved: dict[str, Any] = {}
+        needed = self.needed
+        if self.kernel_rule is not None:  # the composition may be replayed, from the inputs
+            needed = (*needed, *self.inputs)
+        for name in needed:
+            if name == "y":
+                saved[name] = save(y)
+            elif name in extra:
+                saved[name] = save(extra[name])
+            elif name in self.inputs and self.signature[0] != "*":
+                array = arrays[self.inputs.index(name)]
+                saved[name] = None if array is None else save(array)
+        return Node(self, edges, shapes, saved, attributes, device)
+
+    def gradients(self, node: Node, g: Tensor, create_graph: bool) -> Sequence[Tensor | None]:
+        """gᵀ ∂y/∂x for each input x of a node, as its rule has it."""
+        if self.rule is not None:
+            grads = self.rule(g, *[self._argument(node, name, create_graph) for name in self.needed])
+        elif create_graph:
+            return self._replay(node, g)
+        else:
+            assert self.kernel_rule is not None
+            k = get_backend(node.device)
+            raw = self.kernel_rule(k, k.contiguous(g.array), *[self._raw_argument(node, name) for name in self.needed])
+            grads = tuple([None if d is None else Tensor(d, node.device)
+                           for d in (raw if isinstance(raw, tuple) else (raw,))])
+        return grads if isinstance(grads, (tuple, list)) else (grads,)
+
+    def _argument(self, node: Node, name: str, create_graph: bool) -> Any:
+        """What a Tensor rule asked for by name."""
+        if name in self.inputs and node.saved is not None and name in node.saved:
+            if node.saved[name] is None:
+                return None
+            edge = node.edges[self.inputs.index(name)] if create_graph else None
+            return _tensor_at(node.array(name), edge, node)
+        if node.saved is not None and name in node.saved:
+            return _tensor_at(node.array(name), node if create_graph and name == "y" else None, node)
+        return self._plain_argument(node, name)
+
+    def _raw_argument(self, node: Node, name: str) -> Any:
+        """What a kernel rule asked for by name."""
+        if node.saved is not None and name in node.saved:
+            return None if node.saved[name] is None else node.array(name)
+        return self._plain_argument(node, name)
+
+    def _plain_argument(self, node: Node, name: str) -> Any:
+        if name in node.attributes:
+            return node.attributes[name]
+        if name == "needs":
+            return tuple(edge is not None for edge in node.edges)
+        if name.endswith("_shapes"):
+            return node.shapes
+        if name.endswith("_shape"):
+            return node.shapes[self.inputs.index(name.removesuffix("_shape"))]
+        raise RuntimeError(f"{self.name}: its vjp rule asks for {name!r}, which is no input, attribute or saved value")
+
+    def _replay(self, node: Node, g: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of a fused op as differentiable tensors: replay its composition and differentiate that."""
+        # An alias of each input: differentiating stops there instead of running on into the inputs' own graphs.
+        inputs = [_alias(self._argument(node, name, True)) for name in self.inputs]
+        assert self.composed is not None
+        with autograd.enable_grad():
+            y = self.composed(*inputs, **node.attributes)
+            wanted = [x for x, edge in zip(inputs, node.edges) if edge is not None]
+            found = iter(autograd.grad(y, wanted, g, create_graph=True, allow_unused=True))
+        return tuple([None if edge is None else next(found) for edge in node.edges])
+
+
+def _tensor_at(array: Array, edge: Any, node: Node) -> Tensor:
+    """A tensor over a saved array, joined to the graph where it was: by its leaf, or by the node that made it."""
+    if isinstance(edge, Tensor):
+        return edge
+    if edge is None:
+        return Tensor(array, node.device)
+    return Tensor(array, node.device, True, edge)
+
+
+def _alias(x: Tensor | None) -> Tensor | None:
+    """The same tensor behind a node of its own, whose rule passes g on."""
+    if x is None or not x.requires_grad:
+        return x
+    return Tensor(x.array, x.device, True, Node(ALIAS, (edge_of(x),), (x.shape,), {}, {}, x.device))
+
+
+def cast(k: Any, x: Array, dtype: DType) -> Array:
+    """x in another element type, without gradients: for indices and the like."""
+    y = k.empty(x.data.shape, dtype)
+    k.cast(y, x)
+    return y
+
+
+# ── shapes ────────────────────────────────────────────────────────────────────────────────────────────
+
+@lru_cache(maxsize=8192)
+def check_shapes(name: str, signature: str, inputs: tuple[str, ...], shapes: tuple[tuple[int, ...] | None, ...]) -> None:
+    """Hold the operands' shapes against the signature; raises ValueError with the line that says which does not fit."""
+    if signature[0] == "*":
+        return
+    sizes: dict[str, tuple[int, str]] = {}
+    for operand, pattern, shape in zip(inputs, signature.split("->")[0].split(","), shapes):
+        if shape is None:
+            continue
+        pattern = pattern.strip()
+        axes = pattern.removeprefix("...")
+        if len(shape) < len(axes) or (len(shape) > len(axes) and not pattern.startswith("...")):
+            at_least = "at least " if pattern.startswith("...") else ""
+            raise ValueError(f"{name}: {operand} has shape {shape}, expected {at_least}{len(axes)} axes "
+                             f"({', '.join(axes) or 'none'}) as in {signature!r}")
+        for axis, n in zip(axes, shape[len(shape) - len(axes):]):
+            known, owner = sizes.setdefault(axis, (n, operand))
+            if known != n:
+                raise ValueError(f"{name}: {operand} has shape {shape}, where axis {axis!r} is {n}, expected {known} "
+                                 f"as in {owner} {shapes[inputs.index(owner)]} (signature {signature!r})")
+
+
+def axis_index(name: str, axis: int, ndim: int) -> int:
+    """A non-negative axis; raises IndexError naming the op."""
+    if not isinstance(axis, (int, np.integer)) or not -ndim <= axis < max(ndim, 1):
+        raise IndexError(f"{name}: axis is {axis!r}, expected a whole number in [{-ndim}, {ndim})")
+    return int(axis) % ndim if ndim else 0
+
+
+def axes_tuple(name: str, axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+    """The axes named by None (all), a number or several, sorted and checked for repeats."""
+    if axis is None:
+        return tuple(range(ndim))
+    several = axis if isinstance(axis, (tuple, list)) else (axis,)
+    axes = tuple(sorted(axis_index(name, a, ndim) for a in several))  # type: ignore[arg-type]
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"{name}: axis {axis} names an axis twice")
+    return axes
+
+
+# ── the decorators ────────────────────────────────────────────────────────────────────────────────────
+
+def op(signature: str, *, reference: Callable[..., Any] | None = None, types: str = "same",
+       fixed: tuple[str, ...] = (), domain: tuple[float, float] = (-4.0, 4.0), method: str | None = None, public: bool = True,
+       composite: bool = False) -> Callable[[Callable[..., Any]], Op]:
+    """Register an op.
+
+    signature: shapes, "...i, oi, o -> ...o"; "*" before it for one sequence of tensors
+    reference: the same in NumPy on float64 arrays; None for a fused op, whose composition is the oracle
+    types:     "same": operands are promoted to one type; "float": and integers become float32; "float!": integers
+               are refused; "any": operands are left alone
+    fixed:     operands that are indices or conditions: integer or bool, and no part of the promotion
+    domain:    where tests draw inputs from
+    method:    the Tensor method to attach ("" for the op's own name)
+    """
+    def register(forward: Callable[..., Any]) -> Op:
+        made = Op(forward, signature, reference=reference, types=types, fixed=fixed, domain=domain, composite=composite)
+        if public:
+            registry[made.name] = made
+        if method is not None:
+            name = method or made.name
+            setattr(Tensor, name, _as_method(made, name))
+        return made
+    return register
+
+
+def composite(signature: str, **row: Any) -> Callable[[Callable[..., Any]], Op]:
+    """Register a public op that is nothing but a few lines of other ops: its gradient is theirs."""
+    return op(signature, composite=True, **row)
+
+
+def _as_method(made: Op, name: str) -> Callable[..., Tensor]:
+    def run(self: Tensor, *args: Any, **attributes: Any) -> Tensor:
+        return made(self, *args, **attributes)
+    run.__name__, run.__doc__ = name, made.__doc__
+    return run
+
+
+@op("... -> ...", public=False)
+def _same(k: Any, x: Array) -> Array:
+    return x
+
+
+@_same.vjp
+def _(g: Tensor) -> Tensor:
+    return g
+
+
+ALIAS = _same
