@@ -21,7 +21,8 @@ help: ## list the targets
 venv: $(READY) ## make the environment .venv from pyproject.toml's dev extra
 
 $(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(f"make: shardgrad needs Python >= 3.10, and $(PYTHON) is {sys.version.split()[0]}; try make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "make: $(PYTHON) is not Python 3.10 or later; name one that is: make PYTHON=python3.12"; exit 1; }
 	@echo "environment: making $(VENV) from pyproject.toml, and compiling the kernels (minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --editable '.[dev]'

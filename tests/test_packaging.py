@@ -22,6 +22,8 @@ import cffi
 import lines
 import pytest
 
+from engine.backend.cpu import built_levels
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -191,18 +193,21 @@ def test_source_distribution_holds_what_a_wheel_is_built_from(tree: Path) -> Non
 # ── what an installation shows ────────────────────────────────────────────────────────────────────────
 
 def test_import_is_quick_and_loads_no_extra() -> None:
-    """150 ms of processor time, which other work on the machine does not lengthen; the best of five."""
-    code = ("import time, sys; start = time.process_time(); import engine; spent = time.process_time() - start; "
-            "print(spent, *sorted({m.partition('.')[0] for m in sys.modules}))")
+    """`import engine` may take 150 ms, of which NumPy's own import takes about 100: so 50 are the engine's.
+
+    Processor time is measured, which other work on the machine lengthens least, and the best of ten counts.
+    """
+    code = ("import time, sys, numpy; start = time.process_time(); import engine; "
+            "print(time.process_time() - start, *{module.partition('.')[0] for module in sys.modules})")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     best = 1e9
-    for _ in range(5):
-        done = run(sys.executable, "-c", code, cwd=ROOT)
+    for _ in range(10):
+        done = run(sys.executable, "-c", code, cwd=ROOT, env=env)
         assert done.returncode == 0, done.stderr
-        spent, *modules = done.stdout.split()
-        best = min(best, float(spent))
-    loaded = {"hypothesis", "matplotlib", "tokenizers", "ray", "cupy", "torch", "safetensors", "tqdm"} & set(modules)
-    assert not loaded
-    assert best < 0.150
+        seconds, *modules = done.stdout.split()
+        best = min(best, float(seconds))
+    assert not {"hypothesis", "matplotlib", "tokenizers", "ray", "cupy", "torch", "safetensors", "tqdm"} & set(modules)
+    assert best < 0.050
 
 
 def test_doctor_reports_and_passes_its_self_test() -> None:
@@ -228,6 +233,7 @@ def test_unknown_command_is_one_line(arguments: list[str]) -> None:
     assert len(done.stderr.splitlines()) == 1 and "doctor" in done.stderr
 
 
+@pytest.mark.skipif(not built_levels(), reason="no kernels were compiled")
 def test_unsupported_level_is_one_line() -> None:
     done = run(sys.executable, "-m", "engine", "doctor", cwd=ROOT, env={**os.environ, "ENGINE_ISA": "v9"})
     assert done.returncode == 1
@@ -287,7 +293,7 @@ def test_source_installs_without_a_compiler_and_says_so_once(tree: Path, tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     assert "NumPy reference" in done.stdout
     [line] = done.stderr.splitlines()
-    assert "pip install --force-reinstall" in line
+    assert "install a C compiler" in line and "--force-reinstall" in line
 
 
 @pytest.mark.slow

@@ -41,8 +41,8 @@ def load_level() -> tuple[str, Any]:
     """
     built = built_levels()
     if not built:
-        raise ImportError("no compiled kernels: run `make` in a checkout, or install a C compiler and "
-                          "`pip install --force-reinstall --no-binary shardgrad shardgrad`")
+        raise ImportError("no compiled kernels: install a C compiler, then run `make` in a checkout or repeat "
+                          "`pip install` with --force-reinstall --no-deps --no-cache-dir")
     # Any module can be asked what the processor supports; the lowest level is safe to load anywhere.
     probe = importlib.import_module(f"engine._kernels.cpu_{built[-1]}").lib
     runs = [level for level in built if probe.level_supported(LEVELS[level])]
