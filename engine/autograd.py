@@ -16,9 +16,10 @@ import heapq
 import itertools
 import math
 import weakref
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from engine.backend import Array, get_backend
 
@@ -281,9 +282,9 @@ def grad(outputs: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor],
     Raises RuntimeError for an input that the outputs do not depend on, unless allow_unused (then None).
     """
     single = not isinstance(inputs, (tuple, list))
-    wanted: Sequence[Any] = (inputs,) if single else inputs
-    outs: Sequence[Any] = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-    cots = grad_outputs if isinstance(grad_outputs, (tuple, list)) else (grad_outputs,) * len(outs)
+    wanted: Any = (inputs,) if single else inputs
+    outs: Any = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    cots: Any = grad_outputs if isinstance(grad_outputs, (tuple, list)) else (grad_outputs,) * len(outs)
     for i, x in enumerate(wanted):
         if not x.requires_grad:
             raise RuntimeError(f"grad: input {i} does not require grad")
@@ -299,7 +300,7 @@ def grad(outputs: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor],
     results = [found.get(id(edge_of(x))) for x in wanted]
     unused = [i for i, result in enumerate(results) if result is None]
     if unused and not allow_unused:
-        raise RuntimeError(f"grad: the outputs do not depend on input {unused[0]}; allow_unused=True gives None instead")
+        raise RuntimeError(f"grad: the outputs do not depend on input {unused[0]}; allow_unused=True gives None")
     return results[0] if single else tuple(results)
 
 

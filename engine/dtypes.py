@@ -76,10 +76,10 @@ def promote(a: DType, b: DType) -> DType:
 
 
 @cache
-def promote_scalar(dtype: DType, scalar_type: type) -> DType:
+def promote_scalar(dtype: DType, scalar_type: str) -> DType:
     """The type of a tensor of `dtype` combined with a Python bool, int or float (the scalar is weak)."""
-    if scalar_type is float and not dtype.is_floating:
+    if scalar_type == "float" and not dtype.is_floating:
         return float32
-    if scalar_type is int and dtype is bool_:
+    if scalar_type == "int" and dtype is bool_:
         return int64
     return dtype

@@ -7,9 +7,10 @@ A tensor made by an op holds the Node that made it (engine/autograd.py); a leaf 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -135,7 +136,7 @@ class Tensor:
     # ── gradients ───────────────────────────────────────────────────────────────────────────────────
 
     def backward(self, grad: Tensor | None = None, *, retain_graph: bool = False, create_graph: bool = False) -> None:
-        """Add d self/d leaf · grad to the `.grad` of every leaf behind this tensor (grad defaults to 1 for one element).
+        """Add d self/d leaf · grad to the `.grad` of every leaf behind this (grad defaults to 1 for one element).
 
         Frees the graph unless retain_graph or create_graph. Raises RuntimeError when there is no graph.
         """

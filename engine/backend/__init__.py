@@ -59,12 +59,9 @@ def set_num_threads(n: int) -> None:
     """Let kernels called from this Python thread use n threads, itself included. It does not change any result."""
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"set_num_threads: n is {n!r}, expected a whole number of at least 1")
-    backend = get_backend("cpu")
-    if hasattr(backend, "lib"):
-        backend.lib.threads_set(n)
+    get_backend("cpu").set_num_threads(n)
 
 
 def get_num_threads() -> int:
     """How many threads kernels called from this Python thread use."""
-    backend = get_backend("cpu")
-    return backend.lib.threads_get() if hasattr(backend, "lib") else 1
+    return get_backend("cpu").get_num_threads()

@@ -98,15 +98,23 @@ class CpuBackend(Backend):
         array.ptr = self.ffi.cast("void *", array.data.__array_interface__["data"][0])
         return array.ptr
 
+    # ── threads ─────────────────────────────────────────────────────────────────────────────────────
+
+    def set_num_threads(self, n: int) -> None:
+        self.lib.threads_set(n)
+
+    def get_num_threads(self) -> int:
+        return self.lib.threads_get()
+
     # ── kernels ─────────────────────────────────────────────────────────────────────────────────────
 
     def has_fused(self, name: str) -> bool:
         return f"{name}_f32" in self._functions
 
     def bind(self, name: str) -> Kernel:
-        if name in self._functions:
-            typed, which = {None: getattr(self.lib, name)}, None
-        else:
+        typed: dict[DType | None, Any] = {None: getattr(self.lib, name)} if name in self._functions else {}
+        which = None
+        if not typed:
             typed, which = self._typed(name)
         row = self.rows.get(name)
         if row is None and not typed:
@@ -161,7 +169,7 @@ class CpuBackend(Backend):
 
 
 def merge_axes(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tuple[Any, Any]:
-    """Drop axes of length 1 and merge neighbours that every operand walks as one: stride[i] = stride[i+1]·shape[i+1]."""
+    """Drop axes of length 1; merge neighbours that every operand walks as one: stride[i] = stride[i+1]·shape[i+1]."""
     merged: list[int] = []
     walks: list[list[int]] = [[] for _ in strides]
     for axis, n in enumerate(shape):

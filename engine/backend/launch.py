@@ -11,8 +11,9 @@ see, count or record the work (profiler, capture, memory planner, tests) appends
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,12 @@ class Backend:
     def layout(self, out: Array, *inputs: Array) -> Any:
         """The layout record of an elementwise launch (kernels.h), or None where kernels do not need one."""
         return None
+
+    def set_num_threads(self, n: int) -> None:
+        """Let kernels called from this Python thread use n threads; a device without threads of its own ignores it."""
+
+    def get_num_threads(self) -> int:
+        return 1
 
     def to_numpy(self, array: Array) -> np.ndarray:
         """The elements as a NumPy array: a view where the device's memory is the host's, else a copy."""
@@ -91,7 +98,7 @@ class Backend:
 
     def array(self, data: Any, dtype: DType | None = None) -> Array:
         """A copy of `data` (anything NumPy understands) in this device's memory."""
-        source = np.asarray(data, dtype=dtype and dtype.numpy)
+        source = np.asarray(data, dtype=None if dtype is None else dtype.numpy)
         y = self.empty(source.shape, dtype or as_dtype(source.dtype))
         self.cast(y, self.from_numpy(source))
         return y

@@ -7,7 +7,8 @@ A row takes exactly the arguments of its kernel in kernels.h, with arrays for po
 from __future__ import annotations
 
 import math
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import numpy
 

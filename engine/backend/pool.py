@@ -12,8 +12,9 @@ bases as long as they are plain arrays, and would skip the block if there were o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 

@@ -19,7 +19,6 @@ from engine.ops.registry import cast, composite, op
 from engine.random import Generator, Key, default_generator
 from engine.tensor import Tensor
 
-
 NO_DRAW = Key(0, 0, 0, 0)
 
 
@@ -135,7 +134,8 @@ def _four_axes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
         raise ValueError(f"scaled_dot_product_attention: query has shape {query.shape}, key {key.shape}, value "
                          f"{value.shape}; expected (batch, heads, length, d), or equal leading axes")
     leading = query.shape[:-2]
-    return (*(x.reshape(1, math.prod(leading), *x.shape[-2:]) for x in (query, key, value)), leading)
+    query, key, value = (x.reshape(1, math.prod(leading), *x.shape[-2:]) for x in (query, key, value))
+    return query, key, value, leading
 
 
 # ── rotary positions ──────────────────────────────────────────────────────────────────────────────────

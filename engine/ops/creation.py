@@ -10,7 +10,7 @@ import numpy as np
 from engine import autograd
 from engine.backend import Array, devices, get_backend
 from engine.dtypes import DType, as_dtype, float32, float64, int64
-from engine.ops.registry import cast, composite, op
+from engine.ops.registry import attach, cast, composite, op
 from engine.random import Generator, Key, default_generator
 from engine.tensor import Tensor, default_device, tensor
 
@@ -91,7 +91,8 @@ def linspace(start: float, stop: float, num: int, *, dtype: Any = float32, endpo
     return tensor(np.linspace(start, stop, num, endpoint=endpoint), dtype=dtype, device=device)
 
 
-def eye(rows: int, columns: int | None = None, *, k: int = 0, dtype: Any = float32, device: str | None = None) -> Tensor:
+def eye(rows: int, columns: int | None = None, *, k: int = 0, dtype: Any = float32,
+        device: str | None = None) -> Tensor:
     """Ones on the k-th diagonal, zeros elsewhere."""
     return tensor(np.eye(rows, columns, k), dtype=dtype, device=device)
 
@@ -246,4 +247,4 @@ def _to(self: Tensor, target: Any = None, *, dtype: Any = None, device: str | No
 
 
 _to.__doc__ = Tensor.to.__doc__
-Tensor.to = _to  # type: ignore[method-assign]
+attach("to", _to)

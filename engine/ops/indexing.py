@@ -12,7 +12,7 @@ import numpy as np
 from engine import autograd
 from engine.backend import Array, get_backend
 from engine.dtypes import int64
-from engine.ops.registry import axis_index, cast, composite, op
+from engine.ops.registry import attach, axis_index, cast, composite, op
 from engine.tensor import Tensor
 
 
@@ -114,13 +114,13 @@ def _setitem(self: Tensor, index: Any, value: Any) -> None:
     rebind_or_write("index assignment", self, value, lambda x, v: assign_index(x, v, plain), write)
 
 
-Tensor.__getitem__ = _getitem  # type: ignore[attr-defined]
-Tensor.__setitem__ = _setitem  # type: ignore[attr-defined]
+attach("__getitem__", _getitem)
+attach("__setitem__", _setitem)
 
 
 @op("vn, ... -> ...n", types="float!", fixed=("index",), reference=lambda weight, index: weight[index])
 def embedding(k: Any, weight: Array, index: Array) -> Array:
-    """y = weight[index]: rows of a (vocabulary, n) table by integer index. Raises IndexError outside [0, vocabulary)."""
+    """y = weight[index]: rows of a (vocabulary, n) table. Raises IndexError outside [0, vocabulary)."""
     vocabulary, n = weight.shape
     where = _checked_index(k, "embedding", index, vocabulary)
     y = k.empty((*index.shape, n), weight.dtype)

@@ -8,12 +8,13 @@ on a leaf that requires grad while recording, they raise.
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from engine import autograd
 from engine.backend import Array, get_backend
 from engine.ops import elementwise
-from engine.ops.registry import cast
+from engine.ops.registry import attach, cast
 from engine.tensor import Tensor, tensor
 
 
@@ -53,7 +54,8 @@ def _augmented(f: Any, name: str) -> Callable[[Tensor, Any], Tensor]:
             with autograd.no_grad():
                 result = f(self, other)
             if result.shape != self.shape:
-                raise ValueError(f"{name}: the result has shape {result.shape}, which does not fit x {self.shape} in place")
+                raise ValueError(f"{name}: the result has shape {result.shape}, which does not fit x {self.shape} "
+                                 "in place")
             source = result.array if result.dtype is self.dtype else cast(k, result.array, self.dtype)
             k.copy(target, source, k.layout(target, source))
         rebind_or_write(name, self, other, f, write)
@@ -77,6 +79,6 @@ def _zero_(self: Tensor) -> Tensor:
 for _name, _op in (("__iadd__", elementwise.add), ("__isub__", elementwise.subtract),
                    ("__imul__", elementwise.multiply), ("__itruediv__", elementwise.divide),
                    ("__ipow__", elementwise.pow)):
-    setattr(Tensor, _name, _augmented(_op, _name))
-Tensor.copy_ = _copy_  # type: ignore[attr-defined]
-Tensor.zero_ = _zero_  # type: ignore[attr-defined]
+    attach(_name, _augmented(_op, _name))
+attach("copy_", _copy_)
+attach("zero_", _zero_)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,14 +17,14 @@ from engine.tensor import Tensor
 
 
 def _batch_stride(k: Any, x: Array, batch: tuple[int, ...]) -> tuple[Array, int]:
-    """x (..., i, j) as one batch axis of constant stride (in elements) over the broadcast `batch`, copied if it is not."""
+    """x (..., i, j) as one batch axis of constant stride (in elements) over the broadcast `batch`, or a copy."""
     own = x.data.shape[:-2]
     if math.prod(own) == 1:
         return x, 0
     if own != batch:
         x = x.view(np.broadcast_to(x.data, (*batch, *x.data.shape[-2:])))
     strides = [(n, s) for n, s in zip(batch, x.data.strides[:-2]) if n != 1]
-    if all(s == n2 * s2 for (_, s), (n2, s2) in zip(strides, strides[1:])):
+    if all(s == n2 * s2 for (_, s), (n2, s2) in itertools.pairwise(strides)):
         return x, (strides[-1][1] // x.dtype.itemsize if strides else 0)
     x = k.contiguous(x)
     return x, x.data.shape[-1] * x.data.shape[-2]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from engine.backend import Array
-from engine.ops.registry import axes_tuple, axis_index, composite, op
+from engine.ops.registry import attach, axes_tuple, axis_index, composite, op
 from engine.tensor import Tensor
 
 Shape = int | Sequence[int]
@@ -214,6 +215,6 @@ def _reshape_method(self: Tensor, *shape: Any) -> Tensor:
     return reshape(self, shape[0] if len(shape) == 1 else shape)
 
 
-Tensor.reshape = _reshape_method  # type: ignore[attr-defined]
-Tensor.mT = property(matrix_transpose)  # type: ignore[attr-defined]
-Tensor.T = property(lambda self: permute_dims(self, tuple(reversed(range(self.ndim)))))  # type: ignore[attr-defined]
+attach("reshape", _reshape_method)
+attach("mT", property(matrix_transpose))
+attach("T", property(lambda self: permute_dims(self, tuple(reversed(range(self.ndim))))))

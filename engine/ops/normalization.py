@@ -1,4 +1,4 @@
-"""Softmax and the norms, each along the last axis in one pass over memory; the composition beside each is its definition."""
+"""Softmax and the norms, along the last axis in one pass over memory; beside each, the composition that defines it."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ side. The order of summation is a function of n alone (kernels/reduce.c): the sa
 from __future__ import annotations
 
 import math
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,11 @@ def _reduce(k: Any, name: str, x: Array, axis: Axis, keepdims: bool, dtype: DTyp
     return y
 
 
+def _wide(dtype: DType) -> DType:
+    """The type that sums and products of `dtype` are kept in."""
+    return dtype if dtype.is_floating or dtype.itemsize == 8 else int64
+
+
 def _spread(g: Tensor, shape: tuple[int, ...], axis: Axis) -> Tensor:
     """A reduction's gradient with the reduced axes back in place, as length 1."""
     axes = axes_tuple("sum", axis, len(shape))
@@ -57,7 +63,7 @@ def _spread(g: Tensor, shape: tuple[int, ...], axis: Axis) -> Tensor:
 @op("... -> ...", reference=np.sum, method="sum")
 def sum(k: Any, x: Array, axis: Axis = None, keepdims: bool = False, dtype: Any = None) -> Array:
     """y = Σ x over `axis` (None: all). Bools and small integers are summed as int64; 0 over an empty axis."""
-    wanted = as_dtype(dtype) if dtype is not None else x.dtype if x.dtype.is_floating or x.dtype.itemsize == 8 else int64
+    wanted = as_dtype(dtype) if dtype is not None else _wide(x.dtype)
     return _reduce(k, "sum", x if x.dtype is wanted else cast(k, x, wanted), axis, keepdims)
 
 
@@ -69,7 +75,7 @@ def _(g: Tensor, x_shape: tuple[int, ...], axis: Axis) -> Tensor:
 @op("... -> ...", reference=np.prod, domain=(0.5, 2.0), method="prod")
 def prod(k: Any, x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
     """y = Π x over `axis` (None: all); 1 over an empty axis. The gradient is y / x, so NaN where x is 0."""
-    wanted = x.dtype if x.dtype.is_floating or x.dtype.itemsize == 8 else int64
+    wanted = _wide(x.dtype)
     return _reduce(k, "prod", x if x.dtype is wanted else cast(k, x, wanted), axis, keepdims)
 
 

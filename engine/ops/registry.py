@@ -31,8 +31,9 @@ are equal lengths, and the error that says otherwise is made from it.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from functools import lru_cache, reduce
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -169,7 +170,7 @@ class Op:
     def _as_tensors(self, values: Sequence[Any]) -> list[Tensor | None]:
         """Operands as tensors on one device; Python numbers take the type of the tensors they meet."""
         tensors: list[Any] = list(values)
-        if all([v.__class__ is Tensor for v in tensors]):
+        if all(v.__class__ is Tensor for v in tensors):
             if len(tensors) > 1 and any(t.device != tensors[0].device for t in tensors):
                 shown = ", ".join(f"{n} on {t.device}" for n, t in zip(self.inputs, tensors))
                 raise ValueError(f"{self.name}: operands are on different devices ({shown}); move them with .to()")
@@ -200,7 +201,7 @@ class Op:
                  if name not in self.fixed and isinstance(v, (Tensor, np.ndarray, np.generic))]
         if not kinds:
             return as_dtype(type(value))
-        return promote_scalar(reduce(promote, kinds), type(value))
+        return promote_scalar(reduce(promote, kinds), type(value).__name__)
 
     def _from_data(self, value: Any, i: int, k: Any, device: str) -> Tensor:
         try:
@@ -223,7 +224,7 @@ class Op:
             return tensors
         present = [t for t in tensors if t is not None]
         first = present[0].dtype if present else float32
-        if not self.fixed and all([t.dtype is first for t in present]) and (first.is_floating or self.types == "same"):
+        if not self.fixed and all(t.dtype is first for t in present) and (first.is_floating or self.types == "same"):
             return tensors
         names = self._names(tensors)
         for name, t in zip(names, tensors):
@@ -308,7 +309,7 @@ class Op:
         assert self.composed is not None
         with autograd.enable_grad():
             y = self.composed(*inputs, **node.attributes)
-            wanted = [x for x, edge in zip(inputs, node.edges) if edge is not None]
+            wanted: Any = [x for x, edge in zip(inputs, node.edges) if edge is not None]
             found = iter(autograd.grad(y, wanted, g, create_graph=True, allow_unused=True))
         return tuple([None if edge is None else next(found) for edge in node.edges])
 
@@ -339,7 +340,8 @@ def cast(k: Any, x: Array, dtype: DType) -> Array:
 # ── shapes ────────────────────────────────────────────────────────────────────────────────────────────
 
 @lru_cache(maxsize=8192)
-def check_shapes(name: str, signature: str, inputs: tuple[str, ...], shapes: tuple[tuple[int, ...] | None, ...]) -> None:
+def check_shapes(name: str, signature: str, inputs: tuple[str, ...],
+                 shapes: tuple[tuple[int, ...] | None, ...]) -> None:
     """Hold the operands' shapes against the signature; raises ValueError with the line that says which does not fit."""
     if signature[0] == "*":
         return
@@ -372,7 +374,7 @@ def axes_tuple(name: str, axis: int | Sequence[int] | None, ndim: int) -> tuple[
     if axis is None:
         return tuple(range(ndim))
     several = axis if isinstance(axis, (tuple, list)) else (axis,)
-    axes = tuple(sorted(axis_index(name, a, ndim) for a in several))  # type: ignore[arg-type]
+    axes = tuple(sorted(axis_index(name, a, ndim) for a in several))
     if len(set(axes)) != len(axes):
         raise ValueError(f"{name}: axis {axis} names an axis twice")
     return axes
@@ -381,8 +383,8 @@ def axes_tuple(name: str, axis: int | Sequence[int] | None, ndim: int) -> tuple[
 # ── the decorators ────────────────────────────────────────────────────────────────────────────────────
 
 def op(signature: str, *, reference: Callable[..., Any] | None = None, types: str = "same",
-       fixed: tuple[str, ...] = (), domain: tuple[float, float] = (-4.0, 4.0), method: str | None = None, public: bool = True,
-       composite: bool = False) -> Callable[[Callable[..., Any]], Op]:
+       fixed: tuple[str, ...] = (), domain: tuple[float, float] = (-4.0, 4.0), method: str | None = None,
+       public: bool = True, composite: bool = False) -> Callable[[Callable[..., Any]], Op]:
     """Register an op.
 
     signature: shapes, "...i, oi, o -> ...o"; "*" before it for one sequence of tensors
@@ -399,7 +401,7 @@ def op(signature: str, *, reference: Callable[..., Any] | None = None, types: st
             registry[made.name] = made
         if method is not None:
             name = method or made.name
-            setattr(Tensor, name, _as_method(made, name))
+            attach(name, _as_method(made, name))
         return made
     return register
 
@@ -407,6 +409,11 @@ def op(signature: str, *, reference: Callable[..., Any] | None = None, types: st
 def composite(signature: str, **row: Any) -> Callable[[Callable[..., Any]], Op]:
     """Register a public op that is nothing but a few lines of other ops: its gradient is theirs."""
     return op(signature, composite=True, **row)
+
+
+def attach(name: str, method: Any) -> None:
+    """Make `method` an attribute of Tensor; tools/make_stubs.py writes its type to tensor.pyi."""
+    setattr(Tensor, name, method)
 
 
 def _as_method(made: Op, name: str) -> Callable[..., Tensor]:
