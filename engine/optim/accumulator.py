@@ -1,0 +1,118 @@
+"""Gradient accumulation over microbatches, by a tree whose shape depends on their number alone.
+
+A step on a large batch is the sum of the gradients of its microbatches. Floating-point addition is not associative,
+so a sum in order of arrival would depend on who was faster. Here the order is fixed: n leaves split at the largest
+power of two below n, and each half splits again,
+
+    n = 6:   ((g0 + g1) + (g2 + g3)) + (g4 + g5)
+
+and two siblings are added as soon as both are there. So the result has the same bits for every order of arrival, and
+at most one finished subtree per level waits in memory. Plain training and the parameter server share this class.
+
+Let microbatch i have the loss sum L_i over its t_i tokens. Its gradient is that of L_i, not of L_i / t_i, and the
+mean over the whole batch divides once, at the end, by the tokens of all microbatches:
+
+    loss = Σ L_i / Σ t_i,     gradient = Σ ∇L_i / Σ t_i
+
+so a microbatch with few tokens weighs no more than its tokens do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from engine.backend import Array, Backend, get_backend
+from engine.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """The sum over a range of microbatches: gradients (one Array a parameter), loss, tokens."""
+
+    gradients: tuple[Array, ...]
+    loss: float
+    tokens: float
+
+
+class Accumulator:
+    """Collects the gradients of `microbatches` microbatches, in any order, each once.
+
+        accumulator = Accumulator(4)
+        for i in range(4):
+            loss = loss_sum(model, batch[i])
+            loss.backward()
+            accumulator.add(i, [p.grad for p in parameters], loss.item(), tokens=batch[i].size)
+            optimizer.zero_grad()
+        mean_loss = accumulator.assign(parameters)
+        optimizer.step()
+
+    The gradients given are kept, not copied, and never written to.
+    """
+
+    def __init__(self, microbatches: int, k: Backend | None = None):
+        if microbatches < 1:
+            raise ValueError(f"Accumulator: microbatches is {microbatches}, expected at least 1")
+        self.microbatches = microbatches
+        self.k = k or get_backend("cpu")
+        self._added: set[int] = set()
+        self._finished: dict[tuple[int, int], Accumulated] = {}  # subtrees [start, stop) that wait for their sibling
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._added
+
+    @property
+    def complete(self) -> bool:
+        return len(self._added) == self.microbatches
+
+    def add(self, index: int, gradients: Sequence[Array | Tensor], loss: float = 0.0, tokens: float = 1) -> None:
+        """Give microbatch `index` (from 0): the gradients of its loss sum, that sum, and its number of tokens.
+
+        Raises ValueError for an index outside the range, or one that was added before.
+        """
+        if not 0 <= index < self.microbatches:
+            raise ValueError(f"Accumulator.add: index is {index}, expected one in [0, {self.microbatches})")
+        if index in self._added:
+            raise ValueError(f"Accumulator.add: microbatch {index} was added before")
+        self._added.add(index)
+        arrays = tuple(g.array if isinstance(g, Tensor) else g for g in gradients)
+        self._finished[index, index + 1] = Accumulated(arrays, float(loss), tokens)
+        for left, right in reversed(list(splits_above(index, self.microbatches))):
+            if left not in self._finished or right not in self._finished:
+                break
+            total = self._sum(self._finished.pop(left), self._finished.pop(right))
+            self._finished[left[0], right[1]] = total
+
+    def _sum(self, a: Accumulated, b: Accumulated) -> Accumulated:
+        gradients = tuple(self.k.map("add", x, y) for x, y in zip(a.gradients, b.gradients, strict=True))
+        return Accumulated(gradients, a.loss + b.loss, a.tokens + b.tokens)
+
+    def mean(self) -> Accumulated:
+        """The gradients divided by the tokens of all microbatches; `loss` and `tokens` stay sums.
+
+        Raises ValueError while microbatches are missing, and when there were no tokens at all.
+        """
+        if not self.complete:
+            missing = sorted(set(range(self.microbatches)) - self._added)
+            raise ValueError(f"Accumulator.mean: microbatches {missing} of {self.microbatches} are missing")
+        total = self._finished[0, self.microbatches]
+        if not total.tokens > 0:
+            raise ValueError(f"Accumulator.mean: the tokens of all microbatches sum to {total.tokens}, expected > 0")
+        gradients = tuple(self.k.map("divide", g, self.k.constant(total.tokens, g.dtype)) for g in total.gradients)
+        return Accumulated(gradients, total.loss, total.tokens)
+
+    def assign(self, parameters: Sequence[Tensor]) -> float:
+        """Make the mean gradient the `.grad` of each parameter; returns the mean loss. Raises as mean() does."""
+        mean = self.mean()
+        for parameter, gradient in zip(parameters, mean.gradients, strict=True):
+            parameter.grad = Tensor(gradient, parameter.device)
+        return mean.loss / mean.tokens
+
+
+def splits_above(leaf: int, leaves: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """The (left, right) halves, as ranges [start, stop), of every subtree that holds `leaf`, from the root down."""
+    start, stop = 0, leaves
+    while stop - start > 1:
+        middle = start + (1 << (stop - start - 1).bit_length() - 1)  # the largest power of two below the length
+        yield (start, middle), (middle, stop)
+        start, stop = (start, middle) if leaf < middle else (middle, stop)
