@@ -1,0 +1,250 @@
+/* attention_tile.h: what the forward and the backward pass of attention share: one tile of queries, one tile
+ * of keys, and the scores between them.
+ *
+ * The queries of the heads that share a kv head are one list of rows r = t·group + (head within the group), so a
+ * grouped-query model and a single decoded token fill the vectors as well as they can. A tile is QUERIES rows
+ * of that list by KEYS keys, counted from key 0 of the sequence.
+ *
+ * Scores are held transposed, [key][query]: the lanes of a vector are queries. Then the maximum and the sum over
+ * keys of the softmax run down the tile, without any operation across lanes; and Pᵀ, read from the left, is
+ * already packed for the register tile of P V.
+ *
+ * Bits. Every score is one ascending chain over d; every sum over keys goes tile by tile (KEYS is part of the
+ * definition of the result), ascending within a tile. A hidden key has probability exactly 0, and adding zeros
+ * changes nothing but the sign of a zero, which the last step of each pass removes. So a row's bits depend
+ * neither on how queries are tiled nor on T: decoding one token gives the row that the whole sequence gives.
+ * (Within a tile that a row sees in part, hidden values are multiplied by 0: an infinite one would give NaN.) */
+#ifndef ATTENTION_TILE_H
+#define ATTENTION_TILE_H
+#include "gemm_micro.h"
+#include "philox.h"
+#include "simd_math.h"
+#include "threads.h"
+
+#define QUERIES 128
+#define KEYS 64
+#define WIDEST (QUERIES + VL)
+
+struct attention {
+    const real *q, *k, *v, *mask;
+    const int64_t *lengths, *strides;
+    int64_t batch, heads, kv_heads, t, s, d;
+    double scale, dropout;
+    int causal;
+    uint64_t seed;
+    uint32_t step, microbatch, site;
+    real *out, *lse;              /* forward */
+    real *dq, *dk, *dv, *delta;   /* backward, with what it reads: */
+    const real *g, *saved_out, *saved_lse;
+};
+
+enum { Q_BATCH, Q_HEAD, Q_TIME, K_BATCH, K_HEAD, K_KEY, V_BATCH, V_HEAD, V_KEY, MASK_BATCH, MASK_HEAD, MASK_TIME, MASK_KEY };
+
+/* A tile of queries at work; every array is in the thread's scratch. */
+struct query_tile {
+    const struct attention *x;
+    int64_t batch, kv_head, first, rows; /* rows first … first + rows − 1 of the list */
+    int64_t columns, wide;               /* rows rounded up to vectors; the stride of the transposed tiles */
+    real *q_rows;                        /* [rows][d] */
+    real *q_t;                           /* [d][wide] */
+    real *k_t;                           /* [d][KEYS] */
+    real *scores;                        /* [KEYS][wide], and so are: */
+    real *mask_t, *keep_t;
+    real *gathered;                      /* [QUERIES][KEYS] */
+    real *panel;                         /* the last, ragged columns of a right-hand side */
+    int partly_visible;
+    real_int visible[WIDEST];            /* how many keys of the present tile each query sees */
+};
+
+static inline int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+static inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
+static inline int64_t group_of(const struct attention *x) { return x->heads / x->kv_heads; }
+static inline int64_t rows_of(const struct attention *x) { return x->t * group_of(x); }
+static inline int64_t tiles_of(const struct attention *x) { return divide_up(rows_of(x), QUERIES); }
+
+static inline int64_t time_of(const struct query_tile *w, int64_t i) { return (w->first + i) / group_of(w->x); }
+static inline int64_t head_of(const struct query_tile *w, int64_t i) {
+    return w->kv_head * group_of(w->x) + (w->first + i) % group_of(w->x);
+}
+/* The place of row i in an array (batch, heads, T). */
+static inline int64_t dense_row(const struct query_tile *w, int64_t i) {
+    return (w->batch * w->x->heads + head_of(w, i)) * w->x->t + time_of(w, i);
+}
+
+/* Query t of sequence b sees keys 0 … visible_keys − 1. */
+static inline int64_t visible_keys(const struct attention *x, int64_t b, int64_t t) {
+    int64_t n = x->lengths ? at_most(x->lengths[b], x->s) : x->s;
+    if (x->causal)
+        n = at_most(n, t + x->s - x->t + 1);
+    return n < 0 ? 0 : n;
+}
+/* What the last row of the tile sees: the others see no more. */
+static inline int64_t visible_to_tile(const struct query_tile *w) {
+    return visible_keys(w->x, w->batch, time_of(w, w->rows - 1));
+}
+
+static inline vf load_up_to(const real *p, int64_t n) { return n >= VL ? vf_load(p) : vf_load_n(p, n, 0); }
+static inline void store_up_to(real *p, vf v, int64_t n) {
+    if (n >= VL)
+        vf_store(p, v);
+    else
+        vf_store_n(p, v, n);
+}
+
+/* ── a product of tiles ──────────────────────────────────────────────────────────────────────────── */
+
+/* c[i, j] = Σ_p a[p·a_step + i] b[p·b_row + j]            (add = 0),
+ * or c[i, j] · factor[i] + that sum                        (add = 1; factor NULL: 1).
+ * Each sum is one ascending chain over p < k. panel holds k × NR elements for the last columns. */
+static void tile_product(real *c, int64_t c_row, const real *a, int64_t a_step, int64_t rows, const real *b,
+                         int64_t b_row, int64_t columns, int64_t k, int add, const real *factor, real *panel) {
+    int64_t height = divide_up(rows, divide_up(rows, MR));
+    for (int64_t j = 0; j < columns; j += NR) {
+        int64_t width = at_most(columns - j, NR), vectors = divide_up(width, VL), b_step = b_row;
+        const real *right = b + j;
+        if (width % VL) {
+            TYPED(pack_panel)(panel, right, vectors * VL, width, k, 1, b_row);
+            right = panel;
+            b_step = vectors * VL;
+        }
+        int direct = !add && width % VL == 0;
+        for (int64_t i = 0; i < rows; i += height) {
+            int64_t n = at_most(rows - i, height);
+            real tile[MR * NR], *to = c + i * c_row + j;
+            TYPED(micro_tile)(direct ? to : tile, a + i, right, n, vectors, k, direct ? c_row : NR, a_step, b_step);
+            if (direct)
+                continue;
+            for (int64_t r = 0; r < n; r++)
+                for (int64_t e = 0; e < width; e += VL) {
+                    vf sum = vf_load(tile + r * NR + e), old;
+                    if (add) {
+                        old = load_up_to(to + r * c_row + e, width - e);
+                        sum = factor ? vf_fma(old, vf_set1(factor[i + r]), sum) : old + sum;
+                    }
+                    store_up_to(to + r * c_row + e, sum, width - e);
+                }
+        }
+    }
+}
+
+/* ── the tile of queries ─────────────────────────────────────────────────────────────────────────── */
+
+/* Cuts n reals, a whole number of cache lines, off the thread's scratch. */
+static inline real *take(real **scratch, int64_t n) {
+    real *taken = *scratch;
+    *scratch += (n + VL + 15) / 16 * 16;
+    return taken;
+}
+
+static inline int64_t query_tile_size(const struct attention *x) {
+    return QUERIES * x->d + WIDEST * x->d + KEYS * x->d + 3 * KEYS * WIDEST + QUERIES * KEYS +
+           NR * (QUERIES + 8) + 8 * (VL + 16);
+}
+
+/* Row-major rows [rows][d] to [d][wide], zeros beyond the last. */
+static void transpose_rows(real *to, const struct query_tile *w, const real *rows) {
+    TYPED(pack_panel)(to, rows, w->wide, w->rows, w->x->d, w->x->d, 1);
+}
+
+/* Takes rows first … of (batch, kv_head) to work on; returns the scratch that is left. */
+static real *open_query_tile(struct query_tile *w, const struct attention *x, int64_t batch, int64_t kv_head,
+                             int64_t first, real *scratch) {
+    w->x = x, w->batch = batch, w->kv_head = kv_head, w->first = first;
+    w->rows = at_most(rows_of(x) - first, QUERIES);
+    w->columns = divide_up(w->rows, VL) * VL;
+    w->wide = w->columns + VL; /* not a power of two: the rows of a tile then fall into different cache sets */
+    w->q_rows = take(&scratch, QUERIES * x->d);
+    w->q_t = take(&scratch, WIDEST * x->d);
+    w->k_t = take(&scratch, KEYS * x->d);
+    w->scores = take(&scratch, KEYS * WIDEST);
+    w->mask_t = take(&scratch, KEYS * WIDEST);
+    w->keep_t = take(&scratch, KEYS * WIDEST);
+    w->gathered = take(&scratch, QUERIES * KEYS);
+    w->panel = take(&scratch, NR * (QUERIES + 8));
+    for (int64_t i = 0; i < w->rows; i++)
+        memcpy(w->q_rows + i * x->d,
+               x->q + batch * x->strides[Q_BATCH] + head_of(w, i) * x->strides[Q_HEAD] + time_of(w, i) * x->strides[Q_TIME],
+               (size_t)x->d * sizeof(real));
+    transpose_rows(w->q_t, w, w->q_rows);
+    return scratch;
+}
+
+static const real *keys_of(const struct query_tile *w, int64_t key) {
+    const int64_t *strides = w->x->strides;
+    return w->x->k + w->batch * strides[K_BATCH] + w->kv_head * strides[K_HEAD] + key * strides[K_KEY];
+}
+static const real *values_of(const struct query_tile *w, int64_t key) {
+    const int64_t *strides = w->x->strides;
+    return w->x->v + w->batch * strides[V_BATCH] + w->kv_head * strides[V_HEAD] + key * strides[V_KEY];
+}
+
+/* ── the scores of a tile ────────────────────────────────────────────────────────────────────────── */
+
+static void load_visible(struct query_tile *w, int64_t key, int64_t keys) {
+    w->partly_visible = 0;
+    for (int64_t i = 0; i < w->columns; i++) {
+        int64_t n = i < w->rows ? visible_keys(w->x, w->batch, time_of(w, i)) - key : keys;
+        w->visible[i] = (real_int)(n < 0 ? 0 : at_most(n, keys));
+        w->partly_visible |= n < keys;
+    }
+}
+
+static void load_mask(struct query_tile *w, int64_t key, int64_t keys) {
+    const int64_t *strides = w->x->strides;
+    for (int64_t i = 0; i < w->rows; i++) {
+        const real *row = w->x->mask + w->batch * strides[MASK_BATCH] + head_of(w, i) * strides[MASK_HEAD] +
+                          time_of(w, i) * strides[MASK_TIME] + key * strides[MASK_KEY];
+        for (int64_t n = 0; n < keys; n++)
+            w->gathered[i * KEYS + n] = row[n * strides[MASK_KEY]];
+    }
+    TYPED(pack_panel)(w->mask_t, w->gathered, w->wide, w->rows, keys, KEYS, 1);
+}
+
+/* keep_t = 1/(1 − p) where the uniform number of this (batch, head, t, s) is ≥ p, else 0. */
+static void load_dropout(struct query_tile *w, int64_t key, int64_t keys) {
+    const struct attention *x = w->x;
+    const int64_t words_each = REAL_BITS / 32; /* a float takes one word of a block of four, a double two */
+    const real keep = (real)(1 / (1 - x->dropout)), p = (real)x->dropout;
+    for (int64_t i = 0; i < w->rows; i++) {
+        int64_t word = (dense_row(w, i) * x->s + key) * words_each, block = -1;
+        uint32_t bits[4];
+        for (int64_t n = 0; n < keys; n++, word += words_each) {
+            if (word / 4 != block)
+                philox_block(bits, block = word / 4, x->seed, x->step, x->microbatch, x->site);
+#if REAL_BITS == 32
+            real uniform = philox_uniform_f32(bits[word % 4]);
+#else
+            real uniform = philox_uniform_f64(bits[word % 4], bits[word % 4 + 1]);
+#endif
+            w->gathered[i * KEYS + n] = uniform >= p ? keep : 0;
+        }
+    }
+    TYPED(pack_panel)(w->keep_t, w->gathered, w->wide, w->rows, keys, KEYS, 1);
+}
+
+/* Everything about the keys key … key + keys − 1 that the softmax needs: scores = K Qᵀ, mask, dropout. */
+static void load_scores(struct query_tile *w, int64_t key, int64_t keys) {
+    const struct attention *x = w->x;
+    TYPED(pack_panel)(w->k_t, keys_of(w, key), KEYS, keys, x->d, x->strides[K_KEY], 1);
+    tile_product(w->scores, w->wide, w->k_t, KEYS, keys, w->q_t, w->wide, w->columns, x->d, 0, NULL, NULL);
+    load_visible(w, key, keys);
+    if (x->mask)
+        load_mask(w, key, keys);
+    if (x->dropout > 0)
+        load_dropout(w, key, keys);
+}
+
+/* scale · qᵀk + mask, −∞ where hidden, for key i of the tile and the queries j … j + VL − 1. */
+static inline vf score_at(const struct query_tile *w, int64_t i, int64_t j) {
+    vf score = vf_load(w->scores + i * w->wide + j) * vf_set1((real)w->x->scale);
+    if (w->x->mask)
+        score += vf_load(w->mask_t + i * w->wide + j);
+    if (w->partly_visible) {
+        vi visible;
+        memcpy(&visible, w->visible + j, sizeof visible);
+        score = vf_select(vi_set1((real_int)i) < visible, score, vf_set1(-INFINITY));
+    }
+    return score;
+}
+
+#endif
