@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tools.training.errors import ProgramError
+
 
 class Metrics:
     """The file metrics.jsonl of a run. Every record carries its "step"."""
@@ -23,7 +25,12 @@ class Metrics:
         self.file = path.open("ab", buffering=0)  # a line is with the system as soon as it is written
 
     def write(self, step: int, **values: Any) -> None:
-        self.file.write((json.dumps({"step": step, **values}) + "\n").encode())
+        """Append one record. Raises ProgramError when the disk does not take it."""
+        try:
+            self.file.write((json.dumps({"step": step, **values}) + "\n").encode())
+        except OSError as error:
+            raise ProgramError(f"cannot write {self.path} at step {step}: {error.strerror}; the last checkpoint is "
+                               "intact, go on with --resume when there is room") from error
 
     def close(self) -> None:
         self.file.close()

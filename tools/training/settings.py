@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, dataclass, field, fields
+from math import inf
 from typing import Any
 
 from tools.training.errors import ProgramError
@@ -55,20 +56,20 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, each with one line."""
-        at_least = {name: 1 for name in ("layers", "heads", "width", "context", "steps", "microbatches", "batch",
-                                         "workers", "shards", "validate_windows", "keep", "sample_length")}
-        at_least |= {"kv_heads": 1, "hidden": 1, "validate_every": 1, "checkpoint_every": 1, "vocab": 257,
-                     "warmup": 0, "seed": 0, "samples": 0, "weight_decay": 0}
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ProgramError(f"--{dashed(name)} is {value}, expected at least {least}")
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ProgramError(f"--{name} is {getattr(self, name)}, expected a positive number")
-        for name in ("dropout", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ProgramError(f"--{name} is {getattr(self, name)}, expected a number from 0 to below 1")
+        at_least = {"vocab": 257, "warmup": 0, "seed": 0, "samples": 0, "weight_decay": 0}
+        for setting in fields(self):
+            name, value = setting.name, getattr(self, setting.name)
+            if value is None:
+                continue
+            if name in ("lr", "clip"):
+                possible, expected = 0 < value < inf, "a positive number"
+            elif name in ("dropout", "beta2"):
+                possible, expected = 0 <= value < 1, "a number from 0 to below 1"
+            else:
+                least = at_least.get(name, 1)
+                possible, expected = least <= value < inf, f"at least {least}"
+            if not possible:
+                raise ProgramError(f"--{dashed(name)} is {value}, expected {expected}")
         if self.width % (2 * self.heads):
             raise ProgramError(f"--width is {self.width}, expected a multiple of twice --heads ({2 * self.heads}): "
                                "each head has an even number of features, which rotary positions turn in pairs")
@@ -120,8 +121,8 @@ def resumed(saved: dict[str, Any], changes: dict[str, Any]) -> Settings:
     known = {setting.name: setting for setting in fields(Settings)}
     for name, value in changes.items():
         if not known[name].metadata["free"] and saved.get(name) != value:
-            raise ProgramError(f"--{dashed(name)} is {value}, but the run to resume has {saved.get(name)}; leave it out, "
-                               "or start a new run in another folder with --run")
+            raise ProgramError(f"--{dashed(name)} is {value}, but the run to resume has {saved.get(name)}; leave it "
+                               "out, or start a new run in another folder with --run")
     return Settings(**{name: value for name, value in {**saved, **changes}.items() if name in known})
 
 
