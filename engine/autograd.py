@@ -249,13 +249,31 @@ def _cotangents(what: str, outputs: Sequence[Tensor], grads: Sequence[Tensor | N
     return full
 
 
+def _unaliased(cotangents: Sequence[Tensor], create_graph: bool) -> Callable[[Tensor], Tensor]:
+    """A function that copies a gradient if its memory was handed out before, or is a view, or was given by the user.
+
+    A rule may pass its g on as it is, or a view of it: y = a + b gives both operands the same g.
+    """
+    handed_out = {id(c.array.storage): c.array.storage for c in cotangents}
+
+    def own(gradient: Tensor) -> Tensor:
+        storage = gradient.array.storage
+        if not create_graph and (storage.has_views or id(storage) in handed_out):
+            gradient = gradient + 0
+            storage = gradient.array.storage
+        handed_out[id(storage)] = storage
+        return gradient
+
+    return own
+
+
 # ── what users call ───────────────────────────────────────────────────────────────────────────────────
 
 def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor | None], *, retain_graph: bool = False,
              create_graph: bool = False) -> None:
     """Accumulate Σ gᵢ · d outputᵢ / d leaf into every leaf's `.grad`."""
     cotangents = _cotangents("backward", outputs, grads)
-    handed_out = {id(c.array.storage) for c in cotangents}
+    own = _unaliased(cotangents, create_graph)
 
     def deliver(edge: Any, gradient: Tensor) -> None:
         if isinstance(edge, Node):
@@ -263,12 +281,7 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor | None], *, retai
         if edge.grad is not None:
             edge.grad = edge.grad + gradient
             return
-        # A rule may pass its g on as it is, or a view of it: no two .grad may share memory.
-        storage = gradient.array.storage
-        if not create_graph and (storage.has_views or id(storage) in handed_out):
-            gradient = gradient + 0
-        handed_out.add(id(gradient.array.storage))
-        edge.grad = gradient
+        edge.grad = own(gradient)
 
     _walk(outputs, cotangents, retain_graph, create_graph, deliver)
 
@@ -290,13 +303,15 @@ def grad(outputs: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor],
             raise RuntimeError(f"grad: input {i} does not require grad")
     targets = {id(edge_of(x)): edge_of(x) for x in wanted}
     found: dict[int, Tensor] = {}
+    cotangents = _cotangents("grad", outs, cots)
+    own = _unaliased(cotangents, create_graph)
 
     def deliver(edge: Any, gradient: Tensor) -> None:
         if id(edge) in targets:
-            found[id(edge)] = gradient
+            found[id(edge)] = own(gradient)
 
     retain = create_graph if retain_graph is None else retain_graph
-    _walk(outs, _cotangents("grad", outs, cots), retain, create_graph, deliver, targets)
+    _walk(outs, cotangents, retain, create_graph, deliver, targets)
     results = [found.get(id(edge_of(x))) for x in wanted]
     unused = [i for i, result in enumerate(results) if result is None]
     if unused and not allow_unused:

@@ -62,11 +62,14 @@ class Op:
         self.fixed = fixed
         self.domain = domain
         self.composite = composite
+        self.variadic = signature.startswith("*")
+        self.named_axes = not self.variadic and any(c.isalpha() for c in signature.split("->")[0])
         self.rule: Callable[..., Any] | None = None
         self.kernel_rule: Callable[..., Any] | None = None
         self.composed: Callable[..., Any] | None = None
         self.needed: tuple[str, ...] = ()
         self.inputs, self.attributes = self._parameters()
+        self.required = [name for name, default in self.attributes.items() if default is inspect.Parameter.empty]
         self.optional = {name for name, p in inspect.signature(forward).parameters.items() if p.default is None}
         self.__doc__ = forward.__doc__
         self.__name__ = self.name
@@ -77,7 +80,7 @@ class Op:
         parameters = list(inspect.signature(self.forward).parameters.values())
         if not self.composite:
             parameters = parameters[1:]
-        if self.signature.startswith("*"):  # one sequence of tensors
+        if self.variadic:  # one sequence of tensors
             return (parameters[0].name,), {p.name: p.default for p in parameters[1:]}
         left = self.signature.split("->")[0].strip()
         count = len(left.split(",")) if left else 0
@@ -118,26 +121,37 @@ class Op:
     def __call__(self, *args: Value, **attributes: Any) -> Tensor:
         if self.composite:
             return self.forward(*args, **attributes)
-        values, attributes = self._bind(args, attributes)
-        tensors = self._as_tensors(values)
+        values: Sequence[Any] = args
+        if attributes or self.attributes or self.variadic or len(args) != len(self.inputs):
+            values, attributes = self._bind(args, attributes)
+        tensors = values if self._alike(values) else self._promoted(self._as_tensors(values))
         device = next((t.device for t in tensors if t is not None), default_device())
         k = get_backend(device)
         if self.composed is not None and not k.has_fused(self.name):
             return self.composed(*tensors, **attributes)
-        tensors = self._promoted(tensors)
         arrays = [None if t is None else t.array for t in tensors]
-        check_shapes(self.name, self.signature, self.inputs,
-                     tuple([None if a is None else a.data.shape for a in arrays]))
-        y = self.forward(k, *arrays, **attributes) if self.signature[0] != "*" else \
-            self.forward(k, arrays, **attributes)
+        if self.named_axes:
+            check_shapes(self.name, self.signature, self.inputs,
+                         tuple([None if a is None else a.data.shape for a in arrays]))
+        y = self.forward(k, arrays, **attributes) if self.variadic else self.forward(k, *arrays, **attributes)
         extra: dict[str, Array] = {}
         if y.__class__ is tuple:
             y, extra = y
-        if _grad_mode.get() and (self.rule is not None or self.kernel_rule is not None):
+        if self.differentiable and _grad_mode.get():
             for t in tensors:
                 if t is not None and t.requires_grad:
                     return Tensor(y, device, True, self._record(tensors, arrays, attributes, y, extra, device))
         return Tensor(y, device)
+
+    def _alike(self, values: Sequence[Any]) -> bool:
+        """Whether the operands are what most calls pass: tensors on one device, of the one type to compute in."""
+        if self.fixed or not values or values[0].__class__ is not Tensor:
+            return False
+        device, dtype = values[0].device, values[0].array.dtype
+        for t in values:
+            if t.__class__ is not Tensor or t.device != device or t.array.dtype is not dtype:
+                return False
+        return dtype.is_floating or self.types == "same" or self.types == "any"
 
     def _bind(self, args: tuple[Any, ...], attributes: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         """Split a call's arguments into tensor operands and attributes, with defaults filled in."""
@@ -157,10 +171,10 @@ class Op:
             unknown = next(name for name in bound if name not in self.attributes)
             raise TypeError(f"{self.name}: got an unexpected argument {unknown!r}, "
                             f"expected {', '.join((*self.inputs, *self.attributes))}")
-        for name, value in bound.items():
-            if value is inspect.Parameter.empty:
+        for name in self.required:
+            if bound[name] is inspect.Parameter.empty:
                 raise TypeError(f"{self.name}: argument {name!r} is missing")
-        if self.signature[0] == "*":
+        if self.variadic:
             if isinstance(values[0], Tensor) or not hasattr(values[0], "__iter__"):
                 raise TypeError(f"{self.name}: {self.inputs[0]} is {type(values[0]).__name__}, "
                                 "expected a list or tuple of tensors")
@@ -170,11 +184,6 @@ class Op:
     def _as_tensors(self, values: Sequence[Any]) -> list[Tensor | None]:
         """Operands as tensors on one device; Python numbers take the type of the tensors they meet."""
         tensors: list[Any] = list(values)
-        if all(v.__class__ is Tensor for v in tensors):
-            if len(tensors) > 1 and any(t.device != tensors[0].device for t in tensors):
-                shown = ", ".join(f"{n} on {t.device}" for n, t in zip(self.inputs, tensors))
-                raise ValueError(f"{self.name}: operands are on different devices ({shown}); move them with .to()")
-            return tensors
         device = next((v.device for v in tensors if isinstance(v, Tensor)), default_device())
         k = get_backend(device)
         for i, value in enumerate(tensors):
@@ -186,13 +195,9 @@ class Op:
                 tensors[i] = Tensor(k.constant(value, self._scalar_type(value, values)), device)
             else:
                 tensors[i] = self._from_data(value, i, k, device)
-        return self._as_tensors_checked(tensors)
-
-    def _as_tensors_checked(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
-        present = [t for t in tensors if t is not None]
-        if any(t.device != present[0].device for t in present):
-            raise ValueError(f"{self.name}: operands are on different devices "
-                             f"({', '.join(t.device for t in present)}); move them with .to()")
+        on = [t.device for t in tensors if t is not None]
+        if len(set(on)) > 1:
+            raise ValueError(f"{self.name}: operands are on different devices ({', '.join(on)}); move them with .to()")
         return tensors
 
     def _scalar_type(self, value: bool | int | float, values: Sequence[Any]) -> DType:
@@ -216,7 +221,7 @@ class Op:
 
     def _names(self, values: Sequence[Any]) -> Sequence[str]:
         """The name of each operand; those of one sequence share its name."""
-        return self.inputs if self.signature[0] != "*" else self.inputs * len(values)
+        return self.inputs if not self.variadic else self.inputs * len(values)
 
     def _promoted(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
         """The operands in the one type that the op computes in."""
@@ -255,7 +260,7 @@ class Op:
                 saved[name] = save(y)
             elif name in extra:
                 saved[name] = save(extra[name])
-            elif name in self.inputs and self.signature[0] != "*":
+            elif name in self.inputs and not self.variadic:
                 array = arrays[self.inputs.index(name)]
                 saved[name] = None if array is None else save(array)
         return Node(self, edges, shapes, saved, attributes, device)
@@ -343,8 +348,6 @@ def cast(k: Any, x: Array, dtype: DType) -> Array:
 def check_shapes(name: str, signature: str, inputs: tuple[str, ...],
                  shapes: tuple[tuple[int, ...] | None, ...]) -> None:
     """Hold the operands' shapes against the signature; raises ValueError with the line that says which does not fit."""
-    if signature[0] == "*":
-        return
     sizes: dict[str, tuple[int, str]] = {}
     for operand, pattern, shape in zip(inputs, signature.split("->")[0].split(","), shapes):
         if shape is None:
