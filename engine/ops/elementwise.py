@@ -517,6 +517,20 @@ def bitwise_xor(k: Any, a: Array, b: Array) -> Array:
     return k.map("bitwise_xor", a, b)
 
 
+@op(BINARY, method="__lshift__")
+def bitwise_left_shift(k: Any, a: Array, b: Array) -> Array:
+    """y = a · 2ᵇ, bits that leave the type are lost."""
+    _integers_only("bitwise_left_shift", a, b)
+    return k.map("bitwise_left_shift", a, b)
+
+
+@op(BINARY, method="__rshift__")
+def bitwise_right_shift(k: Any, a: Array, b: Array) -> Array:
+    """y = ⌊a / 2ᵇ⌋."""
+    _integers_only("bitwise_right_shift", a, b)
+    return k.map("bitwise_right_shift", a, b)
+
+
 @op(UNARY, method="__invert__")
 def bitwise_not(k: Any, x: Array) -> Array:
     """y = ~x, bit by bit; on bools, not."""

@@ -175,6 +175,29 @@ def take(x: Tensor, index: Tensor, axis: int = 0) -> Tensor:
     return x[(slice(None),) * at + (index,)]
 
 
+@op("..., ... -> ...", public=False, types="same")
+def add_at_index(k: Any, x: Array, value: Array, index: tuple[Any, ...]) -> Array:
+    """A copy of x with value added at [index], once for every time an element is named."""
+    y = k.empty_like(x)
+    k.copy(y, x, k.layout(y, x))
+    try:
+        k.scatter_add(y, value, index)
+    except (IndexError, ValueError) as error:
+        raise type(error)(f"scatter_add: x has shape {x.shape}, value {value.shape}: {error}") from None
+    return y
+
+
+@add_at_index.vjp
+def _(g: Tensor, index: tuple[Any, ...]) -> Any:
+    return g, take_index(g, index)
+
+
+@composite("..., n, ... -> ...")
+def scatter_add(x: Tensor, index: Any, value: Tensor) -> Tensor:
+    """A copy of x with `value` added at x[index]; an element named twice gets both, in order."""
+    return add_at_index(x, value, _plain(index))
+
+
 @op("... -> ...", reference=np.sort, types="any", public=False)
 def argsort_values(k: Any, x: Array, axis: int, descending: bool) -> Array:
     y = k.empty(x.shape, int64)
@@ -193,3 +216,71 @@ def argsort(x: Tensor, axis: int = -1, descending: bool = False) -> Tensor:
 def sort(x: Tensor, axis: int = -1, descending: bool = False) -> Tensor:
     """x sorted along `axis`."""
     return take_along_axis(x, argsort(x, axis, descending), axis)
+
+
+@composite("... -> ...", method="topk")
+def topk(x: Tensor, count: int, axis: int = -1) -> tuple[Tensor, Tensor]:
+    """The `count` largest along `axis`, largest first, and their indices (int64); of equal ones the first."""
+    at = axis_index("topk", axis, x.ndim)
+    if not 0 <= count <= x.shape[at]:
+        raise ValueError(f"topk: count is {count!r}, expected a whole number in [0, {x.shape[at]}], "
+                         f"the length of axis {at}")
+    index = argsort(x, at, descending=True)[(slice(None),) * at + (slice(0, count),)]
+    return take_along_axis(x, index, at), index
+
+
+@composite("... -> ...", domain=(-4.0, 4.0), method="quantile",
+           reference=lambda x, q, axis=None, keepdims=False: np.quantile(x, q, axis, keepdims=keepdims))
+def quantile(x: Tensor, q: float, axis: int | None = None, keepdims: bool = False) -> Tensor:
+    """The q-quantile along `axis` (None: of all), linear between neighbours: x₍ᵢ₎ at i = q (n − 1) of the sorted x."""
+    if not 0 <= q <= 1:
+        raise ValueError(f"quantile: q is {q!r}, expected a number in [0, 1]")
+    flat = x.reshape(-1) if axis is None else x
+    at = axis_index("quantile", 0 if axis is None else axis, flat.ndim)
+    n = flat.shape[at]
+    if not n:
+        raise ValueError(f"quantile: axis {axis} of shape {x.shape} is empty, and a quantile of nothing is undefined")
+    place = q * (n - 1)
+    low = min(int(place), n - 1)
+    ordered, before = sort(flat, at), (slice(None),) * at
+    y = ordered[before + (slice(low, low + 1),)]
+    if place > low:
+        y = y + (ordered[before + (slice(low + 1, low + 2),)] - y) * (place - low)
+    if axis is None:
+        return y.reshape((1,) * x.ndim if keepdims else ())
+    return y if keepdims else y.squeeze(at)
+
+
+@composite("... -> ...", method="median",
+           reference=lambda x, axis=None, keepdims=False: np.median(x, axis, keepdims=keepdims))
+def median(x: Tensor, axis: int | None = None, keepdims: bool = False) -> Tensor:
+    """The middle element along `axis` of the sorted x (None: of all); the mean of the two of an even number."""
+    return quantile(x, 0.5, axis, keepdims)
+
+
+# ── results whose shape depends on the data: computed on the host, without gradients ──────────────────
+
+def _from_host(data: np.ndarray, like: Tensor) -> Tensor:
+    return Tensor(get_backend(like.device).array(data), like.device)
+
+
+@composite("... -> ...", reference=np.unique)
+def unique_values(x: Tensor) -> Tensor:
+    """The different elements of x in ascending order."""
+    return _from_host(np.unique(x.numpy()), x)
+
+
+@composite("... -> ...", reference=np.nonzero)
+def nonzero(x: Tensor) -> tuple[Tensor, ...]:
+    """For each axis, the indices (int64) of the elements that are not 0, in C order."""
+    return tuple(_from_host(index, x) for index in np.nonzero(x.numpy()))
+
+
+@composite("n, ... -> ...", reference=np.searchsorted)
+def searchsorted(sorted_values: Tensor, x: Tensor, side: Any = "left") -> Tensor:
+    """Where each x would go in the ascending `sorted_values` (int64): before equal ones ("left") or after ("right")."""
+    if side not in ("left", "right"):
+        raise ValueError(f"searchsorted: side is {side!r}, expected 'left' or 'right'")
+    if sorted_values.ndim != 1:
+        raise ValueError(f"searchsorted: sorted_values has shape {sorted_values.shape}, expected one axis")
+    return _from_host(np.asarray(np.searchsorted(sorted_values.numpy(), x.numpy(), side)), x)

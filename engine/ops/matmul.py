@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.backend import Array
 from engine.backend.launch import broadcast_shapes
-from engine.ops.movement import matrix_transpose, permute_dims, reshape
+from engine.ops.movement import matrix_transpose, pad, permute_dims, reshape
 from engine.ops.registry import axes_tuple, axis_index, composite, op
 from engine.tensor import Tensor
 
@@ -117,6 +117,46 @@ def _(k: Any, g: Array, x: Array, weight: Array, bias: Array | None, needs: tupl
 def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = matmul(x, matrix_transpose(weight))
     return y if bias is None else y + bias
+
+
+@composite("bct, ock, o -> bot")
+def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0,
+           dilation: int = 1, groups: int = 1) -> Tensor:
+    """y[b, o, t] = Σ_c Σ_i w[o, c, i] x[b, c, t·stride + i·dilation − padding] + bias[o]: a cross-correlation.
+
+    x (batch, channels, T), weight (out, channels/groups, k); T_out = ⌊(T + 2 padding − dilation(k − 1) − 1)/stride⌋ + 1.
+    Computed as one matrix product over windows that are gathered side by side (im2col). Raises ValueError for shapes
+    that do not fit and for a window longer than the padded x.
+    """
+    if x.ndim != 3 or weight.ndim != 3 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        raise ValueError(f"conv1d: x has shape {x.shape} and weight {weight.shape}, expected (batch, channels, T) and "
+                         f"(out, channels/{groups}, k) with out a multiple of {groups}")
+    batch, channels, length = x.shape
+    outputs, _, width = weight.shape
+    steps = (length + 2 * padding - dilation * (width - 1) - 1) // stride + 1
+    if steps < 1 or stride < 1 or dilation < 1 or padding < 0:
+        raise ValueError(f"conv1d: a window of {dilation * (width - 1) + 1} does not fit x of length {length} with "
+                         f"padding {padding} (stride {stride}, dilation {dilation})")
+    x = pad(x, ((0, 0), (0, 0), (padding, padding))) if padding else x
+    at = np.arange(steps)[:, None] * stride + np.arange(width) * dilation
+    windows = x[:, :, at].reshape(batch, groups, channels // groups, steps, width)
+    columns = reshape(permute_dims(windows, (0, 1, 3, 2, 4)), (batch, groups, steps, -1))
+    filters = reshape(weight, (groups, outputs // groups, -1))
+    y = matmul(columns, matrix_transpose(filters))  # (batch, groups, steps, out / groups)
+    y = reshape(permute_dims(y, (0, 1, 3, 2)), (batch, outputs, steps))
+    return y if bias is None else y + bias.expand_dims(-1)
+
+
+@composite("...n, ...n -> ...", reference=lambda a, b: np.sum(a * b, -1))
+def vecdot(a: Tensor, b: Tensor, axis: int = -1) -> Tensor:
+    """y = Σ a b along `axis`."""
+    return (a * b).sum(axis)
+
+
+@composite("m, n -> mn", reference=np.outer)
+def outer(a: Tensor, b: Tensor) -> Tensor:
+    """y[i, j] = a[i] b[j]."""
+    return a.reshape(-1, 1) * b.reshape(1, -1)
 
 
 @composite("..., ... -> ...", reference=np.tensordot)

@@ -211,6 +211,55 @@ def repeat(x: Tensor, repeats: int, axis: int) -> Tensor:
     return reshape(wide, (*x.shape[:at], x.shape[at] * repeats, *x.shape[at + 1:]))
 
 
+@composite("... -> ...", reference=np.roll)
+def roll(x: Tensor, shift: int | Sequence[int], axis: int | Sequence[int] | None = None) -> Tensor:
+    """x moved by `shift` along `axis`, what leaves one end entering at the other (axis None: in the flattened x)."""
+    if axis is None:
+        if not isinstance(shift, (int, np.integer)):
+            raise ValueError(f"roll: shift is {shift!r}, expected one whole number where axis is None")
+        return reshape(roll(flatten(x), shift, 0), x.shape)
+    shifts = (shift,) if isinstance(shift, (int, np.integer)) else tuple(shift)
+    axes = (axis,) if isinstance(axis, (int, np.integer)) else tuple(axis)
+    if len(shifts) != len(axes):
+        raise ValueError(f"roll: shift is {shift!r} and axis {axis!r}, expected as many of both")
+    for by, over in zip(shifts, axes):
+        at = axis_index("roll", over, x.ndim)
+        n = x.shape[at]
+        if n and by % n:
+            before = (slice(None),) * at
+            cut = n - by % n
+            x = concat([x[before + (slice(cut, n),)], x[before + (slice(0, cut),)]], at)
+    return x
+
+
+@composite("... -> ...", reference=np.tile)
+def tile(x: Tensor, repetitions: Sequence[int]) -> Tensor:
+    """x repeated repetitions[i] times along axis i; missing leading axes of either count as 1."""
+    ndim = max(x.ndim, len(repetitions))
+    shape = (1,) * (ndim - x.ndim) + x.shape
+    counts = (1,) * (ndim - len(repetitions)) + tuple(repetitions)
+    pairs = reshape(x, [length for n in shape for length in (1, n)])
+    wide = broadcast_to(pairs, [length for r, n in zip(counts, shape) for length in (r, n)])
+    return reshape(wide, tuple(r * n for r, n in zip(counts, shape)))
+
+
+@op("... -> ...", types="any", reference=lambda x, widths, value=0.0: np.pad(x, widths, constant_values=value))
+def pad(k: Any, x: Array, widths: Sequence[tuple[int, int]], value: float = 0.0) -> Array:
+    """x with widths[i] = (before, after) elements of `value` added to axis i."""
+    if len(widths) != x.data.ndim or any(n < 0 for pair in widths for n in pair):
+        raise ValueError(f"pad: widths are {widths!r}, expected a pair of whole numbers for each axis of x {x.shape}")
+    y = k.full(tuple(b + n + a for n, (b, a) in zip(x.shape, widths)), value, x.dtype)
+    inside = tuple(slice(b, b + n) for n, (b, _) in zip(x.shape, widths))
+    target = Array(y.data[inside] if inside else y.data, y.dtype, None, y.storage)
+    k.copy(target, x, k.layout(target, x))
+    return y
+
+
+@pad.vjp
+def _(g: Tensor, x_shape: tuple[int, ...], widths: Sequence[tuple[int, int]]) -> Tensor:
+    return g[tuple(slice(b, b + n) for n, (b, _) in zip(x_shape, widths))]
+
+
 def _reshape_method(self: Tensor, *shape: Any) -> Tensor:
     return reshape(self, shape[0] if len(shape) == 1 else shape)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine import autograd
 from engine.backend import Array
 from engine.ops.elementwise import exp, log, rsqrt, square
 from engine.ops.movement import moveaxis
@@ -103,6 +104,34 @@ def _(k: Any, g: Array, x: Array, weight: Array, mu: Array, rstd: Array) -> Any:
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     d = x - mean(x, axis=-1, keepdims=True)
     return weight * d * rsqrt(mean(square(d), axis=-1, keepdims=True) + eps) + bias
+
+
+@composite("...c, c, c -> ...c")
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor | None = None,
+               running_var: Tensor | None = None, training: bool = True, momentum: float = 0.1,
+               eps: float = 1e-5) -> Tensor:
+    """y = weight · (x − μ)/√(σ² + ε) + bias for each channel, the last axis. Ioffe, Szegedy 2015, arXiv:1502.03167.
+
+    training: μ and σ² (divided by n) are those of the batch, over every axis but the last, and the running ones move
+    towards them in place: r ← (1 − momentum) r + momentum μ, the variance divided by n − 1 as in PyTorch.
+    Otherwise μ and σ² are the running ones.
+    """
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError("batch_norm: running_mean and running_var are None, expected tensors when not training")
+        return (x - running_mean) * rsqrt(running_var + eps) * weight + bias
+    axes = tuple(range(x.ndim - 1))
+    mu = mean(x, axes)
+    d = x - mu
+    variance = mean(square(d), axes)
+    with autograd.no_grad():
+        n = x.size // x.shape[-1] if x.shape[-1] else 0
+        if running_mean is not None:
+            running_mean.copy_(running_mean * (1 - momentum) + mu.detach() * momentum)
+        if running_var is not None:
+            unbiased = variance.detach() * (n / (n - 1) if n > 1 else 1.0)
+            running_var.copy_(running_var * (1 - momentum) + unbiased * momentum)
+    return d * rsqrt(variance + eps) * weight + bias
 
 
 @op("...n, n -> ...n", types="float!")
