@@ -1,0 +1,202 @@
+"""Optimizers: an update rule over the parameters of a model, in groups with hyper-parameters of their own.
+
+    optimizer = AdamW([{"params": matrices}, {"params": gains, "weight_decay": 0.0}], lr=3e-4)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+As in PyTorch, param_groups is a list of dicts that a program may change between steps (a learning rate schedule
+does), and a parameter without gradient is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from engine.backend import Array, get_backend
+from engine.optim.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, Rule, SGDRule
+from engine.tensor import Tensor
+
+
+class Optimizer:
+    """Updates parameters in place by `rule`.
+
+    params: tensors, or dicts {"params": tensors, ...} with hyper-parameters of the group
+
+    Raises TypeError or ValueError with one line for what cannot be optimized.
+    """
+
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], rule: Rule):
+        self.rule = rule
+        self.param_groups: list[dict[str, Any]] = []
+        self.state: dict[int, dict[str, Any]] = {}  # by id(parameter): "step", and the rule's slots
+        if isinstance(params, Tensor):
+            raise TypeError(f"{self.name}: params is a tensor, expected a list of tensors or of groups")
+        several: list[Any] = list(params)
+        if not several:
+            raise ValueError(f"{self.name}: got no parameters")
+        for group in several if isinstance(several[0], dict) else [{"params": several}]:
+            self.add_param_group(group)
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Add {"params": tensors, hyper-parameters ...}; what it does not name is as in the constructor."""
+        group = dict(group)
+        params = group.pop("params")
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if "betas" in group:  # as PyTorch names the pair
+            group["beta1"], group["beta2"] = group.pop("betas")
+        rule = self.rule.with_(**group)
+        known = {id(p) for other in self.param_groups for p in other["params"]}
+        for i, p in enumerate(params):
+            if not isinstance(p, Tensor):
+                raise TypeError(f"{self.name}: parameter {i} is {type(p).__name__}, expected a tensor")
+            if p.node is not None or not p.requires_grad:
+                raise ValueError(f"{self.name}: parameter {i} of shape {p.shape} "
+                                 + ("does not require grad" if p.node is None else f"was made by {p.node.op.name}")
+                                 + ", expected a leaf that requires grad")
+            if id(p) in known:
+                raise ValueError(f"{self.name}: parameter {i} of shape {p.shape} is given more than once")
+            known.add(id(p))
+        self.param_groups.append({"params": params, **{f.name: getattr(rule, f.name) for f in fields(rule)}})
+
+    # ── the step ────────────────────────────────────────────────────────────────────────────────────
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            rule = self.rule.with_(**{f.name: group[f.name] for f in fields(self.rule)})
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(rule, p, p.grad)
+
+    def _update(self, rule: Rule, p: Tensor, grad: Tensor) -> None:
+        if grad.shape != p.shape or grad.dtype is not p.dtype or grad.device != p.device:
+            raise ValueError(f"{self.name}.step: the gradient is {grad.dtype} {grad.shape} on {grad.device}, "
+                             f"expected {p.dtype} {p.shape} on {p.device} as its parameter")
+        if not p.array.data.flags.writeable:
+            raise ValueError(f"{self.name}.step: a parameter of shape {p.shape} is read-only; if it belongs to a "
+                             "parameter server, that updates it")
+        k = get_backend(p.device)
+        state = self.state.setdefault(id(p), {"step": 0})
+        missing = [slot for slot in rule.slots if slot not in state]
+        if missing:
+            fresh = rule.init(k, p.shape, p.dtype)
+            state.update({slot: fresh[slot] for slot in missing})
+        for slot in rule.slots:
+            if state[slot].dtype is not p.dtype:
+                raise ValueError(f"{self.name}.step: {slot} of a parameter is {state[slot].dtype} and the parameter "
+                                 f"{p.dtype}; make the optimizer after .to()")
+        state["step"] += 1
+        target, dense_grad = k.contiguous(p.array), k.contiguous(grad.array)
+        rule.apply(k, target, state, target, state, dense_grad, state["step"])
+        if target is not p.array:
+            k.copy(p.array, target, k.layout(p.array, target))
+        p.array.storage.version += 1
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    # ── saving ──────────────────────────────────────────────────────────────────────────────────────
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"state": {index: {"step": int, slot: array ...}}, "param_groups": [{"params": [index ...], ...}]}.
+
+        Parameters are numbered from 0 in the order of the groups. The arrays are copies.
+        """
+        number = {id(p): i for i, p in enumerate(self._parameters())}
+        state = {number[key]: {name: np.array(value.data) if isinstance(value, Array) else value
+                               for name, value in entry.items()}
+                 for key, entry in self.state.items()}
+        groups = [{**group, "params": [number[id(p)] for p in group["params"]]} for group in self.param_groups]
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from a state_dict() of an optimizer with groups of the same sizes.
+
+        Raises ValueError with one line, and changes nothing, if it does not fit.
+        """
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group["params"]) for group in saved["param_groups"]]
+        if sizes != saved_sizes:
+            raise ValueError(f"{self.name}.load_state_dict: the saved groups have {saved_sizes} parameters, "
+                             f"expected {sizes}")
+        rules = [self.rule.with_(**{name: v for name, v in group.items() if name != "params"})
+                 for group in saved["param_groups"]]
+        parameters = self._parameters()
+        order = [i for group in saved["param_groups"] for i in group["params"]]  # as the saving optimizer numbered them
+        loaded = {id(parameters[place]): self._loaded(i, parameters[place], saved["state"][i])
+                  for place, i in enumerate(order) if i in saved["state"]}
+        self.state = loaded
+        for group, rule in zip(self.param_groups, rules):
+            group.update({f.name: getattr(rule, f.name) for f in fields(rule)})
+
+    def _loaded(self, index: int, p: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:
+        k = get_backend(p.device)
+        state: dict[str, Any] = {"step": int(entry["step"])}
+        for name, value in entry.items():
+            if name == "step":
+                continue
+            if np.shape(value) != p.shape:
+                raise ValueError(f"{self.name}.load_state_dict: {name} of parameter {index} has shape "
+                                 f"{np.shape(value)}, expected {p.shape}")
+            state[name] = k.array(value, p.dtype)
+        return state
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def __repr__(self) -> str:
+        groups = [", ".join(f"{key}={len(value) if key == 'params' else value}" for key, value in group.items())
+                  for group in self.param_groups]
+        return f"{self.name}({'; '.join(groups)})"
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum: rules.SGDRule."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
+                 weight_decay: float = 0.0, nesterov: bool = False):
+        super().__init__(params, SGDRule(lr, weight_decay, momentum, dampening, nesterov))
+
+
+class Adam(Optimizer):
+    """Adam: rules.AdamRule."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0):
+        super().__init__(params, AdamRule(lr, weight_decay, *betas, eps))
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay: rules.AdamWRule."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.01):
+        super().__init__(params, AdamWRule(lr, weight_decay, *betas, eps))
+
+
+class Adagrad(Optimizer):
+    """AdaGrad: rules.AdagradRule."""
+
+    def __init__(self, params: Any, lr: float = 1e-2, lr_decay: float = 0.0, weight_decay: float = 0.0,
+                 eps: float = 1e-10):
+        super().__init__(params, AdagradRule(lr, weight_decay, lr_decay, eps))
+
+
+class RMSprop(Optimizer):
+    """RMSprop: rules.RMSpropRule."""
+
+    def __init__(self, params: Any, lr: float = 1e-2, alpha: float = 0.99, eps: float = 1e-8,
+                 weight_decay: float = 0.0, momentum: float = 0.0):
+        super().__init__(params, RMSpropRule(lr, weight_decay, alpha, eps, momentum))
