@@ -110,6 +110,26 @@ class Tensor:
             raise ValueError(f"__array__: {self.dtype} to {dtype} needs a copy, and copy=False was asked for")
         return np.array(data, dtype=dtype, copy=bool(copy) or None)
 
+    def __dlpack__(self, **options: Any) -> Any:
+        """A DLPack capsule over this tensor's memory: `torch.from_dlpack(x)`, `np.from_dlpack(x)`, nothing copied."""
+        if self.requires_grad:
+            raise RuntimeError("__dlpack__: this tensor requires grad, which the other side would not see; detach() it")
+        return self.numpy().__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.numpy().__dlpack_device__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickling and copy.copy: the elements, the device and requires_grad. A graph cannot be pickled."""
+        if self.node is not None:
+            raise TypeError(f"pickle: this tensor was made by {self.node.op.name} and has a graph; detach() it first")
+        return tensor, (np.ascontiguousarray(self.numpy()), self.dtype, self.device, self.requires_grad)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        function, arguments = self.__reduce__()
+        copied = memo[id(self)] = function(*arguments)
+        return copied
+
     def item(self) -> Any:
         """The one element as a Python number. Raises ValueError unless there is exactly one."""
         if self.size != 1:
@@ -213,6 +233,11 @@ def _dtype_of(source: np.ndarray) -> DType:
     except TypeError:
         raise TypeError(f"tensor: data has elements of type {source.dtype}, expected numbers that the engine has "
                         "(bool, int8-64, uint8-64, float32, float64)") from None
+
+
+def from_dlpack(source: Any) -> Tensor:
+    """A tensor over the memory of anything that speaks DLPack (a NumPy array, a PyTorch CPU tensor), nothing copied."""
+    return from_numpy(np.from_dlpack(source))
 
 
 def from_numpy(data: np.ndarray, requires_grad: bool = False) -> Tensor:

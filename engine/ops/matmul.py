@@ -124,7 +124,8 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
            dilation: int = 1, groups: int = 1) -> Tensor:
     """y[b, o, t] = Σ_c Σ_i w[o, c, i] x[b, c, t·stride + i·dilation − padding] + bias[o]: a cross-correlation.
 
-    x (batch, channels, T), weight (out, channels/groups, k); T_out = ⌊(T + 2 padding − dilation(k − 1) − 1)/stride⌋ + 1.
+    x (batch, channels, T), weight (out, channels/groups, k);
+    T_out = ⌊(T + 2 padding − dilation(k − 1) − 1)/stride⌋ + 1.
     Computed as one matrix product over windows that are gathered side by side (im2col). Raises ValueError for shapes
     that do not fit and for a window longer than the padded x.
     """
