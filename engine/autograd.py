@@ -31,6 +31,9 @@ _grad_mode: ContextVar[bool] = ContextVar("grad_mode", default=True)
 _saving: ContextVar[Any] = ContextVar("saving", default=None)  # the checkpoint being recorded, if any (checkpoint.py)
 _order = itertools.count()
 
+watchers: list[Callable[[Node, str], None]] = []
+"""Each is called as watcher(node, "made" | "backward") when a node is recorded, and before its rule runs."""
+
 
 # ── grad mode ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -107,6 +110,8 @@ class Node:
         self.device = device
         self.order = next(_order)
         self.hooks: list[Callable[[Tensor], Tensor | None]] | None = None
+        for watcher in watchers:
+            watcher(self, "made")
 
     def array(self, name: str) -> Array:
         """A saved array by name, checked to be unmodified."""
@@ -209,6 +214,8 @@ def _walk(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph:
             if edge.saved is None:
                 edge.array("graph")  # raises: freed
             edges = edge.edges
+            for watcher in watchers:
+                watcher(edge, "backward")
             grads = edge.op.gradients(edge, gradient, create_graph) if gradient is not None else (None,) * len(edges)
             if not (retain_graph or create_graph):
                 edge.release()

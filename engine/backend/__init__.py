@@ -12,9 +12,9 @@ import sys
 from functools import cache
 
 from engine.backend.array import Array
-from engine.backend.launch import Backend, broadcast_shapes, observers
+from engine.backend.launch import Backend, broadcast_shapes, finishers, observers
 
-__all__ = ["Array", "Backend", "broadcast_shapes", "devices", "get_backend", "get_num_threads", "observers",
+__all__ = ["Array", "Backend", "broadcast_shapes", "devices", "finishers", "get_backend", "get_num_threads", "observers",
            "set_num_threads"]
 
 

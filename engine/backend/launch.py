@@ -5,7 +5,7 @@
 
 The arguments are Arrays, numbers and None, in the order of kernels/kernels.h. What a device adds is only how a
 kernel's name becomes a callable (`Backend.bind`) and where memory comes from (`Backend.empty`). Whoever wants to
-see, count or record the work (profiler, capture, memory planner, tests) appends to `observers`.
+see, count or record the work (profiler, capture, memory planner, tests) appends to `observers` or `finishers`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ Kernel = Callable[..., None]
 
 observers: list[Callable[[str, tuple[Any, ...]], None]] = []
 """Each is called as observer(kernel name, arguments) before the kernel runs."""
+
+finishers: list[Callable[[str, tuple[Any, ...], float], None]] = []
+"""Each is called as finisher(kernel name, arguments, seconds) when the kernel has run."""
 
 
 class Backend:
@@ -78,7 +82,14 @@ class Backend:
             if observers:
                 for observer in tuple(observers):
                     observer(name, arguments)
+            if not finishers:
+                run(*arguments)
+                return
+            start = perf_counter()
             run(*arguments)
+            seconds = perf_counter() - start
+            for finisher in tuple(finishers):
+                finisher(name, arguments, seconds)
 
         setattr(self, name, launch)
         return launch
