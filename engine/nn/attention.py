@@ -1,0 +1,112 @@
+"""Multi-head attention, and the cache of keys and values that makes generation cheap."""
+
+from __future__ import annotations
+
+import math
+
+from engine import ops
+from engine.autograd import is_grad_enabled
+from engine.dtypes import DType, float32
+from engine.nn.layers import Linear
+from engine.nn.module import Module
+from engine.tensor import Tensor
+
+
+class KeyValueCache:
+    """The keys and values of up to `capacity` positions, (batch, kv_heads, capacity, head width) each, `length` filled.
+
+    A decoder that makes one token at a time computes the keys and values of that token only, and finds those of all
+    earlier ones here. The memory is taken once; append() writes into it and gives views of what is filled.
+    """
+
+    def __init__(self, batch: int, kv_heads: int, capacity: int, head_width: int, dtype: DType = float32,
+                 device: str | None = None):
+        self.length, self.capacity = 0, capacity
+        self.keys = ops.zeros(batch, kv_heads, capacity, head_width, dtype=dtype, device=device)
+        self.values = ops.zeros_like(self.keys)
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (batch, kv_heads, T, head width) keys and values; returns those of all positions so far.
+
+        Raises ValueError when they do not fit, and RuntimeError while recording: no gradient flows through a cache.
+        """
+        if is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            raise RuntimeError("KeyValueCache: no gradient flows through a cache; use it under eg.no_grad()")
+        stop = self.length + key.shape[2]
+        expected = (*self.keys.shape[:2], key.shape[2], self.keys.shape[3])
+        if key.shape != expected or stop > self.capacity:
+            raise ValueError(f"KeyValueCache: got keys {key.shape} after {self.length} positions, expected {expected} "
+                             f"and at most {self.capacity} positions")
+        self.keys[:, :, self.length:stop] = key
+        self.values[:, :, self.length:stop] = value
+        self.length = stop
+        return self.filled()
+
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Views of the keys and values of the positions so far."""
+        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+
+
+class MultiHeadAttention(Module):
+    """Attention of several heads. Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2.
+
+        head_i = softmax(Q_i K_iᵀ / √d) V_i,   Q = W_q x, K = W_k c, V = W_v c,   y = W_o [head_1 ... head_h]
+
+    for queries from x (batch, T, width) and keys and values from c: x itself, or `context` (batch, S, width) in cross
+    attention. d = width / heads. With fewer kv_heads than heads, several query heads share one head of keys and
+    values (Ainslie et al. 2023, arXiv:2305.13245).
+
+    dropout: probability with which an attention weight is dropped in training
+    std, output_std: of the initial weights of W_q, W_k, W_v and of W_o, as in Linear
+    """
+
+    def __init__(self, width: int, heads: int, kv_heads: int | None = None, bias: bool = True, dropout: float = 0.0, *,
+                 std: float | None = None, output_std: float | None = None):
+        super().__init__()
+        self.heads, self.kv_heads, self.dropout = heads, kv_heads or heads, dropout
+        if heads < 1 or width % heads:
+            raise ValueError(f"MultiHeadAttention: width is {width} and heads {heads}, expected a multiple")
+        if heads % self.kv_heads:
+            raise ValueError(f"MultiHeadAttention: heads is {heads} and kv_heads {kv_heads}, expected a multiple")
+        self.head_width = width // heads
+        inner = self.kv_heads * self.head_width
+        self.query = Linear(width, width, bias, std=std)
+        self.key = Linear(width, inner, bias, std=std)
+        self.value = Linear(width, inner, bias, std=std)
+        self.output = Linear(width, width, bias, std=output_std)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, causal: bool = False, mask: Tensor | None = None,
+                lengths: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None,
+                cache: KeyValueCache | None = None) -> Tensor:
+        """y (batch, T, width).
+
+        causal:  position t sees positions up to its own (with a cache: those before the cached ones' end too)
+        mask:    broadcasts to (batch, heads, T, S): bool, true where a query may look, or floating and added
+        lengths: (batch,), how many keys of each sequence are real
+        rotary:  cosine and sine (T, d/2) by which queries and keys are turned (rope_table); self-attention only
+        cache:   keys and values of earlier positions; these are added. In cross attention it is filled by the first
+                 call, and later calls do not look at `context` again
+        """
+        query = self._heads(self.query(x), self.heads)
+        if context is not None and cache is not None and cache.length:
+            key, value = cache.filled()
+        else:
+            source = x if context is None else context
+            key = self._heads(self.key(source), self.kv_heads)
+            value = self._heads(self.value(source), self.kv_heads)
+            if rotary is not None and context is None:
+                query, key = ops.rope(query, *rotary), ops.rope(key, *rotary)
+            if cache is not None:
+                key, value = cache.append(key, value)
+        y = ops.scaled_dot_product_attention(query, key, value, mask, causal=causal, lengths=lengths,
+                                             scale=1 / math.sqrt(self.head_width),
+                                             dropout=self.dropout if self.training else 0.0)
+        batch, time = x.shape[:2]
+        return self.output(ops.permute_dims(y, (0, 2, 1, 3)).reshape(batch, time, self.heads * self.head_width))
+
+    def _heads(self, x: Tensor, heads: int) -> Tensor:
+        """(batch, T, heads · d) as (batch, heads, T, d)."""
+        return ops.permute_dims(x.reshape(*x.shape[:2], heads, self.head_width), (0, 2, 1, 3))
+
+    def extra_repr(self) -> str:
+        return f"{self.heads} heads" + (f", {self.kv_heads} of keys and values" if self.kv_heads != self.heads else "")
