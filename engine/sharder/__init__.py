@@ -1,0 +1,9 @@
+"""The parameter server. README.md has the protocol on one page."""
+
+from engine.sharder.binding import bind, take_gradients
+from engine.sharder.client import Client
+from engine.sharder.drivers.threads import ParameterServer
+from engine.sharder.events import Committed
+from engine.sharder.partition import Partition
+
+__all__ = ["Client", "Committed", "ParameterServer", "Partition", "bind", "take_gradients"]

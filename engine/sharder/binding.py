@@ -1,0 +1,74 @@
+"""Between a replica and the parameter server: parameters in, gradients out, without copying.
+
+A replica is anything with named_parameters() (an nn.Module), or a mapping name -> Tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from engine.backend import Array, get_backend
+from engine.dtypes import DType
+from engine.sharder.partition import Partition
+from engine.sharder.versions import Counter
+from engine.tensor import Tensor
+
+
+def named(replica: Any) -> dict[str, Any]:
+    """name -> Tensor (or array), of a module or a mapping."""
+    return dict(replica.named_parameters() if hasattr(replica, "named_parameters") else replica)
+
+
+def bind(replica: Any, values: Mapping[str, np.ndarray]) -> None:
+    """Make each parameter of the replica a view of `values[its name]`; its gradient is dropped.
+
+    The memory stays the server's: it must not be written to. A tape recorded before keeps the values it saw.
+    Raises ValueError with one line for a missing name, or another shape or dtype.
+    """
+    for name, parameter in named(replica).items():
+        value = values.get(name)
+        if value is None:
+            raise ValueError(f"bind: the server has no parameter {name!r}; it has {', '.join(values)}")
+        if value.shape != parameter.shape or value.dtype != parameter.dtype.numpy:
+            raise ValueError(f"bind: {name!r} is {parameter.dtype} {parameter.shape} in the replica, "
+                             f"and {value.dtype} {value.shape} on the server")
+        parameter.array = get_backend(parameter.device).from_numpy(value)
+        parameter.grad = None
+
+
+def take_gradients(replica: Any) -> dict[str, Tensor | None]:
+    """name -> gradient of each parameter, which the parameters give up."""
+    gradients = {}
+    for name, parameter in named(replica).items():
+        gradients[name], parameter.grad = parameter.grad, None
+    return gradients
+
+
+def flat_gradients(partition: Partition, dtype: DType, gradients: Mapping[str, Any],
+                   counter: Counter) -> dict[str, Array]:
+    """name -> flat Array, of Tensors, Arrays or NumPy arrays; a copy only of what does not lie dense in memory.
+
+    Raises ValueError with one line for a missing or unknown name, or another shape or dtype.
+    """
+    unknown = gradients.keys() - partition.parameters.keys()
+    if unknown:
+        raise ValueError(f"push: the server has no parameter {min(unknown)!r}; "
+                         f"it has {', '.join(partition.parameters)}")
+    flat = {}
+    for name, parameter in partition.parameters.items():
+        gradient = gradients.get(name)
+        if gradient is None:
+            raise ValueError(f"push: {name!r} has no gradient; every parameter of the server needs one in every "
+                             "microbatch (leave frozen parameters out of the server)")
+        array = getattr(gradient, "array", gradient)
+        data = array.data if isinstance(array, Array) else np.asarray(array)
+        if data.shape != parameter.shape or data.dtype != dtype.numpy:
+            raise ValueError(f"push: the gradient of {name!r} is {data.dtype} {data.shape}, "
+                             f"expected {dtype} {parameter.shape}")
+        if not data.flags.c_contiguous:
+            counter.copied(data.nbytes)
+        flat[name] = Array(data.reshape(-1), dtype)
+    return flat

@@ -1,0 +1,101 @@
+"""What a worker's program sees of the parameter server: clock, pull, push.
+
+    def train(client):
+        model = Model()
+        while client.clock():                      # waits for the next clock; False: training is over
+            client.pull(model)                     # its parameters are now views of the server's
+            for index in client.microbatches:      # of this clock, this worker's share
+                loss, tokens = loss_sum(model, batch(client.step, index))
+                loss.backward()
+                client.push(index, model, loss.item(), tokens)
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine.sharder.binding import bind, flat_gradients, take_gradients
+from engine.sharder.cluster import Cluster
+from engine.sharder.events import Began, ClockRequested, Ended, Pulled, PullRequested, PushRequested, Send
+from engine.sharder.versions import assemble
+from engine.sharder.worker import Worker
+
+
+class Port(Protocol):
+    """How a driver carries a worker's messages."""
+
+    def send(self, send: Send) -> None:
+        """Deliver it, now or later."""
+
+    def receive(self) -> Any:
+        """The next message for this worker; waits for one."""
+
+
+class Client:
+    """Worker `worker`'s access to the server.
+
+    worker:       its number             step:   the clock that is running, from 0
+    microbatches: its share of the clock ended:  whether training is over
+    """
+
+    def __init__(self, cluster: Cluster, machine: Worker, port: Port):
+        self._cluster, self._machine, self._port = cluster, machine, port
+        self.worker = machine.number
+        self.step = -1
+        self.microbatches: tuple[int, ...] = ()
+        self.ended = False
+
+    def clock(self) -> bool:
+        """Wait for the next clock: True when it has begun, False when training is over.
+
+        Raises RuntimeError if microbatches of the present clock were not pushed, or if the server refuses this worker.
+        """
+        outcome = self._until(ClockRequested())
+        if isinstance(outcome, Ended):
+            self.ended = True
+            if outcome.refused:
+                raise RuntimeError(f"clock: the server refused: {outcome.refused}")
+            return False
+        assert isinstance(outcome, Began)
+        self.step, self.microbatches = outcome.clock, outcome.microbatches
+        return True
+
+    def pull(self, replica: Any = None) -> dict[str, np.ndarray]:
+        """name -> the parameters of this clock, read-only; a replica (module or name -> Tensor) is bound to them."""
+        outcome = self._until(PullRequested())
+        assert isinstance(outcome, Pulled)
+        values = assemble(self._cluster.partition, outcome.values, self._cluster.k, self._cluster.copied)
+        if replica is not None:
+            bind(replica, values)
+        return values
+
+    def push(self, index: int, gradients: Any, loss: float = 0.0, tokens: float = 1) -> None:
+        """Give the gradients of the loss *sum* of microbatch `index`, that sum, and how many tokens it sums over.
+
+        gradients: the replica, whose .grad are taken, or a mapping name -> Tensor, Array or NumPy array; they are given
+        away: nobody may write to them afterwards. The server divides by the tokens of all microbatches of the clock.
+        Returns at once. Raises ValueError with one line for gradients that do not fit and for an index not due.
+        """
+        if hasattr(gradients, "named_parameters"):
+            gradients = take_gradients(gradients)
+        flat = flat_gradients(self._cluster.partition, self._cluster.dtype, gradients, self._cluster.copied)
+        self._perform(self._machine.step(PushRequested(index, flat, float(loss), tokens)))
+
+    def _until(self, request: Any) -> Any:
+        """Make a request and exchange messages until it has its outcome."""
+        outcome = self._perform(self._machine.step(request))
+        while outcome is None:
+            outcome = self._perform(self._machine.step(self._port.receive()))
+        return outcome
+
+    def _perform(self, actions: list[Any]) -> Any:
+        """Send what is to be sent; returns the action that is for the program, if there is one."""
+        outcome = None
+        for action in actions:
+            if isinstance(action, Send):
+                self._port.send(action)
+            else:
+                outcome = action
+        return outcome

@@ -1,0 +1,206 @@
+"""The driver for one process: a thread a shard, a thread a worker, one for the coordinator; shared memory; no copies.
+
+    server = ParameterServer(model, AdamW(), shards=2, workers=2, microbatches=4, hyper={"lr": 1e-3})
+    for done in server.run(train, clocks=1000):       # train(client): see client.py
+        print(done.clock, done.mean_loss)
+        if done.clock % 100 == 99:
+            save(server.state())
+
+run() is a generator: while the caller looks at a finished clock, every worker stands before the next one, so the
+state it sees is that of all shards at this clock. Leaving the loop ends the run, and a later run() goes on from there.
+An exception in any thread ends the run at once and is raised in the caller; Ctrl-C ends it at the end of the running
+clock, and a second one at once. In all these cases the server stands at the last clock that was committed.
+
+Queues neither lose nor repeat, so this driver needs no Timeout.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from queue import SimpleQueue
+from typing import Any
+
+from engine.backend import get_num_threads, set_num_threads
+from engine.sharder.client import Client
+from engine.sharder.cluster import Cluster
+from engine.sharder.coordinator import Coordinator
+from engine.sharder.events import COORDINATOR, Address, Committed, Finish, Proceed, Send, shard_address, worker_address
+from engine.sharder.messages import Parameters, Pull
+from engine.sharder.shard import Shard
+from engine.sharder.worker import Worker
+
+Program = Callable[[Client], Any]
+
+
+class Stopped(BaseException):
+    """Raised in a worker's program by its client when the run was ended from outside. Not for programs to catch."""
+
+
+class _Stop:
+    """The last message in an inbox."""
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: BaseException
+
+
+@dataclass(frozen=True)
+class _Returned:
+    worker: int
+
+
+class ParameterServer(Cluster):
+    """A parameter server in this process; the arguments are Cluster's."""
+
+    def run(self, program: Program, clocks: int | None = None) -> Iterator[Committed]:
+        """Train: `program(client)` on a thread for each worker, for `clocks` clocks or until the caller stops.
+
+        Yields a Committed for each clock done. Raises what a program, a shard or the rule raises; KeyboardInterrupt
+        is raised at the end of the clock in which it came.
+        """
+        machines = self.start()
+        try:
+            team = _Team(self, program, *machines)
+            try:
+                for _ in count() if clocks is None else range(clocks):
+                    yield team.one_clock()
+                    team.heed_interrupt()
+                team.finish()
+                team.heed_interrupt()
+            finally:
+                team.stop()
+        finally:
+            self.active = self.busy = False
+
+
+class _Team:
+    """The threads of one run."""
+
+    def __init__(self, server: ParameterServer, program: Program, coordinator: Coordinator, shards: list[Shard],
+                 workers: list[Worker]):
+        self.server, self.program = server, program
+        self.interrupted = False
+        self.news: deque[Any] = deque()  # to the caller: Committed, _Returned, _Failed
+        self.arrived = threading.Semaphore(0)
+        self.inboxes: dict[Address, SimpleQueue[Any]] = {
+            address: SimpleQueue() for address in
+            [COORDINATOR, *(shard_address(s.number) for s in shards), *(worker_address(w.number) for w in workers)]}
+        cores = get_num_threads()
+        self.coordinator = self._thread("coordinator", 1, self._serve, coordinator, COORDINATOR)
+        self.shards = [self._thread(f"shard {s.number}", cores // len(shards), self._serve, s, shard_address(s.number))
+                       for s in shards]
+        self.workers = [self._thread(f"worker {w.number}", cores // len(workers), self._work, w) for w in workers]
+        for thread in (self.coordinator, *self.shards, *self.workers):
+            thread.start()
+
+    # ── in the threads ──────────────────────────────────────────────────────────────────────────────
+
+    def _thread(self, name: str, cores: int, body: Callable[..., None], *arguments: Any) -> threading.Thread:
+        """A thread with the caller's context (device, grad mode, generator) and a kernel team of `cores`."""
+        context = contextvars.copy_context()
+
+        def run() -> None:
+            try:
+                set_num_threads(max(1, cores))
+                context.run(body, *arguments)
+            except Stopped:
+                pass
+            except BaseException as error:
+                self.tell(_Failed(error))
+
+        return threading.Thread(target=run, name=name, daemon=True)
+
+    def tell(self, news: Any) -> None:
+        self.news.append(news)
+        self.arrived.release()
+
+    def _serve(self, machine: Any, address: Address) -> None:
+        """Run a shard or the coordinator."""
+        inbox = self.inboxes[address]
+        while not isinstance(message := inbox.get(), _Stop):
+            for action in machine.step(message):
+                if isinstance(action, Send):
+                    self.inboxes[action.to].put(action.message)
+                else:
+                    self.tell(action)
+
+    def _work(self, machine: Worker) -> None:
+        """Run a worker's program."""
+        client = Client(self.server, machine, _Port(self, machine))
+        self.program(client)
+        if not client.ended:
+            raise RuntimeError(f"worker {machine.number}: its program returned in clock {client.step}, before the end "
+                               "of training; loop `while client.clock():`")
+        self.tell(_Returned(machine.number))
+
+    # ── in the caller ───────────────────────────────────────────────────────────────────────────────
+
+    def one_clock(self) -> Committed:
+        """Let one clock run to its end."""
+        self.server.busy = True
+        self.inboxes[COORDINATOR].put(Proceed())
+        committed = self._next_news()
+        self.server.busy = False
+        return committed
+
+    def finish(self) -> None:
+        """Tell the workers that it is over and wait for their programs to return."""
+        self.inboxes[COORDINATOR].put(Finish())
+        for _ in self.workers:
+            self._next_news()
+
+    def heed_interrupt(self) -> None:
+        """Between two clocks: raise the KeyboardInterrupt that came during the last one."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def _next_news(self) -> Any:
+        while True:
+            try:
+                while not self.news:  # looked at before waiting: an interrupt may have eaten a release
+                    self.arrived.acquire()
+                break
+            except KeyboardInterrupt:
+                if self.interrupted:
+                    raise
+                self.interrupted = True
+        news = self.news.popleft()
+        if isinstance(news, _Failed):
+            raise news.error
+        return news
+
+    def stop(self) -> None:
+        """End every thread. The coordinator first: then a decision to apply has reached all shards or none of them,
+        and the shards still carry it out before they come to their last message."""
+        for kind, threads in (("coordinator", [self.coordinator]), ("shard", self.shards), ("worker", self.workers)):
+            for number in range(len(threads)):
+                self.inboxes[kind, number].put(_Stop())
+            for thread in threads:
+                thread.join()
+
+
+class _Port:
+    """A worker's queues. A pull is answered on the spot: the shards' memory is shared, and reading needs no shard."""
+
+    def __init__(self, team: _Team, machine: Worker):
+        self.team, self.inbox = team, team.inboxes[worker_address(machine.number)]
+
+    def send(self, send: Send) -> None:
+        if isinstance(send.message, Pull):
+            pull, shard = send.message, send.to[1]
+            current = self.team.server.memories[shard].versions.current
+            self.inbox.put(Parameters(pull.worker, pull.epoch, shard, current))
+        else:
+            self.team.inboxes[send.to].put(send.message)
+
+    def receive(self) -> Any:
+        message = self.inbox.get()
+        if isinstance(message, _Stop):
+            raise Stopped
+        return message

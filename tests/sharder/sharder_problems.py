@@ -1,0 +1,140 @@
+"""A training problem without a model, and plain single-process training of it: what every driver is held against."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from engine.backend import get_backend
+from engine.optim import clip
+from engine.optim.accumulator import Accumulator
+from engine.sharder import ParameterServer
+from engine.sharder.drivers.simulator import Simulation
+
+DEVICE = "reference"
+SMALL = {"w": (3, 5), "b": (7,), "scale": (), "nothing": (0, 4), "v": (11,), "u": (2, 2, 2), "t": (9,)}
+WIDE = {"matrix": (130, 100), "bias": (3,), "deep": (2, 5000), "scale": ()}  # parameters of several blocks
+
+
+class Momentum:
+    """velocity ← 0.9 velocity + g;  p ← p − lr · velocity"""
+
+    slots = ("velocity",)
+
+    def init(self, k, n, dtype):
+        return {"velocity": k.zeros((n,), dtype)}
+
+    def apply(self, k, new_param, new_state, param, state, grad, step, lr=0.125):
+        k.add(new_state["velocity"], k.map("multiply", state["velocity"], k.constant(0.9, grad.dtype)), grad, None)
+        move = k.map("multiply", new_state["velocity"], k.constant(lr / step, grad.dtype))
+        k.subtract(new_param, param, move, None)
+
+
+def start(shapes):
+    random = np.random.default_rng(0)
+    return {name: random.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
+
+
+def gradient(parameters, clock, microbatch):
+    """Gradients that depend on everything they may depend on, of sizes far enough apart to feel any reordering."""
+    random = np.random.default_rng((clock, microbatch))
+    size = np.float32(10.0 ** (microbatch % 3))
+    gradients = {name: np.asarray(p * np.float32(0.25) + size * random.standard_normal(p.shape).astype("float32"))
+                 for name, p in parameters.items()}
+    return gradients, float(random.random()), 2 + microbatch % 3
+
+
+def program(client):
+    while client.clock():
+        parameters = client.pull()
+        for index in client.microbatches:
+            client.push(index, *gradient(parameters, client.step, index))
+
+
+def arrays(values, k):
+    return [k.array(value.reshape(-1)) for value in values.values()]
+
+
+def by_name(shapes, flat):
+    return {name: array.data.reshape(shape) for (name, shape), array in zip(shapes.items(), flat)}
+
+
+@cache
+def plain(wide, microbatches, clip_norm, clocks):
+    """Training in one loop, without the sharder: (states by version, losses, norms)."""
+    shapes = WIDE if wide else SMALL
+    k, rule = get_backend(DEVICE), Momentum()
+    parameters = arrays(start(shapes), k)
+    slots = [rule.init(k, p.size, p.dtype) for p in parameters]
+    states, losses, norms = [], [], []
+    for step in range(1, clocks + 2):
+        states.append({"clock": step - 1,
+                       **{f"parameters/{n}": v for n, v in by_name(shapes, parameters).items()},
+                       **{f"velocity/{n}": v.copy() for n, v in
+                          by_name(shapes, [s["velocity"] for s in slots]).items()}})
+        accumulator = Accumulator(microbatches, k)
+        for index in range(microbatches):
+            gradients, loss, tokens = gradient(by_name(shapes, parameters), step - 1, index)
+            accumulator.add(index, arrays(gradients, k), loss, tokens)
+        mean = accumulator.mean()
+        losses.append((mean.loss, mean.tokens))
+        gradients = list(mean.gradients)
+        norms.append(clipped(k, gradients, clip_norm) if clip_norm else None)
+        new = [k.empty_like(p) for p in parameters]
+        for n, s, p, g in zip(new, slots, parameters, gradients):
+            rule.apply(k, n, s, p, s, g, step)
+        parameters = new
+    return states, losses, norms
+
+
+def clipped(k, gradients, clip_norm):
+    norm = clip.norm_of_blocks(k, np.concatenate([clip.sums_of_squares(k, g).data for g in gradients]))
+    scale = clip.clip_scale(norm, clip_norm)
+    gradients[:] = [k.map("multiply", g, k.constant(scale, g.dtype)) for g in gradients]
+    return norm
+
+
+def oracle(wide, microbatches, clip_norm, clocks):
+    """version -> parameters, for the simulator's invariants."""
+    states = plain(wide, microbatches, clip_norm, clocks)[0]
+    return lambda version: {name.removeprefix("parameters/"): value for name, value in states[version].items()
+                            if name.startswith("parameters/")}
+
+
+def make(kind, wide=False, rule=None, **arguments):
+    """A ParameterServer or a Simulation of the problem."""
+    return kind(start(WIDE if wide else SMALL), rule or Momentum(), device=DEVICE, **arguments)
+
+
+def assert_same_bits(state, expected):
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.asarray(state[name]).tobytes() == np.asarray(value).tobytes(), name
+
+
+class Threads:
+    """The driver of threads, under the suite's interface."""
+
+    @staticmethod
+    def make(**arguments):
+        return make(ParameterServer, **arguments)
+
+    @staticmethod
+    def run(cluster, clocks, seed=0):
+        return list(cluster.run(program, clocks))
+
+
+class Simulator:
+    """The simulator, under the suite's interface."""
+
+    @staticmethod
+    def make(**arguments):
+        return make(Simulation, **arguments)
+
+    @staticmethod
+    def run(cluster, clocks, seed=0):
+        return cluster.run(gradient, clocks, seed).committed
+
+
+DRIVERS = [Threads, Simulator]
