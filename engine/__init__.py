@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from engine import models, nn, ops, optim
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from engine import nn, ops, optim
 from engine.autograd import enable_grad, grad, is_grad_enabled, no_grad
 from engine.backend import get_num_threads, set_num_threads
 from engine.checkpoint import checkpoint
@@ -12,12 +15,22 @@ from engine.ops import *  # noqa: F403  (every op of the registry is a public na
 from engine.random import Generator, default_generator, seed
 from engine.tensor import Tensor, default_device, device, from_dlpack, from_numpy, tensor
 
+if TYPE_CHECKING:
+    from engine import models, sharder
+
 __version__ = "0.1.0"
 
 __all__ = [
     "DType", "Generator", "Tensor", "bool_", "checkpoint", "default_device", "default_generator", "device",
     "enable_grad", "float32", "float64", "from_dlpack", "from_numpy", "get_num_threads", "grad", "int16", "int32",
     "int64", "int8", "is_grad_enabled", "jvp", "models", "nn", "no_grad", "ops", "optim", "seed", "set_num_threads",
-    "tensor", "uint16", "uint32", "uint64", "uint8", "vjp",
+    "sharder", "tensor", "uint16", "uint32", "uint64", "uint8", "vjp",
     *ops.__all__,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """eg.models and eg.sharder: imported when they are first asked for, so that a small script starts sooner."""
+    if name in ("models", "sharder"):
+        return importlib.import_module(f"engine.{name}")
+    raise AttributeError(f"module 'engine' has no attribute {name!r}")
