@@ -87,9 +87,9 @@ class Cluster:
     def clock(self) -> int:
         """How many clocks are done. Raises RuntimeError after an update failed in its middle."""
         versions = {memory.version for memory in self.memories}
-        if len(versions) != 1:
-            raise RuntimeError(f"ParameterServer: the update of clock {min(versions)} failed on some shards and was "
-                               "done on others; load() a saved state")
+        if len(versions) != 1 or any(memory.torn for memory in self.memories):
+            raise RuntimeError(f"ParameterServer: the update of clock {min(versions)} failed before every shard had "
+                               "done it; load() a saved state")
         return versions.pop()
 
     def parameters(self) -> dict[str, np.ndarray]:
@@ -139,13 +139,14 @@ class Cluster:
         """The machines of a new run. Whatever an interrupted run had not committed is forgotten."""
         if self.active:
             raise RuntimeError("run: training is running already; end the loop over run() first")
-        self.active = True
         self.epoch += 1
         for memory in self.memories:
             memory.versions.discard()
         shards = [self.make_shard(s) for s in range(self.partition.shards)]
         workers = [self.make_worker(w, self.epoch) for w in range(self.workers)]
-        return self.make_coordinator(), shards, workers
+        coordinator = self.make_coordinator()
+        self.active = True
+        return coordinator, shards, workers
 
     def make_shard(self, number: int) -> Shard:
         return Shard(number, self.partition, self.memories[number], self.rule, self.hyper, self.k, self.microbatches,

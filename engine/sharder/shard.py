@@ -37,6 +37,7 @@ class Memory:
     versions: Versions
     slots: dict[str, tuple[Array, ...]]  # by name: one Array a piece
     version: int
+    torn: bool = False  # an update began and did not end
 
 
 class Window:
@@ -143,8 +144,9 @@ class Shard:
         if apply.clock == self.version:
             if self.mean is None:
                 raise ProtocolError(f"shard {self.number}: told to apply clock {apply.clock} before all of it is here")
+            self.memory.torn = True
             self._update(self.mean.gradients, apply.scale)
-            self.memory.version += 1
+            self.memory.version, self.memory.torn = self.version + 1, False
             self._collect()
         elif apply.clock > self.version:
             raise ProtocolError(f"shard {self.number}: got {apply!r} at clock {self.version}")

@@ -1,0 +1,372 @@
+"""The driver of threads: no copies, no torn reads, and a clean end whatever goes wrong."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from sharder_problems import Momentum, assert_same_bits, gradient, make, plain, program
+
+import engine as eg
+from engine.backend import get_backend
+from engine.optim import SGDRule
+from engine.sharder import ParameterServer, bind, take_gradients
+
+
+def server_of(**arguments):
+    return make(ParameterServer, **{"workers": 2, "shards": 2, "microbatches": 3, **arguments})
+
+
+def expected(clock):
+    return plain(False, 3, None, 8)[0][clock]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    left = [t.name for t in threading.enumerate() if t.name.split()[0] in ("coordinator", "shard", "worker")]
+    assert not left
+
+
+# ── a clean end ───────────────────────────────────────────────────────────────────────────────────────
+
+def failing(worker, step, error):
+    def failing_program(client):
+        while client.clock():
+            parameters = client.pull()
+            for index in client.microbatches:
+                if (client.worker, client.step) == (worker, step):
+                    raise error
+                client.push(index, *gradient(parameters, client.step, index))
+    return failing_program
+
+
+def test_an_exception_in_a_worker_is_raised_in_the_caller_with_its_traceback():
+    server = server_of()
+    done = []
+    with pytest.raises(ZeroDivisionError, match="by worker 1") as caught:
+        for committed in server.run(failing(1, 2, ZeroDivisionError("by worker 1")), clocks=5):
+            done.append(committed.clock)
+    assert done == [0, 1]
+    assert "failing_program" in [entry.name for entry in caught.traceback]
+    assert_same_bits(server.state(), expected(2))
+    list(server.run(program, clocks=2))  # and the server is as good as before
+    assert_same_bits(server.state(), expected(4))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_exception_in_a_rule_is_raised_and_what_it_left_is_not_mistaken_for_a_state(shards):
+    class Rule(Momentum):
+        def apply(self, k, new_param, new_state, param, state, grad, step, **hyper):
+            if step == 3 and param.size == 9:  # the last parameter: all but the last shard succeed
+                raise FloatingPointError("in the rule")
+            super().apply(k, new_param, new_state, param, state, grad, step)
+
+    server = server_of(rule=Rule(), shards=shards)
+    saved = None
+    with pytest.raises(FloatingPointError, match="in the rule"):
+        for _ in server.run(program, clocks=5):
+            saved = server.state()
+    with pytest.raises(RuntimeError, match=r"the update of clock 2 failed before every shard.*load\(\) a saved"):
+        server.state()
+    with pytest.raises(RuntimeError, match="failed before every shard"):
+        next(server.run(program))
+    server.rule = Momentum()
+    server.load(saved)
+    list(server.run(program, clocks=1))
+    assert_same_bits(server.state(), expected(3))
+
+
+def test_a_program_that_returns_too_early_is_an_error():
+    server = server_of()
+    with pytest.raises(RuntimeError, match=r"worker \d: its program returned in clock -1.*while client.clock\(\)"):
+        list(server.run(lambda client: None, clocks=1))
+
+
+def test_an_exception_after_the_last_clock_is_raised_too():
+    def late(client):
+        program(client)
+        raise LookupError("afterwards")
+
+    with pytest.raises(LookupError, match="afterwards"):
+        list(server_of().run(late, clocks=1))
+
+
+def test_leaving_the_loop_ends_the_run_between_two_clocks():
+    server = server_of()
+    for committed in server.run(program):
+        if committed.clock == 2:
+            break
+    assert_same_bits(server.state(), expected(3))
+
+
+def test_an_exception_in_the_loop_ends_the_run_between_two_clocks():
+    server = server_of()
+    with pytest.raises(KeyError):
+        for _ in server.run(program):
+            raise KeyError
+    assert_same_bits(server.state(), expected(1))
+
+
+def interrupting(step, interrupt):
+    """A program that calls interrupt(client) in the middle of a clock, before it has pushed anything."""
+    def interrupting_program(client):
+        while client.clock():
+            parameters = client.pull()
+            for index in client.microbatches:
+                if client.step == step and index == 0:
+                    interrupt(client)
+                client.push(index, *gradient(parameters, client.step, index))
+    return interrupting_program
+
+
+def send_interrupt(client=None):
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+def test_an_interrupt_ends_the_run_at_the_end_of_its_clock():
+    server = server_of()
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        for committed in server.run(interrupting(2, send_interrupt), clocks=6):
+            done.append(committed.clock)
+    assert done == [0, 1, 2]
+    assert_same_bits(server.state(), expected(3))
+    list(server.run(program, clocks=1))
+    assert_same_bits(server.state(), expected(4))
+
+
+def test_a_second_interrupt_ends_it_at_once():
+    def twice(client):
+        send_interrupt()
+        team = run.gi_frame.f_locals["team"]
+        while not team.interrupted:  # two signals sent at once may be taken for one
+            time.sleep(0.001)
+        send_interrupt()
+        while True:  # until the end of the run ends this program
+            client.pull()
+            time.sleep(0.001)
+
+    server = server_of()
+    run = server.run(interrupting(2, twice), clocks=6)
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        for committed in run:
+            done.append(committed.clock)
+    assert done == [0, 1]
+    assert_same_bits(server.state(), expected(2))
+
+
+def test_what_would_disturb_a_run_is_refused():
+    server = server_of()
+    run = server.run(program, clocks=3)
+    next(run)
+    with pytest.raises(RuntimeError, match="run: training is running already"):
+        next(server.run(program))
+    with pytest.raises(RuntimeError, match="load: training is running"):
+        server.load(server.state())
+    assert len(list(run)) == 2
+
+    def asks_in_between(client):
+        while client.clock():
+            server.state()
+
+    with pytest.raises(RuntimeError, match="state: a clock is running"):
+        list(server.run(asks_in_between, clocks=1))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"workers": 0}, "workers is 0, expected a whole number of at least 1"),
+    ({"shards": 1.5}, "shards is 1.5, expected a whole number"),
+    ({"microbatches": -1}, "microbatches is -1"),
+    ({"clip_norm": 0.0}, "clip_norm is 0.0, expected a positive number or None"),
+])
+def test_wrong_arguments_get_one_line(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        server_of(**arguments)
+
+
+def test_wrong_parameters_get_one_line():
+    one = np.ones(3, "float32")
+    with pytest.raises(ValueError, match="got no parameters"):
+        ParameterServer({}, Momentum(), microbatches=1)
+    with pytest.raises(ValueError, match="'b' is float64, and 'a' is float32; expected one floating dtype"):
+        ParameterServer({"a": one, "b": one.astype("float64")}, Momentum(), microbatches=1)
+    with pytest.raises(ValueError, match="'a' is int64"):
+        ParameterServer({"a": np.arange(3)}, Momentum(), microbatches=1)
+
+
+# ── memory ────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_nothing_is_copied_and_nothing_pulled_ever_changes():
+    server = server_of(workers=3, shards=5)
+    pulled = []
+
+    def keep(client):
+        while client.clock():
+            parameters = client.pull()
+            pulled.append((parameters, {name: value.tobytes() for name, value in parameters.items()}))
+            for index in client.microbatches:
+                client.push(index, *gradient(parameters, client.step, index))
+
+    list(server.run(keep, clocks=6))
+    assert server.copied.bytes == 0
+    assert len(pulled) >= 6
+    for parameters, bits in pulled:
+        assert all(value.tobytes() == bits[name] for name, value in parameters.items())
+
+
+def test_a_pull_is_a_read_only_view_of_the_shared_memory():
+    server = server_of(workers=1)
+
+    def look(client):
+        while client.clock():
+            parameters = client.pull()
+            flat = server.memories[0].versions.current.flat.data
+            for value in parameters.values():
+                assert np.shares_memory(value, flat) or not value.size
+                with pytest.raises(ValueError, match="read-only"):
+                    value[...] = 0
+            client.push(0, *gradient(parameters, client.step, 0))
+            client.push(1, *gradient(parameters, client.step, 1))
+            client.push(2, *gradient(parameters, client.step, 2))
+
+    list(server.run(look, clocks=2))
+
+
+def test_a_gradient_that_is_not_dense_is_copied_and_counted():
+    server = ParameterServer({"w": np.zeros((4, 3), "float32")}, Momentum(), microbatches=1, device="reference")
+
+    def transposed(client):
+        while client.clock():
+            client.push(0, {"w": np.ones((3, 4), "float32").T})
+
+    list(server.run(transposed, clocks=2))
+    assert server.copied.bytes == 2 * 4 * 3 * 4
+
+
+@pytest.mark.skipif(not hasattr(get_backend("cpu"), "pool"), reason="the NumPy backend has no pool")
+def test_versions_circulate_through_a_few_buffers_of_the_pool():
+    server = ParameterServer({"w": np.zeros(50_000, "float32")}, SGDRule(lr=0.1), workers=2, shards=3, microbatches=2)
+    addresses, aligned = set(), True
+
+    def train(client):
+        while client.clock():
+            w = client.pull()["w"]
+            for index in client.microbatches:
+                client.push(index, {"w": np.ones(50_000, "float32")})
+            del w
+
+    for _ in server.run(train, clocks=30):
+        address = server.memories[0].versions.current.flat.data.__array_interface__["data"][0]
+        addresses.add(address)
+        aligned &= address % 64 == 0
+    assert aligned
+    assert len(addresses) <= 4  # the current, the next, and one for each worker that still holds an older one
+
+
+def test_parameters_of_the_caller_are_copied_in():
+    mine = {"w": np.zeros(3, "float32")}
+    server = ParameterServer(mine, Momentum(), microbatches=1, device="reference")
+    mine["w"][...] = 7
+    assert server.parameters()["w"].tolist() == [0, 0, 0]
+
+
+# ── the use of it ─────────────────────────────────────────────────────────────────────────────────────
+
+def replica_of(values):
+    return {name: eg.tensor(np.array(value), requires_grad=True) for name, value in values.items()}
+
+
+def test_a_bound_replica_has_the_servers_memory_and_gives_up_its_gradients():
+    server = ParameterServer({"w": np.full((2, 3), 2, "float32")}, SGDRule(lr=0.5), microbatches=2)
+
+    def train(client):
+        replica = replica_of({"w": np.zeros((2, 3), "float32")})
+        while client.clock():
+            client.pull(replica)
+            assert np.shares_memory(replica["w"].numpy(), server.parameters()["w"])
+            for index in client.microbatches:
+                loss = (replica["w"] * replica["w"]).sum()
+                loss.backward()
+                client.push(index, take_gradients(replica), loss.item(), tokens=6)
+                assert replica["w"].grad is None
+
+    committed = list(server.run(train, clocks=1))
+    assert committed[0].loss == 48.0 and committed[0].tokens == 12 and committed[0].mean_loss == 4.0
+    # the mean gradient is 2 · (2 w) / 12 = 2/3
+    np.testing.assert_allclose(server.parameters()["w"], 2 - 0.5 * 2 / 3, rtol=1e-6)
+
+
+def test_hyper_parameters_follow_the_step_and_the_name():
+    seen = set()
+
+    def hyper(step, name):
+        seen.add((step, name))
+        return {"lr": 1.0 if name == "fast" else 0.0}
+
+    values = {name: np.zeros(2, "float32") for name in ("fast", "frozen")}
+    server = ParameterServer(values, SGDRule(), microbatches=1, hyper=hyper)
+
+    def train(client):
+        while client.clock():
+            client.push(0, {name: np.ones(2, "float32") for name in values})
+
+    list(server.run(train, clocks=2))
+    assert server.parameters()["fast"].tolist() == [-2, -2] and server.parameters()["frozen"].tolist() == [0, 0]
+    assert seen == {(step, name) for step in (1, 2) for name in values}
+
+
+def test_each_thread_has_its_share_of_the_kernel_threads_and_the_callers_context():
+    before = eg.get_num_threads()
+    seen = []
+
+    class Rule(Momentum):
+        def apply(self, *arguments, **hyper):
+            seen.append(("shard", eg.get_num_threads()))
+            super().apply(*arguments, **hyper)
+
+    def look(client):
+        while client.clock():
+            seen.append(("worker", eg.get_num_threads()))
+            seen.append(("context", eg.is_grad_enabled(), eg.default_generator().seed))
+            for index in client.microbatches:
+                client.push(index, {name: np.zeros_like(value) for name, value in client.pull().items()})
+
+    try:
+        eg.set_num_threads(6)
+        total = eg.get_num_threads()  # 1 where no kernels were compiled
+        with eg.no_grad(), eg.seed(5):
+            list(server_of(rule=Rule(), workers=2, shards=3).run(look, clocks=1))
+    finally:
+        eg.set_num_threads(before)
+    assert set(seen) == {("worker", max(1, total // 2)), ("shard", max(1, total // 3)), ("context", False, 5)}
+
+
+@pytest.mark.parametrize(("gradients", "message"), [
+    ({}, "push: 'w' has no gradient; every parameter of the server needs one"),
+    ({"w": None}, "push: 'w' has no gradient"),
+    ({"w": np.zeros(3, "float32"), "x": None}, "push: the server has no parameter 'x'; it has w"),
+    ({"w": np.zeros(4, "float32")}, r"push: the gradient of 'w' is float32 \(4,\), expected float32 \(3,\)"),
+    ({"w": np.zeros(3)}, r"push: the gradient of 'w' is float64 \(3,\), expected float32 \(3,\)"),
+])
+def test_gradients_that_do_not_fit_get_one_line(gradients, message):
+    server = ParameterServer({"w": np.zeros(3, "float32")}, Momentum(), microbatches=1, device="reference")
+
+    def train(client):
+        while client.clock():
+            client.push(0, gradients)
+
+    with pytest.raises(ValueError, match=message):
+        list(server.run(train, clocks=1))
+
+
+def test_a_replica_that_does_not_fit_gets_one_line():
+    values = {"w": np.zeros(3, "float32")}
+    with pytest.raises(ValueError, match="bind: the server has no parameter 'v'; it has w"):
+        bind(replica_of({"v": values["w"]}), values)
+    with pytest.raises(ValueError, match=r"bind: 'w' is float32 \(2,\) in the replica, and float32 \(3,\) on"):
+        bind(replica_of({"w": np.zeros(2, "float32")}), values)
