@@ -81,7 +81,7 @@ KERNEL(less)(uint8_t *y, const real *a, const real *b, const int64_t *layout);
 KERNEL(less_equal)(uint8_t *y, const real *a, const real *b, const int64_t *layout);
 KERNEL(where)(real *y, const uint8_t *condition, const real *a, const real *b, const int64_t *layout);
 
-/* ── reduce.c: x is dense (outer, n, inner), y is (outer, inner) ─────────────────────────────────── */
+/* ── reduce.c, scan.c: x is dense (outer, n, inner), y is (outer, inner) ─────────────────────────── */
 KERNEL(sum)(real *y, const real *x, int64_t outer, int64_t n, int64_t inner);
 KERNEL(prod)(real *y, const real *x, int64_t outer, int64_t n, int64_t inner);
 KERNEL(max)(real *y, const real *x, int64_t outer, int64_t n, int64_t inner);   /* n > 0; NaN propagates */

@@ -22,6 +22,8 @@
 #endif
 #define VL (VECTOR_BYTES / (REAL_BITS / 8))
 
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
 #if REAL_BITS == 32
 typedef int32_t real_int;
 #else
@@ -115,6 +117,17 @@ static inline void vf_store_strided(real *p, int64_t stride, vf v, int64_t n) {
     real lanes[VL];
     vf_store(lanes, v);
     for (int64_t i = 0; i < n; i++) p[i * stride] = lanes[i];
+}
+
+/* Whatever the stride: dense, broadcast (0) or strided. Where stride and n are constants, one instruction. */
+ALWAYS_INLINE vf vf_load_any(const real *p, int64_t stride, int64_t n) {
+    if (stride == 1) return n == VL ? vf_load(p) : vf_load_n(p, n, 0);
+    return stride == 0 ? vf_set1(*p) : vf_load_strided(p, stride, n);
+}
+ALWAYS_INLINE void vf_store_any(real *p, int64_t stride, vf v, int64_t n) {
+    if (stride != 1) vf_store_strided(p, stride, v, n);
+    else if (n == VL) vf_store(p, v);
+    else vf_store_n(p, v, n);
 }
 
 /* ── Arithmetic ─────────────────────────────────────────────────────────────────────────────────── */
@@ -269,6 +282,23 @@ static inline int vi_any(vi mask) {
     real_int any = 0;
     for (int i = 0; i < VL; i++) any |= mask[i];
     return any != 0;
+#endif
+}
+
+/* ── Wide multiplication: `vu` is lanes of 64 bits ──────────────────────────────────────────────── */
+typedef uint64_t vu __attribute__((vector_size(VECTOR_BYTES)));
+
+/* (a mod 2³²) · b in full, 64 bits. */
+static inline vu vu_multiply_low(vu a, uint32_t b) {
+    vu factor = (vu){0} + (uint64_t)b;
+#if defined(__x86_64__) && VECTOR_BYTES == 64
+    return (vu)_mm512_mul_epu32((__m512i)a, (__m512i)factor);
+#elif defined(__x86_64__) && VECTOR_BYTES == 32
+    return (vu)_mm256_mul_epu32((__m256i)a, (__m256i)factor);
+#elif defined(__x86_64__)
+    return (vu)_mm_mul_epu32((__m128i)a, (__m128i)factor);
+#else
+    return (a & 0xffffffffu) * factor;
 #endif
 }
 

@@ -1,0 +1,145 @@
+/* elementwise.c: y = f(x), y = f(a, b), and the derivatives that are worth one pass.
+ *
+ * Bytes: one pass over each operand, so 8 bytes an element for a unary float kernel, 12 for a binary one, 9 for a
+ * comparison. Flops an element (a vector of 16, 8 or 4 elements does them at once): 1 for arithmetic, about
+ * 12 for exp, 20 for log, 30 for tanh and sigmoid, 50 for gelu and erf, 60 for sin, 120 for pow. What bounds
+ * it: memory, as soon as the operands leave the second cache; inside the caches the functions from
+ * log on are bound by arithmetic. That is why a fused pass (gelu_vjp in place of the dozen passes of its
+ * composition) pays, and a cleverer loop does not.
+ *
+ * Each kernel is its element function below plus the walk of elementwise.h. */
+#include "elementwise.h"
+
+/* ── y = f(x) ───────────────────────────────────────────────────────────────────────────────────── */
+
+static inline vf identity(vf x) { return x; }
+static inline vf negate(vf x) { return -x; }
+static inline vf square_of(vf x) { return x * x; }
+static inline vf reciprocal_of(vf x) { return vf_set1(1) / x; }
+
+/* −1, 0 or 1; sign(±0) = 0, sign(NaN) = NaN. */
+static inline vf sign_of(vf x) {
+    vf one = vf_copysign(vf_set1(1), x);
+    return vf_select((x < 0) | (x > 0), one, vf_select(x == 0, vf_zero(), x));
+}
+
+/* max(x, 0). A NaN stays. */
+static inline vf relu_of(vf x) { return vf_select(x <= 0, vf_zero(), x); }
+
+/* x σ(x). Hendrycks and Gimpel 2016, arXiv:1606.08415; also called swish. */
+static inline vf silu_of(vf x) { return x * vf_sigmoid(x); }
+
+/* x Φ(x), Φ the normal distribution function. Hendrycks and Gimpel 2016, arXiv:1606.08415. */
+static inline vf gelu_of(vf x) {
+    vf bell;
+    return x * vf_normal_cdf(x, &bell);
+}
+
+/* x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) = x σ(v) with v = x (TANH_1 + TANH_3 x²): the same paper, section 2. */
+#define TANH_1 ((real)1.5957691216057308)  /* 2 √(2/π) */
+#define TANH_3 ((real)0.07135481627260025) /* 2 √(2/π) · 0.044715 */
+static inline vf gelu_tanh_of(vf x) { return x * vf_sigmoid(x * vf_fma(x * x, vf_set1(TANH_3), vf_set1(TANH_1))); }
+
+UNARY(copy, identity)
+UNARY(negative, negate)
+UNARY(abs, vf_abs)
+UNARY(sign, sign_of)
+UNARY(floor, vf_floor)
+UNARY(ceil, vf_ceil)
+UNARY(round, vf_round)
+UNARY(square, square_of)
+UNARY(sqrt, vf_sqrt)
+UNARY(rsqrt, vf_rsqrt)
+UNARY(reciprocal, reciprocal_of)
+UNARY(exp, vf_exp)
+UNARY(expm1, vf_expm1)
+UNARY(log, vf_log)
+UNARY(log1p, vf_log1p)
+UNARY(sin, vf_sin)
+UNARY(cos, vf_cos)
+UNARY(tanh, vf_tanh)
+UNARY(sigmoid, vf_sigmoid)
+UNARY(erf, vf_erf)
+UNARY(relu, relu_of)
+UNARY(silu, silu_of)
+UNARY(softplus, vf_softplus)
+UNARY(gelu, gelu_of)
+UNARY(gelu_tanh, gelu_tanh_of)
+
+/* ── dx = g f′(x) ───────────────────────────────────────────────────────────────────────────────── */
+
+/* x, kept where the derivative below has long reached its limit, so that ∞ · 0 does not arise. */
+static inline vf clamp(vf x, real limit) { return vf_max(vf_set1(-limit), vf_min(vf_set1(limit), x)); }
+
+static inline vf relu_slope(vf g, vf x) { return vf_select(x > 0, g, vf_zero()); }
+
+/* (x σ)′ = σ (1 + x (1 − σ)) */
+static inline vf silu_slope(vf g, vf x) {
+    vf complement, s = vf_sigmoid_both(x, &complement);
+    return g * (s * vf_fma(clamp(x, 1000), complement, vf_set1(1)));
+}
+
+/* (x Φ)′ = Φ + x φ, φ(x) = e^(−x²/2)/√(2π) */
+static inline vf gelu_slope(vf g, vf x) {
+    vf bell, cdf = vf_normal_cdf(x, &bell);
+    return g * vf_fma(clamp(x, 100), bell * vf_set1((real)0.3989422804014327), cdf);
+}
+
+/* (x σ(v))′ = σ + x σ (1 − σ) v′, v′ = TANH_1 + 3 TANH_3 x² */
+static inline vf gelu_tanh_slope(vf g, vf x) {
+    vf near = clamp(x, 100), square = near * near, complement;
+    vf s = vf_sigmoid_both(near * vf_fma(square, vf_set1(TANH_3), vf_set1(TANH_1)), &complement);
+    vf v_slope = vf_fma(square, vf_set1(3 * TANH_3), vf_set1(TANH_1));
+    return g * (s * vf_fma(near * complement, v_slope, vf_set1(1)));
+}
+
+#define SLOPE(name, f) \
+    ALWAYS_INLINE void name##_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
+        vf_store_any(REAL_AT(0), stride[0], f(LOAD(1), LOAD(2)), n); \
+    } \
+    RUN_OF(name, 3) \
+    KERNEL(name)(real *dx, const real *g, const real *x, const int64_t *layout) { \
+        walk_layout(layout, 3, (void *const[]){dx, (void *)g, (void *)x}, REAL_SIZES, name##_run); \
+    }
+SLOPE(relu_vjp, relu_slope)
+SLOPE(silu_vjp, silu_slope)
+SLOPE(gelu_vjp, gelu_slope)
+SLOPE(gelu_tanh_vjp, gelu_tanh_slope)
+
+/* ── y = f(a, b) ────────────────────────────────────────────────────────────────────────────────── */
+
+static inline vf sum_of(vf a, vf b) { return a + b; }
+static inline vf difference(vf a, vf b) { return a - b; }
+static inline vf product(vf a, vf b) { return a * b; }
+static inline vf quotient(vf a, vf b) { return a / b; }
+static inline vf maximum_of(vf a, vf b) { return vf_select((a >= b) | vf_is_nan(a), a, b); } /* NaN wins */
+static inline vf minimum_of(vf a, vf b) { return vf_select((a <= b) | vf_is_nan(a), a, b); }
+
+BINARY(add, sum_of)
+BINARY(subtract, difference)
+BINARY(multiply, product)
+BINARY(divide, quotient)
+BINARY(pow, vf_pow)
+BINARY(maximum, maximum_of)
+BINARY(minimum, minimum_of)
+
+static inline vi is_equal(vf a, vf b) { return a == b; }
+static inline vi is_not_equal(vf a, vf b) { return a != b; }
+static inline vi is_less(vf a, vf b) { return a < b; }
+static inline vi is_less_equal(vf a, vf b) { return a <= b; }
+
+COMPARISON(equal, is_equal)
+COMPARISON(not_equal, is_not_equal)
+COMPARISON(less, is_less)
+COMPARISON(less_equal, is_less_equal)
+
+/* y = condition ? a : b */
+ALWAYS_INLINE void where_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) {
+    vi condition = load_mask((const uint8_t *)p[1] + i * stride[1], stride[1], n);
+    vf_store_any(REAL_AT(0), stride[0], vf_select(condition, LOAD(2), LOAD(3)), n);
+}
+RUN_OF(where, 4)
+KERNEL(where)(real *y, const uint8_t *condition, const real *a, const real *b, const int64_t *layout) {
+    const int64_t bytes[] = {sizeof(real), 1, sizeof(real), sizeof(real)};
+    walk_layout(layout, 4, (void *const[]){y, (void *)condition, (void *)a, (void *)b}, bytes, where_run);
+}

@@ -1,0 +1,158 @@
+/* elementwise.h: how one element function becomes a kernel over any layout.
+ *
+ * A kernel of elementwise.c is one function from vectors to a vector. This file walks the layout (see
+ * kernels.h), cuts it into runs of one axis, spreads the runs over the threads and hands each run to a
+ * function of the form
+ *
+ *     run(p, stride, n):  n elements, operand k at p[k], p[k] + stride[k], …
+ *
+ * A run feeds the element function from wherever the elements lie: VL at a time, whether dense (stride 1),
+ * broadcast (stride 0) or strided, and the last few in a vector that is partly empty. So an element
+ * is computed by the same instructions wherever it lies, and its bits depend on nothing but its operands. */
+#ifndef ELEMENTWISE_H
+#define ELEMENTWISE_H
+#include "simd_math_wide.h"
+#include "threads.h"
+
+#define MAX_OPERANDS 4
+#define MAX_AXES 32
+#define RUN 8192         /* elements of a dense run: 32 KiB of float, some microseconds of work */
+#define STRIDED_RUN 128  /* of a strided one: short, so that the next row finds its cache lines again */
+#define GRAIN 16384      /* elements worth waking a thread for */
+#define SHORT_AXIS 16    /* a last axis shorter than this is not worth a run of its own */
+
+typedef void (*run_function)(char *const *p, const int64_t *stride, int64_t n);
+
+/* The layout with its run axis taken out. Item t of the work is one run: t counts rows of the other axes
+ * fastest, then pieces of the run axis, so that neighbouring rows share the cache lines of a strided piece. */
+struct walk {
+    run_function run;
+    int operands, axes;
+    char *base[MAX_OPERANDS];
+    int64_t shape[MAX_AXES], step[MAX_OPERANDS][MAX_AXES]; /* of the other axes; steps in bytes */
+    int64_t stride[MAX_OPERANDS], bytes[MAX_OPERANDS];     /* of the run axis, in elements; size of an element */
+    int64_t n, piece, rows;
+};
+
+static void walk_items(void *context, int64_t begin, int64_t end) {
+    const struct walk *w = context;
+    for (int64_t item = begin; item < end; item++) {
+        int64_t row = item % w->rows, start = item / w->rows * w->piece;
+        char *p[MAX_OPERANDS];
+        for (int k = 0; k < w->operands; k++) p[k] = w->base[k] + start * w->stride[k] * w->bytes[k];
+        for (int axis = w->axes - 1; axis >= 0; axis--) {
+            int64_t index = row % w->shape[axis];
+            row /= w->shape[axis];
+            for (int k = 0; k < w->operands; k++) p[k] += index * w->step[k][axis];
+        }
+        w->run(p, w->stride, w->n - start < w->piece ? w->n - start : w->piece);
+    }
+}
+
+/* The axis that runs go along: the last one, or the longest where the last is short. */
+static int choose_run_axis(const int64_t *shape, int ndim) {
+    int best = ndim - 1;
+    if (shape[best] < SHORT_AXIS)
+        for (int axis = 0; axis < ndim; axis++)
+            if (shape[axis] > shape[best]) best = axis;
+    return best;
+}
+
+static void walk_layout(const int64_t *layout, int operands, void *const *base, const int64_t *bytes, run_function run) {
+    int ndim = (int)layout[0];
+    const int64_t *shape = layout + 1, *strides = shape + ndim; /* operand k: strides + k·ndim */
+    struct walk w = {.run = run, .operands = operands, .n = 1, .rows = 1, .piece = RUN};
+    int run_axis = ndim ? choose_run_axis(shape, ndim) : -1;
+    for (int axis = 0; axis < ndim; axis++) {
+        if (axis == run_axis) continue;
+        for (int k = 0; k < operands; k++) w.step[k][w.axes] = strides[k * ndim + axis] * bytes[k];
+        w.shape[w.axes++] = shape[axis];
+        w.rows *= shape[axis];
+    }
+    for (int k = 0; k < operands; k++) {
+        w.base[k] = base[k];
+        w.bytes[k] = bytes[k];
+        w.stride[k] = ndim ? strides[k * ndim + run_axis] : 0;
+        if (w.stride[k] != 0 && w.stride[k] != 1 && w.rows > 1) w.piece = STRIDED_RUN;
+    }
+    if (ndim) w.n = shape[run_axis];
+    if (w.n == 0 || w.rows == 0) return;
+    int64_t pieces = (w.n + w.piece - 1) / w.piece, longest = w.n < w.piece ? w.n : w.piece;
+    parallel_for(pieces * w.rows, 1 + (GRAIN - 1) / longest, walk_items, &w);
+}
+
+/* ── Operands of a run: n ≤ VL elements at p. ───────────────────────────────────────────────────── */
+typedef uint8_t byte_lanes __attribute__((vector_size(VL)));
+
+/* Bytes as a mask: a lane is all ones where the byte is not 0. */
+ALWAYS_INLINE vi load_mask(const uint8_t *p, int64_t stride, int64_t n) {
+    byte_lanes lanes = {0};
+    if (stride == 1 && n == VL) memcpy(&lanes, p, VL);
+    else
+        for (int64_t i = 0; i < n; i++) lanes[i] = p[i * stride];
+    return __builtin_convertvector(lanes, vi) != 0;
+}
+/* A mask as bytes 0 and 1. */
+ALWAYS_INLINE void store_mask(uint8_t *p, int64_t stride, vi mask, int64_t n) {
+    byte_lanes lanes = __builtin_convertvector(mask & 1, byte_lanes);
+    if (stride == 1 && n == VL) memcpy(p, &lanes, VL);
+    else
+        for (int64_t i = 0; i < n; i++) p[i * stride] = lanes[i];
+}
+
+/* ── Kernels from element functions ─────────────────────────────────────────────────────────────── */
+
+/* Makes name_run out of name_step(p, stride, i, n), which does elements i … i + n − 1 of a run. The strides
+ * that matter are written out as constants, so that each has a loop of its own without decisions. */
+#define RUN_OF(name, operands) \
+    ALWAYS_INLINE void name##_span(char *const *p, const int64_t *stride, int64_t n) { \
+        int64_t i = 0; \
+        for (; i + VL <= n; i += VL) name##_step(p, stride, i, VL); \
+        if (i < n) name##_step(p, stride, i, n - i); \
+    } \
+    static void name##_run(char *const *p, const int64_t *stride, int64_t n) { \
+        static const int64_t dense[] = {1, 1, 1, 1}, scalar_right[] = {1, 1, 0}, scalar_left[] = {1, 0, 1}; \
+        if (memcmp(stride, dense, operands * sizeof *dense) == 0) name##_span(p, dense, n); \
+        else if (operands == 3 && memcmp(stride, scalar_right, sizeof scalar_right) == 0) \
+            name##_span(p, scalar_right, n); \
+        else if (operands == 3 && memcmp(stride, scalar_left, sizeof scalar_left) == 0) \
+            name##_span(p, scalar_left, n); \
+        else name##_span(p, stride, n); \
+    }
+
+#define REAL_AT(k) ((real *)p[k] + i * stride[k])
+#define LOAD(k) vf_load_any(REAL_AT(k), stride[k], n)
+#define REAL_SIZES ((const int64_t[]){sizeof(real), sizeof(real), sizeof(real), sizeof(real)})
+
+/* y = f(x) */
+#define UNARY(name, f) \
+    ALWAYS_INLINE void name##_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
+        vf_store_any(REAL_AT(0), stride[0], f(LOAD(1)), n); \
+    } \
+    RUN_OF(name, 2) \
+    KERNEL(name)(real *y, const real *x, const int64_t *layout) { \
+        walk_layout(layout, 2, (void *const[]){y, (void *)x}, REAL_SIZES, name##_run); \
+    }
+
+/* y = f(a, b) */
+#define BINARY(name, f) \
+    ALWAYS_INLINE void name##_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
+        vf_store_any(REAL_AT(0), stride[0], f(LOAD(1), LOAD(2)), n); \
+    } \
+    RUN_OF(name, 3) \
+    KERNEL(name)(real *y, const real *a, const real *b, const int64_t *layout) { \
+        walk_layout(layout, 3, (void *const[]){y, (void *)a, (void *)b}, REAL_SIZES, name##_run); \
+    }
+
+/* y = f(a, b) as bytes, f giving a mask */
+#define COMPARISON(name, f) \
+    ALWAYS_INLINE void name##_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
+        store_mask((uint8_t *)p[0] + i * stride[0], stride[0], f(LOAD(1), LOAD(2)), n); \
+    } \
+    RUN_OF(name, 3) \
+    KERNEL(name)(uint8_t *y, const real *a, const real *b, const int64_t *layout) { \
+        const int64_t bytes[] = {1, sizeof(real), sizeof(real)}; \
+        walk_layout(layout, 3, (void *const[]){y, (void *)a, (void *)b}, bytes, name##_run); \
+    }
+
+#endif

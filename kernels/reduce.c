@@ -1,0 +1,206 @@
+/* reduce.c: sums, products and extremes along the middle axis of (outer, n, inner).
+ *
+ * Bytes: x once (logsumexp twice), 4 an element. Flops: 1 an element, 20 for logsumexp. What bounds it: memory.
+ *
+ * The order of every sum is that of tree.h, whatever inner is. inner = 1: the 16 lanes are 16 neighbours of a
+ * row. inner > 1: lane l is the rows l, l + 16, … of a slab, taken for COLUMNS columns at a time. A long
+ * axis is cut into pieces of 512 leaves, which are complete subtrees; the pieces go to the threads and are joined by
+ * the same tree. */
+#include "rows.h"
+#include "simd_math.h"
+#include "tree.h"
+
+#define PIECE (512 * LEAF)
+#define COLUMNS 256
+#define COLUMN_LEVELS 32
+
+struct reduction {
+    real *y;
+    const real *x;
+    real *partial; /* the lanes of each piece, (outer, pieces, GROUP, inner), where there is more than one */
+    int64_t n, inner, pieces, chunks;
+};
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* What is reduced: x itself, or e^(x − m) with m the maximum, which y holds from the pass before. */
+enum term { PLAIN, EXPONENTIAL };
+ALWAYS_INLINE vf term_of(enum term term, vf x, vf m) { return term == PLAIN ? x : vf_exp(x - m); }
+
+/* log Σ eˣ = m + log Σ e^(x − m). m itself where it is infinite, or NaN. */
+ALWAYS_INLINE real result_of(enum term term, real total, real m) {
+    if (term == PLAIN) return total;
+    return isfinite(m) ? m + vf_log(vf_set1(total))[0] : m;
+}
+
+/* ── inner = 1 ──────────────────────────────────────────────────────────────────────────────────── */
+
+ALWAYS_INLINE void reduce_rows(enum operation op, enum term term, const struct reduction *job, int64_t begin,
+                               int64_t end) {
+    for (int64_t item = begin; item < end; item++) {
+        int64_t row = item / job->pieces, start = item % job->pieces * PIECE, count = least(PIECE, job->n - start);
+        const real *x = job->x + row * job->n + start;
+        vf m = term == PLAIN ? vf_zero() : vf_set1(job->y[row]);
+        group lanes;
+#define ELEMENT(i, count) term_of(term, vf_load_any(x + (i), 1, count), m)
+        ROW_LANES(op, lanes, count, ELEMENT);
+#undef ELEMENT
+        if (job->pieces == 1) job->y[row] = result_of(term, across(op, lanes), m[0]);
+        else memcpy(job->partial + item * GROUP, &lanes, sizeof lanes);
+    }
+}
+
+/* The pieces of a row, joined. */
+ALWAYS_INLINE void join_rows(enum operation op, enum term term, const struct reduction *job, int64_t begin,
+                             int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+        tree t;
+        t.top = 0, t.leaves = 0;
+        for (int64_t piece = 0; piece < job->pieces; piece++) {
+            group lanes;
+            memcpy(&lanes, job->partial + (row * job->pieces + piece) * GROUP, sizeof lanes);
+            tree_push(op, &t, lanes);
+        }
+        job->y[row] = result_of(term, across(op, tree_finish(op, &t)), job->y[row]);
+    }
+}
+
+/* ── inner > 1 ──────────────────────────────────────────────────────────────────────────────────── */
+
+/* tree.h's tree with COLUMNS numbers side by side in place of a group. */
+typedef struct { real level[COLUMN_LEVELS][COLUMNS]; int top; int64_t leaves; } column_tree;
+
+ALWAYS_INLINE void combine_columns(enum operation op, real *a, const real *b, int64_t columns) {
+    for (int64_t c = 0; c < columns; c += VL) vf_store(a + c, combine(op, vf_load(a + c), vf_load(b + c)));
+}
+/* Takes the leaf that lies in level[top]. */
+ALWAYS_INLINE void column_push(enum operation op, column_tree *t, int64_t columns) {
+    for (int64_t carry = t->leaves++; carry & 1; carry >>= 1, t->top--)
+        combine_columns(op, t->level[t->top - 1], t->level[t->top], columns);
+    t->top++;
+}
+ALWAYS_INLINE void column_finish(enum operation op, real *y, column_tree *t, int64_t columns) {
+    for (t->top--; t->top > 0; t->top--) combine_columns(op, t->level[t->top - 1], t->level[t->top], columns);
+    memcpy(y, t->level[0], (size_t)columns * sizeof *y);
+}
+
+/* One lane: y[c] = the tree over the rows 0, GROUP, 2 GROUP … < rows of column c. */
+ALWAYS_INLINE void reduce_lane(enum operation op, enum term term, real *y, const real *x, const real *m,
+                               int64_t rows, int64_t row_stride, int64_t columns) {
+    column_tree t;
+    t.top = 0, t.leaves = 0;
+    for (int64_t row = 0; row < rows; row += LEAF) {
+        int64_t end = least(row + LEAF, rows);
+        FOR_ROW(c, count, columns) {
+            vf shift = term == PLAIN ? vf_zero() : vf_load_any(m + c, 1, count);
+            vf sum = term_of(term, vf_load_any(x + row * row_stride + c, 1, count), shift);
+            for (int64_t r = row + GROUP; r < end; r += GROUP)
+                sum = combine(op, sum, term_of(term, vf_load_any(x + r * row_stride + c, 1, count), shift));
+            vf_store(t.level[t.top] + c, sum);
+        }
+        column_push(op, &t, columns);
+    }
+    column_finish(op, y, &t, columns);
+}
+
+/* The lanes added across, in place; lanes from `used` on hold nothing. y gets the result. */
+ALWAYS_INLINE void finish_columns(enum operation op, enum term term, real *y, real (*lanes)[COLUMNS], int64_t used,
+                                  int64_t columns) {
+    for (int half = GROUP / 2; half; half /= 2)
+        for (int l = 0; l < half && l + half < used; l++) combine_columns(op, lanes[l], lanes[l + half], columns);
+    for (int64_t c = 0; c < columns; c++) y[c] = result_of(term, lanes[0][c], y[c]);
+}
+
+ALWAYS_INLINE void reduce_columns(enum operation op, enum term term, const struct reduction *job, int64_t begin,
+                                  int64_t end) {
+    for (int64_t item = begin; item < end; item++) {
+        int64_t chunk = item % job->chunks, slab = item / job->chunks, start = slab % job->pieces * PIECE;
+        int64_t outer = slab / job->pieces, column = chunk * COLUMNS, columns = least(COLUMNS, job->inner - column);
+        const real *x = job->x + (outer * job->n + start) * job->inner + column;
+        real *y = job->y + outer * job->inner + column, lanes[GROUP][COLUMNS];
+        int64_t rows = least(PIECE, job->n - start), used = least(GROUP, rows);
+        for (int64_t l = 0; l < used; l++)
+            reduce_lane(op, term, lanes[l], x + l * job->inner, y, rows - l, job->inner, columns);
+        if (job->pieces == 1) {
+            finish_columns(op, term, y, lanes, used, columns);
+            continue;
+        }
+        for (int64_t l = 0; l < GROUP; l++) {
+            real *partial = job->partial + (slab * GROUP + l) * job->inner + column;
+            for (int64_t c = 0; c < columns; c++) partial[c] = l < used ? lanes[l][c] : neutral(op);
+        }
+    }
+}
+
+/* The pieces of a slab, joined. */
+ALWAYS_INLINE void join_columns(enum operation op, enum term term, const struct reduction *job, int64_t begin,
+                                int64_t end) {
+    for (int64_t item = begin; item < end; item++) {
+        int64_t outer = item / job->chunks, column = item % job->chunks * COLUMNS;
+        int64_t columns = least(COLUMNS, job->inner - column);
+        real lanes[GROUP][COLUMNS];
+        for (int64_t l = 0; l < GROUP; l++) {
+            column_tree t;
+            t.top = 0, t.leaves = 0;
+            for (int64_t piece = 0; piece < job->pieces; piece++) {
+                const real *partial = job->partial + ((outer * job->pieces + piece) * GROUP + l) * job->inner + column;
+                memcpy(t.level[t.top], partial, (size_t)columns * sizeof *partial);
+                column_push(op, &t, columns);
+            }
+            column_finish(op, lanes[l], &t, columns);
+        }
+        finish_columns(op, term, job->y + outer * job->inner + column, lanes, GROUP, columns);
+    }
+}
+
+/* ── The kernels ────────────────────────────────────────────────────────────────────────────────── */
+
+typedef void (*job_function)(void *context, int64_t begin, int64_t end);
+
+static void fill(real *y, int64_t count, real value) {
+    for (int64_t i = 0; i < count; i++) y[i] = value;
+}
+
+/* Runs one of the two ways above: over all items, then, where the axis was cut, over all results. */
+static void reduce(real *y, const real *x, int64_t outer, int64_t n, int64_t inner, real empty,
+                   const job_function step[4]) {
+    if (n == 0) {
+        fill(y, outer * inner, empty);
+        return;
+    }
+    int64_t pieces = (n + PIECE - 1) / PIECE, chunks = (inner + COLUMNS - 1) / COLUMNS;
+    struct reduction job = {y, x, NULL, n, inner, pieces, chunks};
+    if (pieces > 1)
+        job.partial = thread_scratch(SCRATCH_ROWS, (size_t)(outer * pieces * GROUP * inner) * sizeof(real));
+    const job_function *way = inner == 1 ? step : step + 2;
+    int64_t grain = grain_of_rows(least(n, PIECE) * least(inner, COLUMNS));
+    parallel_for(outer * pieces * chunks, grain, way[0], &job);
+    if (pieces > 1) parallel_for(outer * chunks, 1, way[1], &job);
+}
+
+#define REDUCTION(name, op, term, empty) \
+    static void name##_rows(void *job, int64_t begin, int64_t end) { reduce_rows(op, term, job, begin, end); } \
+    static void name##_join_rows(void *job, int64_t begin, int64_t end) { join_rows(op, term, job, begin, end); } \
+    static void name##_columns(void *job, int64_t begin, int64_t end) { reduce_columns(op, term, job, begin, end); } \
+    static void name##_join_columns(void *job, int64_t begin, int64_t end) { join_columns(op, term, job, begin, end); } \
+    static void name##_reduce(real *y, const real *x, int64_t outer, int64_t n, int64_t inner) { \
+        const job_function steps[4] = {name##_rows, name##_join_rows, name##_columns, name##_join_columns}; \
+        reduce(y, x, outer, n, inner, empty, steps); \
+    }
+REDUCTION(sum, SUM, PLAIN, 0)
+REDUCTION(prod, PRODUCT, PLAIN, 1)
+REDUCTION(max, MAXIMUM, PLAIN, (real)-INFINITY)
+REDUCTION(min, MINIMUM, PLAIN, (real)INFINITY)
+REDUCTION(sum_exp, SUM, EXPONENTIAL, (real)-INFINITY)
+
+/* y = Σ x, Π x, max x, min x over n. An empty sum is 0, an empty product 1. */
+KERNEL(sum)(real *y, const real *x, int64_t outer, int64_t n, int64_t inner) { sum_reduce(y, x, outer, n, inner); }
+KERNEL(prod)(real *y, const real *x, int64_t outer, int64_t n, int64_t inner) { prod_reduce(y, x, outer, n, inner); }
+KERNEL(max)(real *y, const real *x, int64_t outer, int64_t n, int64_t inner) { max_reduce(y, x, outer, n, inner); }
+KERNEL(min)(real *y, const real *x, int64_t outer, int64_t n, int64_t inner) { min_reduce(y, x, outer, n, inner); }
+
+/* y = log Σ eˣ over n, −∞ where n = 0: one pass for the maximum, one for the sum. */
+KERNEL(logsumexp)(real *y, const real *x, int64_t outer, int64_t n, int64_t inner) {
+    max_reduce(y, x, outer, n, inner);
+    sum_exp_reduce(y, x, outer, n, inner);
+}
