@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import engine as eg
 from tools.training.errors import ProgramError
 from tools.training.evaluation import sampled_score, score, windows
-from tools.training.generation import until
+from tools.training.generation import until, visible
 
 BIGRAM = np.random.default_rng(0).normal(0, 2, (7, 7))
 
@@ -78,3 +78,7 @@ def test_streaming_ends_before_the_stop_string(text: str, stop: str | None, data
         encoded = encoded[size:]
     expected = text.partition(stop)[0] if stop else text
     assert "".join(until(iter(pieces), stop)) == expected
+
+
+def test_control_characters_do_not_reach_a_terminal() -> None:
+    assert visible("a\tb\nä\x1b[2J\x07\x9b") == "a\tb\nä�[2J��"

@@ -175,18 +175,21 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Hold a run's folder. The lock belongs to the process, so it ends with it, also when it is killed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("a+")
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ProgramError(f"cannot write to the run folder {folder}: {error.strerror}") from error
-    with file:
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
+            holder = os.read(lock, 20).decode().strip() or "unknown"
             raise ProgramError(f"another run (process {holder}) is writing to {folder}; wait for it, stop it, "
                                "or choose another folder with --run") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        try:
+            os.truncate(lock, 0)
+            os.write(lock, f"{os.getpid()}\n".encode())
+        except OSError as error:
+            raise ProgramError(f"cannot write to the run folder {folder}: {error.strerror}") from error
         yield
+    finally:
+        os.close(lock)

@@ -37,7 +37,7 @@ def run_program(name: str, main: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
         return 0
     except OSError as error:  # a full disk, a missing right: the system says it in one line
-        print(f"{name}: {error.strerror}: {error.filename}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 import engine as eg
 from tools.training.errors import ProgramError
 from tools.training.tokens import StreamDecoder, Tokenizer
@@ -19,9 +17,10 @@ def generate_text(model: Any, tokenizer: Tokenizer, prompt: str, max_new_tokens:
     ids = tokenizer.encode(prompt.encode())
     if not len(ids):
         raise ProgramError("the prompt is empty; give at least one character for the model to go on from")
-    tokens = model.generate(eg.tensor(ids.astype(np.int64)[None]), max_new_tokens, temperature=temperature, top_k=top_k,
-                            top_p=top_p, repetition_penalty=repetition_penalty, generator=eg.Generator(seed))
-    yield from until((tokenizer.decode([int(np.asarray(token).reshape(()))]) for token in tokens), stop)
+    ids = ids[-model.config.context_length:]  # the model looks back no further
+    tokens = model.generate(ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                            repetition_penalty=repetition_penalty, generator=eg.Generator(seed))
+    yield from until((tokenizer.decode([token]) for token in tokens), stop)
 
 
 def until(pieces: Iterator[bytes], stop: str | None) -> Iterator[str]:
@@ -48,3 +47,8 @@ def overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
+
+
+def visible(text: str) -> str:
+    """Text that a terminal shows and does not obey: control characters other than tab and newline as U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\t\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -20,17 +20,24 @@ class Metrics:
         self.path = path
         kept = [] if resume_step is None else [r for r in read_metrics(path) if r["step"] <= resume_step]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, path)
-        self.file = path.open("ab", buffering=0)  # a line is with the system as soon as it is written
+        try:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(temporary, path)
+            self.file = path.open("ab", buffering=0)  # a line is with the system as soon as it is written
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise self.failure(error) from error
 
     def write(self, step: int, **values: Any) -> None:
         """Append one record. Raises ProgramError when the disk does not take it."""
         try:
             self.file.write((json.dumps({"step": step, **values}) + "\n").encode())
         except OSError as error:
-            raise ProgramError(f"cannot write {self.path} at step {step}: {error.strerror}; the last checkpoint is "
-                               "intact, go on with --resume when there is room") from error
+            raise self.failure(error) from error
+
+    def failure(self, error: OSError) -> ProgramError:
+        return ProgramError(f"cannot write {self.path}: {error.strerror}; checkpoints are as they were: when there is "
+                            "room again, go on with --resume")
 
     def close(self) -> None:
         self.file.close()

@@ -84,11 +84,6 @@ class Settings:
         return self.microbatches * self.batch * self.context
 
     @property
-    def feed_forward(self) -> int:
-        """Three matrices of a SwiGLU of width 8/3 w have as many elements as the two of a plain one of width 4 w."""
-        return self.hidden or -(-self.width * 8 // (3 * 64)) * 64
-
-    @property
     def validation_interval(self) -> int:
         return self.validate_every or max(1, self.steps // 10)
 

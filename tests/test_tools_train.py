@@ -1,0 +1,236 @@
+"""The programs end to end on a small text: train, stop in every way, go on to the same bits, generate, evaluate."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("safetensors")
+pytest.importorskip("matplotlib")
+
+from tools import evaluate, generate, train
+from tools.training.checkpoint import run_lock, steps
+from tools.training.errors import run_program
+
+ROOT = Path(__file__).parent.parent
+STEPS = 12
+SMALL = ["--layers", "1", "--heads", "2", "--width", "16", "--hidden", "32", "--context", "16", "--batch", "2",
+         "--microbatches", "4", "--dropout", "0.1", "--steps", str(STEPS), "--warmup", "2", "--validate-windows", "4",
+         "--samples", "1", "--sample-length", "20", "--checkpoint-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} times {j} is {i * j}, äöü\n" for i in range(20) for j in range(10)))
+    return path
+
+
+def flags(run: Path, text: Path, *more: str) -> list[str]:
+    return ["--run", str(run), "--cache", str(text.parent / "cache"), "--data", str(text), *more]
+
+
+def call(program: Any, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A program's main in this process, as the command line would call it."""
+    name = program.__name__.rpartition(".")[2]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    return run_program(name, program.main)
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, str(ROOT / "tools" / "train.py"), *arguments], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "ENGINE_NUM_THREADS": "1"}, **options)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the run has a checkpoint of this step or a later one, or has ended."""
+    deadline = time.monotonic() + 60
+    while max(steps(run / "checkpoints"), default=0) < step and process.poll() is None:
+        assert time.monotonic() < deadline, "the run makes no progress"
+        time.sleep(0.002)
+
+
+def result(run: Path) -> str:
+    return str(json.loads((run / "report.json").read_text())["result_sha256"])
+
+
+@pytest.fixture(scope="module")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that nothing interrupted: its folder and what it printed."""
+    run = tmp_path_factory.mktemp("finished")
+    process = start(*flags(run, text, *SMALL))
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return run, output
+
+
+def test_a_run_leaves_everything_that_was_promised(finished: tuple[Path, str]) -> None:
+    run, output = finished
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert steps(run / "checkpoints") == [STEPS - 2, STEPS - 1, STEPS]
+    report = json.loads((run / "report.json").read_text())
+    assert set(report["baselines"]) == {"1-gram", "3-gram", "4-gram", "5-gram", "lzma"}
+    assert len(report["samples"]) == 1 and report["steps_done"] == STEPS
+    markdown = (run / "report.md").read_text()
+    for row in ("this Transformer", "4-gram", "lzma"):
+        assert row in output and row in markdown
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert all(r["bits_per_byte"] > 0 and r["gradient_norm"] > 0 for r in records)
+    assert records[0]["lr"] < max(r["lr"] for r in records) > records[-1]["lr"]
+    assert any("validation_bits_per_byte" in r for r in records)
+
+
+@pytest.mark.parametrize("workers, shards", [(1, 1), (3, 5)])
+def test_workers_and_shards_do_not_change_a_bit(finished: tuple[Path, str], text: Path, tmp_path: Path, workers: int,
+                                                 shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ["--workers", str(workers), "--shards", str(shards)]
+    assert call(train, *flags(tmp_path, text, *SMALL, *more), monkeypatch=monkeypatch) == 0
+    assert result(tmp_path) == result(finished[0])
+
+
+def test_killed_at_any_step_and_resumed_it_ends_with_the_same_bits(finished: tuple[Path, str], text: Path,
+                                                                   tmp_path: Path) -> None:
+    killed = 0
+    for kill_at, more in ((1, []), (5, ["--workers", "1"]), (8, ["--shards", "3"])):
+        process = start(*flags(tmp_path, text, *SMALL, "--resume", *more))
+        wait_for_step(tmp_path, kill_at, process)
+        process.kill()
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+    assert killed  # a slow machine may see the last of them end before it is killed, but not all
+    process = start(*flags(tmp_path, text, "--resume"))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert result(tmp_path) == result(finished[0])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+def test_interrupt_saves_and_says_how_to_go_on(text: Path, tmp_path: Path) -> None:
+    more = ["--steps", "100000", "--checkpoint-every", "100000", "--validate-every", "100000"]
+    process = start(*flags(tmp_path, text, *SMALL, *more))
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    (saved,) = steps(tmp_path / "checkpoints")
+    assert f"stopped at step {saved} of 100000; the checkpoint is written" in errors and "--resume" in errors
+
+
+def test_a_finished_run_is_not_done_again(finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, text: Path,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = finished
+    before = (run / "report.md").stat().st_mtime_ns
+    assert call(train, *flags(run, text, "--resume"), monkeypatch=monkeypatch) == 0
+    assert "this run is finished" in capsys.readouterr().err
+    assert (run / "report.md").stat().st_mtime_ns == before
+
+
+def test_a_disk_that_takes_no_more_is_one_line(text: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: writing fails in the same place, in the same way."""
+    process = start(*flags(tmp_path, text, *SMALL, "--keep", "1"))
+    wait_for_step(tmp_path, 2, process)
+    process.kill()
+    process.communicate()
+    before = steps(tmp_path / "checkpoints")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+
+    process = start(*flags(tmp_path, text, "--resume"), preexec_fn=limit)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert f"the checkpoint of step {before[-1]} is intact" in errors.splitlines()[-1]
+    assert steps(tmp_path / "checkpoints") == before
+
+
+def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    with run_lock(tmp_path):
+        assert call(train, *flags(tmp_path, text, *SMALL), monkeypatch=monkeypatch) == 1
+    assert f"another run (process {os.getpid()}) is writing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--width", "17"], "--width is 17, expected a multiple of twice --heads"),
+    (["--layers", "0"], "--layers is 0, expected at least 1"),
+    (["--lr", "-1"], "--lr is -1.0, expected a positive number"),
+    (["--dropout", "1"], "--dropout is 1.0, expected a number from 0 to below 1"),
+    (["--workers", "5"], "--workers is 5, expected at most --microbatches (4)"),
+    (["--kv-heads", "3"], "--kv-heads is 3, expected a divisor of --heads"),
+    (["--context", "4000"], "a context of 4000 needs at least 8001"),
+    (["--data", "/nowhere"], "--data /nowhere: no such file or folder"),
+    (["--minutes", "0"], "--minutes is 0.0, expected a positive number"),
+])
+def test_wrong_flags_are_one_line(text: Path, tmp_path: Path, more: list[str], message: str,
+                                  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(train, *flags(tmp_path, text, *SMALL, *more), monkeypatch=monkeypatch) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train: ") and message in last
+
+
+def test_resume_refuses_what_would_change_the_result(finished: tuple[Path, str], text: Path, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = finished
+    assert call(train, *flags(run, text, "--resume", "--width", "32"), monkeypatch=monkeypatch) == 1
+    assert "--width is 32, but the run to resume has 16" in capsys.readouterr().err
+    assert call(train, *flags(run, text, *SMALL), monkeypatch=monkeypatch) == 1
+    assert "already holds a run, at step 12; go on with --resume" in capsys.readouterr().err
+    original = text.read_bytes()
+    try:
+        text.write_bytes(original + b"one more line\n")
+        assert call(train, *flags(run, text, "--resume"), monkeypatch=monkeypatch) == 1
+    finally:
+        text.write_bytes(original)
+    assert "the corpus has changed since the checkpoint" in capsys.readouterr().err
+
+
+def test_generate_writes_the_same_text_for_the_same_seed(finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    def written(*more: str) -> str:
+        command = [str(finished[0]), "--prompt", "12 times", "--max-new-tokens", "40", *more]
+        assert call(generate, *command, monkeypatch=monkeypatch) == 0
+        return capsys.readouterr().out
+
+    one = written("--top-k", "5", "--top-p", "0.9", "--repetition-penalty", "1.1")
+    assert one.startswith("12 times") and len(one) > 20
+    assert one == written("--top-k", "5", "--top-p", "0.9", "--repetition-penalty", "1.1")
+    assert written("--temperature", "0") == written("--temperature", "0", "--seed", "5")
+    several = written("--num-samples", "2")
+    assert "sample 2 of 2" in several
+    first = several.partition("\n")[2].partition("\n──")[0]
+    assert written("--stop", first[12:14]) == first[:first.index(first[12:14], 8)] + "\n"
+    assert call(generate, str(finished[0]), "--top-p", "0", monkeypatch=monkeypatch) == 1
+    assert "--top-p is 0.0, expected a number above 0 and at most 1" in capsys.readouterr().err
+    assert call(generate, "/nowhere", monkeypatch=monkeypatch) == 1
+    assert "no checkpoint here" in capsys.readouterr().err
+
+
+def test_evaluate_agrees_with_the_report(finished: tuple[Path, str], text: Path, tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads((finished[0] / "report.json").read_text())["validation"]
+    stride = str(report["stride"])
+    assert call(evaluate, str(finished[0]), "--stride", stride, "--json", monkeypatch=monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out) == report
+    other = tmp_path / "other.txt"
+    other.write_bytes(b"3 times 3 is 9\n" * 4)
+    assert call(evaluate, str(finished[0]), "--data", str(other), monkeypatch=monkeypatch) == 0
+    assert "on 59 tokens (59 bytes)" in capsys.readouterr().out
+    assert call(evaluate, str(finished[0]), "--stride", "17", monkeypatch=monkeypatch) == 1
+    assert "--stride is 17, expected 1 to 16" in capsys.readouterr().err

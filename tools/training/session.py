@@ -1,0 +1,137 @@
+"""A training run in memory: the model, the parameter server that trains it, and its way into checkpoints and back.
+
+Everything that a step depends on is a pure function of the settings, the corpus and the step's number: the data
+(loader.py), dropout (a generator placed at (step, microbatch)), the learning rate (schedule). So a run that goes on
+from a checkpoint computes the same bits as one that was never interrupted, with any number of workers and shards.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+import engine as eg
+from tools.training import checkpoint
+from tools.training.cache import TokenCache
+from tools.training.checkpoint import Checkpoint
+from tools.training.errors import ProgramError
+from tools.training.evaluation import Score, sampled_score
+from tools.training.loader import Loader
+from tools.training.settings import Settings, as_record
+
+
+def configuration(settings: Settings, vocab_size: int) -> eg.models.TransformerConfig:
+    """A Llama-style decoder (Touvron et al. 2023, arXiv:2302.13971), with the embedding tied to the output."""
+    return eg.models.TransformerConfig(
+        kind="decoder", vocab_size=vocab_size, context_length=settings.context, layers=settings.layers,
+        heads=settings.heads, kv_heads=settings.kv_heads or 0, width=settings.width, hidden=settings.hidden or 0,
+        dropout=settings.dropout, positions="rotary", norm="rms_norm", activation="swiglu", bias=False,
+        tie_weights=True)
+
+
+def schedule(settings: Settings) -> Callable[[int, str], Mapping[str, float]]:
+    """hyper(step, parameter name) for the shards: warm-up and cosine; matrices decay, gains do not."""
+    rate = eg.optim.warmup_cosine(settings.lr, settings.warmup, settings.steps)
+
+    def hyper(step: int, name: str) -> dict[str, float]:
+        return {"lr": rate(step), "weight_decay": 0.0 if "norm" in name else settings.weight_decay}
+
+    return hyper
+
+
+class Session:
+    """The state of a run and the operations on it. `step` counts the finished steps."""
+
+    def __init__(self, settings: Settings, cache: TokenCache, corpus_facts: dict[str, Any]):
+        self.settings, self.cache, self.corpus_facts = settings, cache, corpus_facts
+        self.loader = Loader(cache.training, settings.context, settings.batch, settings.microbatches, settings.seed)
+        self.byte_lengths = cache.tokenizer.byte_lengths()
+        self.config = configuration(settings, cache.tokenizer.vocab_size)
+        with eg.seed(settings.seed):
+            self.model = eg.models.Transformer(self.config)
+        self.hyper = schedule(settings)
+        rule = eg.optim.AdamWRule(beta1=0.9, beta2=settings.beta2)
+        self.server = eg.sharder.ParameterServer(
+            self.model, rule, workers=settings.workers, shards=settings.shards,
+            microbatches=settings.microbatches, clip_norm=settings.clip, hyper=self.hyper)
+        self.seconds = 0.0  # of training in earlier sessions of this run
+
+    @property
+    def step(self) -> int:
+        return self.server.clock
+
+    # ── training ────────────────────────────────────────────────────────────────────────────────────
+
+    def steps(self) -> Iterator[eg.sharder.Committed]:
+        """Train to the end of the run, one item a finished step."""
+        return self.server.run(self.work, clocks=self.settings.steps - self.step)
+
+    def work(self, client: eg.sharder.Client) -> None:
+        """A worker: pull the parameters, compute the gradients of its microbatches, push them."""
+        replica = eg.models.Transformer(self.config)
+        generator = eg.Generator(self.settings.seed)
+        while client.clock():
+            client.pull(replica)
+            for index in client.microbatches:
+                tokens, targets = self.loader.microbatch(client.step, index)
+                with eg.seed(generator.at(client.step + 1, index)):  # step 0 drew the initial weights
+                    loss = replica.loss(eg.tensor(tokens), eg.tensor(targets), reduction="sum")
+                loss.backward()
+                client.push(index, replica, loss.item(), targets.size)
+
+    # ── looking at the model ────────────────────────────────────────────────────────────────────────
+
+    def current_model(self) -> eg.models.Transformer:
+        """The model with the server's parameters, ready to predict."""
+        eg.sharder.bind(self.model, self.server.parameters())
+        return self.model.eval()
+
+    def validate(self) -> Score:
+        """A quick estimate on the validation text."""
+        return sampled_score(self.current_model(), self.cache.validation, self.byte_lengths, self.settings.context,
+                             self.settings.validate_windows)
+
+    # ── checkpoints ─────────────────────────────────────────────────────────────────────────────────
+
+    def checkpoint(self, seconds: float) -> Checkpoint:
+        """Everything that a resumed run needs. `seconds`: training time so far."""
+        state = self.server.state()
+        kinds: dict[str, dict[str, np.ndarray]] = {"model": {}, "optimizer": {}}
+        for key, array in state.items():
+            if key.startswith("parameters/"):
+                kinds["model"][key.removeprefix("parameters/")] = array
+            elif key != "clock":
+                kinds["optimizer"][key] = array
+        facts = {"step": self.step, "seconds": round(seconds, 1), "settings": as_record(self.settings),
+                 "corpus": self.corpus_facts, "tokenizer": self.cache.tokenizer.name,
+                 "data_position": self.step * self.settings.microbatches * self.settings.batch,
+                 "generator": eg.Generator(self.settings.seed).at(self.step + 1).state_dict(),
+                 "kernels": kernels(), "versions": versions()}
+        return Checkpoint(kinds["model"], kinds["optimizer"], self.config.asdict(), facts)
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go on from a checkpoint, saved with any number of shards."""
+        state: dict[str, Any] = {f"parameters/{name}": array for name, array in saved.model.items()}
+        try:
+            self.server.load({**state, **saved.optimizer, "clock": saved.step})
+        except ValueError as error:
+            raise ProgramError(f"the checkpoint of step {saved.step} does not fit this model: {error}") from error
+        self.seconds = float(saved.facts["seconds"])
+
+    def digest(self) -> str:
+        """SHA-256 of every bit of the parameters and the optimizer's state."""
+        return checkpoint.arrays_digest({name: np.asarray(value) for name, value in self.server.state().items()})
+
+
+def kernels() -> str:
+    """The kernels that compute here: results have the same bits on machines where this is the same."""
+    from engine.backend import get_backend
+
+    return str(getattr(get_backend("cpu"), "level", "numpy"))
+
+
+def versions() -> dict[str, str]:
+    return {"shardgrad": eg.__version__, "python": platform.python_version(), "numpy": np.__version__}
