@@ -40,10 +40,10 @@ class Accumulator:
 
         accumulator = Accumulator(4)
         for i in range(4):
+            optimizer.zero_grad()
             loss = loss_sum(model, batch[i])
             loss.backward()
             accumulator.add(i, [p.grad for p in parameters], loss.item(), tokens=batch[i].size)
-            optimizer.zero_grad()
         mean_loss = accumulator.assign(parameters)
         optimizer.step()
 
