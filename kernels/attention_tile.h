@@ -56,8 +56,6 @@ struct query_tile {
     real_int visible[WIDEST];            /* how many keys of the present tile each query sees */
 };
 
-static inline int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
-static inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 static inline int64_t group_of(const struct attention *x) { return x->heads / x->kv_heads; }
 static inline int64_t rows_of(const struct attention *x) { return x->t * group_of(x); }
 static inline int64_t tiles_of(const struct attention *x) { return divide_up(rows_of(x), QUERIES); }
@@ -83,14 +81,6 @@ static inline int64_t visible_to_tile(const struct query_tile *w) {
     return visible_keys(w->x, w->batch, time_of(w, w->rows - 1));
 }
 
-static inline vf load_up_to(const real *p, int64_t n) { return n >= VL ? vf_load(p) : vf_load_n(p, n, 0); }
-static inline void store_up_to(real *p, vf v, int64_t n) {
-    if (n >= VL)
-        vf_store(p, v);
-    else
-        vf_store_n(p, v, n);
-}
-
 /* ── a product of tiles ──────────────────────────────────────────────────────────────────────────── */
 
 /* c[i, j] = Σ_p a[p·a_step + i] b[p·b_row + j]            (add = 0),
@@ -103,7 +93,7 @@ static void tile_product(real *c, int64_t c_row, const real *a, int64_t a_step, 
         int64_t width = at_most(columns - j, NR), vectors = divide_up(width, VL), b_step = b_row;
         const real *right = b + j;
         if (width % VL) {
-            TYPED(pack_panel)(panel, right, vectors * VL, width, k, 1, b_row);
+            TYPED(pack_panels)(panel, right, vectors * VL, width, k, 1, b_row);
             right = panel;
             b_step = vectors * VL;
         }
@@ -143,7 +133,7 @@ static inline int64_t query_tile_size(const struct attention *x) {
 
 /* Row-major rows [rows][d] to [d][wide], zeros beyond the last. */
 static void transpose_rows(real *to, const struct query_tile *w, const real *rows) {
-    TYPED(pack_panel)(to, rows, w->wide, w->rows, w->x->d, w->x->d, 1);
+    TYPED(pack_panels)(to, rows, w->wide, w->rows, w->x->d, w->x->d, 1);
 }
 
 /* Takes rows first … of (batch, kv_head) to work on; returns the scratch that is left. */
@@ -197,7 +187,7 @@ static void load_mask(struct query_tile *w, int64_t key, int64_t keys) {
         for (int64_t n = 0; n < keys; n++)
             w->gathered[i * KEYS + n] = row[n * strides[MASK_KEY]];
     }
-    TYPED(pack_panel)(w->mask_t, w->gathered, w->wide, w->rows, keys, KEYS, 1);
+    TYPED(pack_panels)(w->mask_t, w->gathered, w->wide, w->rows, keys, KEYS, 1);
 }
 
 /* keep_t = 1/(1 − p) where the uniform number of this (batch, head, t, s) is ≥ p, else 0. */
@@ -219,13 +209,13 @@ static void load_dropout(struct query_tile *w, int64_t key, int64_t keys) {
             w->gathered[i * KEYS + n] = uniform >= p ? keep : 0;
         }
     }
-    TYPED(pack_panel)(w->keep_t, w->gathered, w->wide, w->rows, keys, KEYS, 1);
+    TYPED(pack_panels)(w->keep_t, w->gathered, w->wide, w->rows, keys, KEYS, 1);
 }
 
 /* Everything about the keys key … key + keys − 1 that the softmax needs: scores = K Qᵀ, mask, dropout. */
 static void load_scores(struct query_tile *w, int64_t key, int64_t keys) {
     const struct attention *x = w->x;
-    TYPED(pack_panel)(w->k_t, keys_of(w, key), KEYS, keys, x->d, x->strides[K_KEY], 1);
+    TYPED(pack_panels)(w->k_t, keys_of(w, key), KEYS, keys, x->d, x->strides[K_KEY], 1);
     tile_product(w->scores, w->wide, w->k_t, KEYS, keys, w->q_t, w->wide, w->columns, x->d, 0, NULL, NULL);
     load_visible(w, key, keys);
     if (x->mask)

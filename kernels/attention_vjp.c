@@ -52,7 +52,7 @@ static void softmax_gradient(struct query_tile *w, struct gradient_tile *z, int6
 static void add_over_queries(struct query_tile *w, struct gradient_tile *z, real *to, const real *tile,
                              const real *rows, int64_t keys) {
     int64_t d = w->x->d;
-    TYPED(pack_panel)(z->by_query, tile, KEYS, keys, w->rows, w->wide, 1);
+    TYPED(pack_panels)(z->by_query, tile, KEYS, keys, w->rows, w->wide, 1);
     tile_product(to, d, z->by_query, KEYS, keys, rows, d, d, w->rows, 1, NULL, w->panel);
 }
 
@@ -60,7 +60,7 @@ static void tile_gradient(struct query_tile *w, struct gradient_tile *z, int64_t
                           const struct part *part) {
     const struct attention *x = w->x;
     load_scores(w, key, keys);
-    TYPED(pack_panel)(z->v_t, values_of(w, key), KEYS, keys, x->d, x->strides[V_KEY], 1);
+    TYPED(pack_panels)(z->v_t, values_of(w, key), KEYS, keys, x->d, x->strides[V_KEY], 1);
     tile_product(z->dscores, w->wide, z->v_t, KEYS, keys, z->g_t, w->wide, w->columns, x->d, 0, NULL, NULL);
     softmax_gradient(w, z, keys);
     if (part->want_dq)

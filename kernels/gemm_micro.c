@@ -2,6 +2,8 @@
 #include "gemm_micro.h"
 #include "transpose.h"
 
+#define PREFETCH_STEPS (512 / (REAL_BITS / 8)) /* lines are read 8 cache lines ahead */
+
 /* ── the register tile ───────────────────────────────────────────────────────────────────────────── */
 
 /* Inlined with constant rows and vectors, so that the loops unroll and `sum` lives in registers.
@@ -67,54 +69,91 @@ void TYPED(micro_tile)(real *tile, const real *a, const real *b, int64_t rows, i
 
 /* ── packing ─────────────────────────────────────────────────────────────────────────────────────── */
 
-static inline int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
-
-/* The lines of the panel lie side by side in x: copy row after row. Whole vectors are stored; what
- * spills over the end of a row of the panel is overwritten by the next row. */
-static void pack_rows(real *panel, const real *x, int64_t width, int64_t lines, int64_t k, int64_t x_step) {
-    for (int64_t p = 0; p < k; p++)
-        for (int64_t i = 0; i < width; i += VL) {
-            int64_t n = at_most(lines - i, VL);
-            const real *from = x + p * x_step + i;
-            vf_store(panel + p * width + i, n == VL ? vf_load(from) : n > 0 ? vf_load_n(from, n, 0) : vf_zero());
-        }
+/* One step: n elements, then zeros up to width. */
+static inline void pack_step(real *to, const real *from, int64_t width, int64_t n) {
+    for (int64_t i = 0; i < width; i += VL)
+        vf_store(to + i, n > i ? load_up_to(from + i, n - i) : vf_zero());
 }
 
-/* Each line of the panel is contiguous in x: transpose VL × VL blocks. The last group of lines goes first, so
- * that what it spills over the end of a row is overwritten by the first group of the next row. */
-static void pack_transposed(real *panel, const real *x, int64_t width, int64_t lines, int64_t k, int64_t x_line) {
-    for (int64_t p = 0; p < k; p += VL) {
-        int64_t steps = at_most(k - p, VL);
-        for (int64_t i = (width - 1) / VL * VL; i >= 0; i -= VL) {
-            vf block[VL];
-#pragma GCC unroll 16
-            for (int r = 0; r < VL; r++) {
-                const real *from = x + (i + r) * x_line + p;
-                block[r] = i + r >= lines ? vf_zero() : steps == VL ? vf_load(from) : vf_load_n(from, steps, 0);
-            }
-            vf_transpose(block);
-#pragma GCC unroll 16
-            for (int q = 0; q < VL; q++)
-                if (q < steps)
-                    vf_store(panel + (p + q) * width + i, block[q]);
-        }
+/* The lines lie side by side in x: each step in k is one run of memory, dealt out to the panels. */
+static inline __attribute__((always_inline)) void pack_rows(real *packed, const real *x, int64_t width,
+                                                            int64_t lines, int64_t k, int64_t x_step) {
+    int64_t stride = panel_size(width, k), whole = lines / width * width;
+    for (int64_t p = 0; p < k; p++) {
+        const real *from = x + p * x_step;
+        real *to = packed + p * width;
+        for (int64_t line = 0; line < whole; line += width, from += width, to += stride)
+            pack_step(to, from, width, width);
+        if (whole < lines)
+            pack_step(to, from, width, lines - whole);
     }
 }
 
-static void pack_strided(real *panel, const real *x, int64_t width, int64_t lines, int64_t k, int64_t x_line,
-                         int64_t x_step) {
-    for (int64_t p = 0; p < k; p++)
-        for (int64_t i = 0; i < width; i++)
-            panel[p * width + i] = i < lines ? x[i * x_line + p * x_step] : 0;
+/* VL lines of x, VL steps of each, become VL steps of the panel. Not inlined: the compiler would carry all
+ * 2·VL addresses through the loops around it. */
+static __attribute__((noinline)) void transpose_whole(real *to, int64_t width, const real *x, int64_t x_line) {
+    vf block[VL];
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) {
+        block[i] = vf_load(x + i * x_line);
+        __builtin_prefetch(x + i * x_line + PREFETCH_STEPS);
+    }
+    vf_transpose(block);
+#pragma GCC unroll 16
+    for (int q = 0; q < VL; q++)
+        vf_store(to + q * width, block[q]);
 }
 
-/* Bytes 2·width·k·sizeof(real), no flops: bound by memory when x is large, else by the shuffles. */
-void TYPED(pack_panel)(real *panel, const real *x, int64_t width, int64_t lines, int64_t k, int64_t x_line,
-                       int64_t x_step) {
-    if (x_line == 1)
-        pack_rows(panel, x, width, lines, k, x_step);
+/* The same for `lines` lines and `steps` steps, either of them at most VL. */
+static __attribute__((noinline)) void transpose_part(real *to, int64_t width, const real *x, int64_t x_line,
+                                                     int64_t lines, int64_t steps) {
+    vf block[VL];
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++)
+        block[i] = i < lines ? load_up_to(x + i * x_line, steps) : vf_zero();
+    vf_transpose(block);
+#pragma GCC unroll 16
+    for (int q = 0; q < VL; q++)
+        if (q < steps)
+            vf_store(to + q * width, block[q]);
+}
+
+/* Each line is contiguous in x. The last VL lines of a panel go first, so that what they spill over the end of
+ * a step is overwritten by the first ones of the next. */
+static void pack_transposed(real *packed, const real *x, int64_t width, int64_t lines, int64_t k, int64_t x_line) {
+    for (int64_t line = 0; line < lines; line += width, packed += panel_size(width, k)) {
+        int64_t here = at_most(lines - line, width);
+        for (int64_t p = 0; p < k; p += VL)
+            for (int64_t i = (width - 1) / VL * VL; i >= 0; i -= VL) {
+                const real *from = x + (line + i) * x_line + p;
+                if (here - i >= VL && k - p >= VL)
+                    transpose_whole(packed + p * width + i, width, from, x_line);
+                else
+                    transpose_part(packed + p * width + i, width, from, x_line, here - i, k - p);
+            }
+    }
+}
+
+static void pack_strided(real *packed, const real *x, int64_t width, int64_t lines, int64_t k, int64_t x_line,
+                         int64_t x_step) {
+    for (int64_t line = 0; line < lines; line += width, packed += panel_size(width, k))
+        for (int64_t p = 0; p < k; p++)
+            for (int64_t i = 0; i < width; i++)
+                packed[p * width + i] = i < lines - line ? x[(line + i) * x_line + p * x_step] : 0;
+}
+
+/* Bytes 2·lines·k·sizeof(real), no flops: bound by memory when x is large, else by the shuffles (log₂ VL of them
+ * for each vector of a transposed line). */
+void TYPED(pack_panels)(real *packed, const real *x, int64_t width, int64_t lines, int64_t k, int64_t x_line,
+                        int64_t x_step) {
+    if (x_line == 1 && width == NR)
+        pack_rows(packed, x, NR, lines, k, x_step); /* a constant width unrolls */
+    else if (x_line == 1 && width == MR)
+        pack_rows(packed, x, MR, lines, k, x_step);
+    else if (x_line == 1)
+        pack_rows(packed, x, width, lines, k, x_step);
     else if (x_step == 1)
-        pack_transposed(panel, x, width, lines, k, x_line);
+        pack_transposed(packed, x, width, lines, k, x_line);
     else
-        pack_strided(panel, x, width, lines, k, x_line, x_step);
+        pack_strided(packed, x, width, lines, k, x_line, x_step);
 }

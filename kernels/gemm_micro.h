@@ -34,12 +34,28 @@
 void TYPED(micro_tile)(real *tile, const real *a, const real *b, int64_t rows, int64_t vectors, int64_t k,
                        int64_t tile_row, int64_t a_step, int64_t b_step);
 
-/* panel[p·width + i] = x[i·x_line + p·x_step] for i < lines and p < k; 0 for lines ≤ i < width. Up to VL − 1
- * elements behind the panel are overwritten too, so a panel takes panel_size(width, k) elements. */
-void TYPED(pack_panel)(real *panel, const real *x, int64_t width, int64_t lines, int64_t k, int64_t x_line,
-                       int64_t x_step);
+/* Packs `lines` lines of x, each k long, into panels of `width` lines, panel_size(width, k) elements apart:
+ *
+ *     packed[panel][p·width + i] = x[(panel·width + i)·x_line + p·x_step],  0 beyond the last line.
+ *
+ * Whole vectors are stored: what spills over the end of a step is overwritten by the next step, and what spills
+ * over the end of a panel falls into the room that panel_size leaves behind it. */
+void TYPED(pack_panels)(real *packed, const real *x, int64_t width, int64_t lines, int64_t k, int64_t x_line,
+                        int64_t x_step);
 
-/* Rounded to whole cache lines, so that each panel starts on one. */
+/* In whole cache lines, so that a panel starts on one if the first does. */
 static inline int64_t panel_size(int64_t width, int64_t k) { return (width * k + VL + 15) / 16 * 16; }
+
+static inline int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+static inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+/* The first n reals of a vector, or all of it when n ≥ VL. */
+static inline vf load_up_to(const real *p, int64_t n) { return n >= VL ? vf_load(p) : vf_load_n(p, n, 0); }
+static inline void store_up_to(real *p, vf v, int64_t n) {
+    if (n >= VL)
+        vf_store(p, v);
+    else
+        vf_store_n(p, v, n);
+}
 
 #endif
