@@ -140,7 +140,7 @@ def _four_axes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
 
 # ── rotary positions ──────────────────────────────────────────────────────────────────────────────────
 
-@op("...td, th, th -> ...td", types="float!", public=False)
+@op("...td, th, th -> ...td", types="float!", kernel="rope", public=False)
 def rotate_pairs(k: Any, x: Array, cosine: Array, sine: Array, interleaved: bool = False) -> Array:
     """Turn each pair of coordinates of position t by its angle."""
     x, cosine, sine = k.contiguous(x), k.contiguous(cosine), k.contiguous(sine)

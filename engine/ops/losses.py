@@ -26,7 +26,7 @@ def reduced(name: str, loss: Tensor, reduction: str) -> Tensor:
     return mean(loss) if reduction == "mean" else sum(loss) if reduction == "sum" else loss
 
 
-@op("...n, ... -> ...", types="float!", fixed=("target",), public=False)
+@op("...n, ... -> ...", types="float!", fixed=("target",), kernel="cross_entropy", public=False)
 def token_cross_entropy(k: Any, logits: Array, target: Array, ignore_index: int = IGNORE,
                         label_smoothing: float = 0.0) -> Any:
     """loss = ln Σ eˣ − (1 − s) x[target] − s mean x for each row; the probabilities are never stored."""

@@ -86,7 +86,7 @@ def matmul(a: Any, b: Any) -> Tensor:
     return c.squeeze(-1) if b.ndim == 1 else c
 
 
-@op("...i, oi, o -> ...o", types="float!")
+@op("...i, oi, o -> ...o", types="float!", kernel="gemm")
 def linear(k: Any, x: Array, weight: Array, bias: Array | None = None) -> Array:
     """y = x Wᵀ + b, W (out, in): a matrix product with the bias added as it is written."""
     if x.data.ndim == 1:

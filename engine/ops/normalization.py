@@ -26,7 +26,7 @@ def _along_last(f: Any, x: Tensor, axis: int) -> Tensor:
     return f(x) if at == max(x.ndim - 1, 0) else moveaxis(f(moveaxis(x, at, -1)), -1, at)
 
 
-@op("... -> ...", types="float!", public=False)
+@op("... -> ...", types="float!", kernel="softmax", public=False)
 def softmax_rows(k: Any, x: Array) -> Array:
     """softmax over the last axis."""
     x = k.contiguous(x)
@@ -54,7 +54,7 @@ def softmax(x: Tensor, axis: int = -1) -> Tensor:
     return _along_last(softmax_rows, x, axis)
 
 
-@op("... -> ...", types="float!", public=False)
+@op("... -> ...", types="float!", kernel="log_softmax", public=False)
 def log_softmax_rows(k: Any, x: Array) -> Array:
     """log softmax over the last axis."""
     x = k.contiguous(x)

@@ -46,6 +46,9 @@ from engine.tensor import Tensor, default_device
 registry: dict[str, Op] = {}
 """Every public op by name: the rows that tests, documentation and benchmarks are generated from."""
 
+internal: dict[str, Op] = {}
+"""The ops that public ones are made of, and users do not call."""
+
 Value = Any  # a Tensor, or what becomes one: a NumPy array or a Python number
 
 
@@ -53,13 +56,14 @@ class Op:
     """An op; calling it computes, and records a node if a gradient is wanted."""
 
     def __init__(self, forward: Callable[..., Any], signature: str, *, reference: Callable[..., Any] | None,
-                 types: str, fixed: tuple[str, ...], domain: tuple[float, float], composite: bool):
+                 types: str, fixed: tuple[str, ...], domain: tuple[float, float], kernel: str | None, composite: bool):
         self.name = forward.__name__
         self.forward = forward
         self.signature = signature
         self.reference = reference
         self.types = types
         self.fixed = fixed
+        self.kernel = kernel or self.name
         self.domain = domain
         self.composite = composite
         self.variadic = signature.startswith("*")
@@ -127,7 +131,7 @@ class Op:
         tensors = values if self._alike(values) else self._promoted(self._as_tensors(values))
         device = next((t.device for t in tensors if t is not None), default_device())
         k = get_backend(device)
-        if self.composed is not None and not k.has_fused(self.name):
+        if self.composed is not None and not k.has_fused(self.kernel):
             return self.composed(*tensors, **attributes)
         arrays = [None if t is None else t.array for t in tensors]
         if self.named_axes:
@@ -387,7 +391,7 @@ def axes_tuple(name: str, axis: int | Sequence[int] | None, ndim: int) -> tuple[
 
 def op(signature: str, *, reference: Callable[..., Any] | None = None, types: str = "same",
        fixed: tuple[str, ...] = (), domain: tuple[float, float] = (-4.0, 4.0), method: str | None = None,
-       public: bool = True, composite: bool = False) -> Callable[[Callable[..., Any]], Op]:
+       kernel: str | None = None, public: bool = True, composite: bool = False) -> Callable[[Callable[..., Any]], Op]:
     """Register an op.
 
     signature: shapes, "...i, oi, o -> ...o"; "*" before it for one sequence of tensors
@@ -397,11 +401,12 @@ def op(signature: str, *, reference: Callable[..., Any] | None = None, types: st
     fixed:     operands that are indices or conditions: integer or bool, and no part of the promotion
     domain:    where tests draw inputs from
     method:    the Tensor method to attach ("" for the op's own name)
+    kernel:    a fused op's kernel in kernels.h, if it is not called as the op is
     """
     def register(forward: Callable[..., Any]) -> Op:
-        made = Op(forward, signature, reference=reference, types=types, fixed=fixed, domain=domain, composite=composite)
-        if public:
-            registry[made.name] = made
+        made = Op(forward, signature, reference=reference, types=types, fixed=fixed, domain=domain, kernel=kernel,
+                  composite=composite)
+        (registry if public else internal)[made.name] = made
         if method is not None:
             name = method or made.name
             attach(name, _as_method(made, name))
