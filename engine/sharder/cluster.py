@@ -31,8 +31,8 @@ class Cluster:
     rule:         an update rule (engine.optim.rules)
     microbatches: how many make one clock; with them fixed, results do not depend on shards or workers
     clip_norm:    the mean gradient of a clock is clipped to this global norm; None: it is not
-    hyper:        hyper-parameters that override the rule's own: a dict, or a function (step, parameter name) -> dict
-                  for schedules and parameter groups, where step counts from 1
+    hyper:        hyper-parameters that override the rule's own: a dict, or a pure function (step, parameter name) ->
+                  dict for schedules and parameter groups, where step counts from 1
     """
 
     shared = True  # whether all shards write into one buffer

@@ -95,6 +95,18 @@ def test_an_exception_after_the_last_clock_is_raised_too():
         list(server_of().run(late, clocks=1))
 
 
+def test_a_program_that_calls_again_while_it_is_being_stopped_does_not_hang():
+    def clinging(client):
+        try:
+            program(client)
+        finally:
+            client.clock()
+
+    server = server_of()
+    next(server.run(clinging))  # the run is dropped at once, and so ended
+    assert_same_bits(server.state(), expected(1))
+
+
 def test_leaving_the_loop_ends_the_run_between_two_clocks():
     server = server_of()
     for committed in server.run(program):

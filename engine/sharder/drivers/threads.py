@@ -202,5 +202,6 @@ class _Port:
     def receive(self) -> Any:
         message = self.inbox.get()
         if isinstance(message, _Stop):
+            self.inbox.put(message)  # for a program that calls again while it cleans up
             raise Stopped
         return message
