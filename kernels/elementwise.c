@@ -12,6 +12,9 @@
 
 /* ── y = f(x) ───────────────────────────────────────────────────────────────────────────────────── */
 
+/* x within ±limit, for where a function has long reached its limit: ∞ · 0 must not arise on the way. NaN stays. */
+static inline vf clamp(vf x, real limit) { return vf_max(vf_set1(-limit), vf_min(vf_set1(limit), x)); }
+
 static inline vf identity(vf x) { return x; }
 static inline vf negate(vf x) { return -x; }
 static inline vf square_of(vf x) { return x * x; }
@@ -35,10 +38,13 @@ static inline vf gelu_of(vf x) {
     return x * vf_normal_cdf(x, &bell);
 }
 
-/* x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) = x σ(v) with v = x (TANH_1 + TANH_3 x²): the same paper, section 2. */
-#define TANH_1 ((real)1.5957691216057308)  /* 2 √(2/π) */
-#define TANH_3 ((real)0.07135481627260025) /* 2 √(2/π) · 0.044715 */
-static inline vf gelu_tanh_of(vf x) { return x * vf_sigmoid(x * vf_fma(x * x, vf_set1(TANH_3), vf_set1(TANH_1))); }
+/* x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) = x σ(v) with v = TANH_1 x + TANH_3 x³: the same paper, section 2. */
+#define TANH_1 1.5957691216057308  /* 2 √(2/π) */
+#define TANH_3 0.07135481627260025 /* 2 √(2/π) · 0.044715 */
+static inline vf gelu_tanh_of(vf x) {
+    vf v_lo, v = vf_cubic(clamp(x, 100), TANH_1, TANH_3, &v_lo), complement;
+    return x * vf_sigmoid_both(v, v_lo, &complement);
+}
 
 UNARY(copy, identity)
 UNARY(negative, negate)
@@ -68,14 +74,11 @@ UNARY(gelu_tanh, gelu_tanh_of)
 
 /* ── dx = g f′(x) ───────────────────────────────────────────────────────────────────────────────── */
 
-/* x, kept where the derivative below has long reached its limit, so that ∞ · 0 does not arise. */
-static inline vf clamp(vf x, real limit) { return vf_max(vf_set1(-limit), vf_min(vf_set1(limit), x)); }
-
 static inline vf relu_slope(vf g, vf x) { return vf_select(x > 0, g, vf_zero()); }
 
 /* (x σ)′ = σ (1 + x (1 − σ)) */
 static inline vf silu_slope(vf g, vf x) {
-    vf complement, s = vf_sigmoid_both(x, &complement);
+    vf complement, s = vf_sigmoid_both(x, vf_zero(), &complement);
     return g * (s * vf_fma(clamp(x, 1000), complement, vf_set1(1)));
 }
 
@@ -85,11 +88,11 @@ static inline vf gelu_slope(vf g, vf x) {
     return g * vf_fma(clamp(x, 100), bell * vf_set1((real)0.3989422804014327), cdf);
 }
 
-/* (x σ(v))′ = σ + x σ (1 − σ) v′, v′ = TANH_1 + 3 TANH_3 x² */
+/* (x σ(v))′ = σ (1 + x (1 − σ) v′), v′ = TANH_1 + 3 TANH_3 x² */
 static inline vf gelu_tanh_slope(vf g, vf x) {
-    vf near = clamp(x, 100), square = near * near, complement;
-    vf s = vf_sigmoid_both(near * vf_fma(square, vf_set1(TANH_3), vf_set1(TANH_1)), &complement);
-    vf v_slope = vf_fma(square, vf_set1(3 * TANH_3), vf_set1(TANH_1));
+    vf near = clamp(x, 100), v_lo, v = vf_cubic(near, TANH_1, TANH_3, &v_lo), complement;
+    vf s = vf_sigmoid_both(v, v_lo, &complement);
+    vf v_slope = vf_fma(near * near, vf_set1((real)(3 * TANH_3)), vf_set1((real)TANH_1));
     return g * (s * vf_fma(near * complement, v_slope, vf_set1(1)));
 }
 

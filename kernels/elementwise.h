@@ -28,24 +28,39 @@ typedef void (*run_function)(char *const *p, const int64_t *stride, int64_t n);
 struct walk {
     run_function run;
     int operands, axes;
+    int64_t n, piece, rows;                            /* length of the run axis, of a run, product of the others */
     char *base[MAX_OPERANDS];
+    int64_t stride[MAX_OPERANDS], bytes[MAX_OPERANDS]; /* of the run axis, in elements; size of an element */
     int64_t shape[MAX_AXES], step[MAX_OPERANDS][MAX_AXES]; /* of the other axes; steps in bytes */
-    int64_t stride[MAX_OPERANDS], bytes[MAX_OPERANDS];     /* of the run axis, in elements; size of an element */
-    int64_t n, piece, rows;
 };
+
+/* Moves p to the next row, like an odometer. After the last row it stands at the first again. */
+ALWAYS_INLINE void next_row(const struct walk *w, int64_t *index, char **p) {
+    for (int axis = w->axes - 1; axis >= 0; axis--) {
+        int wraps = ++index[axis] == w->shape[axis];
+        for (int k = 0; k < w->operands; k++)
+            p[k] += wraps ? w->step[k][axis] * (1 - w->shape[axis]) : w->step[k][axis];
+        if (!wraps) return;
+        index[axis] = 0;
+    }
+}
 
 static void walk_items(void *context, int64_t begin, int64_t end) {
     const struct walk *w = context;
+    int64_t row = begin % w->rows, start = begin / w->rows * w->piece, index[MAX_AXES];
+    char *p[MAX_OPERANDS];
+    for (int k = 0; k < w->operands; k++) p[k] = w->base[k] + start * w->stride[k] * w->bytes[k];
+    for (int64_t axis = w->axes - 1, rest = row; axis >= 0; rest /= w->shape[axis--]) {
+        index[axis] = rest % w->shape[axis];
+        for (int k = 0; k < w->operands; k++) p[k] += index[axis] * w->step[k][axis];
+    }
     for (int64_t item = begin; item < end; item++) {
-        int64_t row = item % w->rows, start = item / w->rows * w->piece;
-        char *p[MAX_OPERANDS];
-        for (int k = 0; k < w->operands; k++) p[k] = w->base[k] + start * w->stride[k] * w->bytes[k];
-        for (int axis = w->axes - 1; axis >= 0; axis--) {
-            int64_t index = row % w->shape[axis];
-            row /= w->shape[axis];
-            for (int k = 0; k < w->operands; k++) p[k] += index * w->step[k][axis];
-        }
         w->run(p, w->stride, w->n - start < w->piece ? w->n - start : w->piece);
+        next_row(w, index, p);
+        if (++row < w->rows) continue;
+        row = 0;
+        start += w->piece;
+        for (int k = 0; k < w->operands; k++) p[k] += w->piece * w->stride[k] * w->bytes[k];
     }
 }
 
@@ -61,8 +76,15 @@ static int choose_run_axis(const int64_t *shape, int ndim) {
 static void walk_layout(const int64_t *layout, int operands, void *const *base, const int64_t *bytes, run_function run) {
     int ndim = (int)layout[0];
     const int64_t *shape = layout + 1, *strides = shape + ndim; /* operand k: strides + k·ndim */
-    struct walk w = {.run = run, .operands = operands, .n = 1, .rows = 1, .piece = RUN};
-    int run_axis = ndim ? choose_run_axis(shape, ndim) : -1;
+    if (ndim <= 1 && (ndim == 0 || shape[0] <= RUN)) { /* one run: nothing to prepare */
+        static const int64_t none[MAX_OPERANDS] = {0};
+        run((char *const *)base, ndim ? strides : none, ndim ? shape[0] : 1);
+        return;
+    }
+    struct walk w;
+    w.run = run, w.operands = operands, w.axes = 0, w.rows = 1, w.piece = RUN;
+    int run_axis = choose_run_axis(shape, ndim);
+    w.n = shape[run_axis];
     for (int axis = 0; axis < ndim; axis++) {
         if (axis == run_axis) continue;
         for (int k = 0; k < operands; k++) w.step[k][w.axes] = strides[k * ndim + axis] * bytes[k];
@@ -72,10 +94,9 @@ static void walk_layout(const int64_t *layout, int operands, void *const *base, 
     for (int k = 0; k < operands; k++) {
         w.base[k] = base[k];
         w.bytes[k] = bytes[k];
-        w.stride[k] = ndim ? strides[k * ndim + run_axis] : 0;
+        w.stride[k] = strides[k * ndim + run_axis];
         if (w.stride[k] != 0 && w.stride[k] != 1 && w.rows > 1) w.piece = STRIDED_RUN;
     }
-    if (ndim) w.n = shape[run_axis];
     if (w.n == 0 || w.rows == 0) return;
     int64_t pieces = (w.n + w.piece - 1) / w.piece, longest = w.n < w.piece ? w.n : w.piece;
     parallel_for(pieces * w.rows, 1 + (GRAIN - 1) / longest, walk_items, &w);

@@ -34,8 +34,8 @@ struct random_job {
 #define BLOCK_LANES (VECTOR_BYTES / 8)
 
 /* philox_block of blocks first, first + 1, … in the 64-bit lanes of vectors. Only the lower halves count; what
- * the upper ones hold is never looked at. */
-static void blocks_in_lanes(uint32_t *words, int64_t first, const struct random_job *job) {
+ * the upper ones hold is never looked at. words gets two 64-bit halves a block, the first word lowest. */
+static void blocks_in_lanes(uint64_t *words, int64_t first, const struct random_job *job) {
     vu c0 = (vu){0} + (uint64_t)first, c1 = (vu){0} + (uint64_t)job->site;
     vu c2 = (vu){0} + (uint64_t)job->microbatch, c3 = (vu){0} + (uint64_t)job->step;
     for (int l = 0; l < BLOCK_LANES; l++) c0[l] += (uint64_t)l;
@@ -49,16 +49,20 @@ static void blocks_in_lanes(uint32_t *words, int64_t first, const struct random_
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
+    vu low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
     for (int l = 0; l < BLOCK_LANES; l++) {
-        words[4 * l] = (uint32_t)c0[l];
-        words[4 * l + 1] = (uint32_t)c1[l];
-        words[4 * l + 2] = (uint32_t)c2[l];
-        words[4 * l + 3] = (uint32_t)c3[l];
+        words[2 * l] = low[l];
+        words[2 * l + 1] = high[l];
     }
 }
 
 static void words_of_batch(uint32_t words[WORDS], int64_t batch, const struct random_job *job) {
-    for (int l = 0; l < BLOCKS; l += BLOCK_LANES) blocks_in_lanes(words + 4 * l, batch * BLOCKS + l, job);
+    uint64_t halves[2 * BLOCKS];
+    for (int l = 0; l < BLOCKS; l += BLOCK_LANES) blocks_in_lanes(halves + 2 * l, batch * BLOCKS + l, job);
+    for (int i = 0; i < 2 * BLOCKS; i++) {
+        words[2 * i] = (uint32_t)halves[i];
+        words[2 * i + 1] = (uint32_t)(halves[i] >> 32);
+    }
 }
 
 /* The uniforms of elements batch · BATCH …; how many of them exist. */

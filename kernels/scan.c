@@ -100,8 +100,11 @@ static void running_sums(void *context, int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; item++) {
         int64_t outer = item / job->chunks, column = item % job->chunks * COLUMNS;
         int64_t columns = least(COLUMNS, job->inner - column), offset = outer * job->n * job->inner + column;
-        double sum[COLUMNS];
-        for (int64_t c = 0; c < columns; c++) sum[c] = -0.0; /* −0 + x = x */
+        double sum[COLUMNS], alone = -0.0; /* −0 + x = x */
+        for (int64_t i = 0; job->inner == 1 && i < job->n; i++)
+            job->y[offset + i] = (real)(alone += (double)job->x[offset + i]);
+        if (job->inner == 1) continue;
+        for (int64_t c = 0; c < columns; c++) sum[c] = -0.0;
         for (int64_t i = 0; i < job->n; i++, offset += job->inner)
             for (int64_t c = 0; c < columns; c++) job->y[offset + c] = (real)(sum[c] += (double)job->x[offset + c]);
     }

@@ -207,26 +207,30 @@ static inline vf vf_ceil(vf v) { return NEON(vrndpq)(v); }
 #define HALF_VL (VL / 2)
 typedef double vd __attribute__((vector_size(VECTOR_BYTES)));
 typedef int64_t vl __attribute__((vector_size(VECTOR_BYTES)));
-typedef float vf_half __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 static inline vd vd_set1(double x) { return x - (vd){0}; }
 static inline vd vd_select(vl mask, vd a, vd b) { return (vd)((mask & (vl)a) | (~mask & (vl)b)); }
-static inline vd vd_low(vf v) {
-    vf_half half;
-    memcpy(&half, &v, sizeof half);
-    return __builtin_convertvector(half, vd);
-}
-static inline vd vd_high(vf v) {
-    vf_half half;
-    memcpy(&half, (char *)&v + sizeof half, sizeof half);
-    return __builtin_convertvector(half, vd);
-}
+
+/* The first and the second half of v as doubles, and back, each lane rounded to the nearest float. */
+#if defined(__x86_64__) && VECTOR_BYTES == 64
+static inline vd vd_low(vf v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v)); }
+static inline vd vd_high(vf v) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)); }
 static inline vf vf_narrow(vd low, vd high) {
-    vf_half halves[2] = {__builtin_convertvector(low, vf_half), __builtin_convertvector(high, vf_half)};
-    vf v;
-    memcpy(&v, halves, sizeof v);
-    return v;
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
 }
+#elif defined(__x86_64__) && VECTOR_BYTES == 32
+static inline vd vd_low(vf v) { return _mm256_cvtps_pd(_mm256_castps256_ps128(v)); }
+static inline vd vd_high(vf v) { return _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)); }
+static inline vf vf_narrow(vd low, vd high) { return _mm256_set_m128(_mm256_cvtpd_ps(high), _mm256_cvtpd_ps(low)); }
+#elif defined(__x86_64__)
+static inline vd vd_low(vf v) { return _mm_cvtps_pd(v); }
+static inline vd vd_high(vf v) { return _mm_cvtps_pd(_mm_movehl_ps(v, v)); }
+static inline vf vf_narrow(vd low, vd high) { return _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high)); }
+#else
+static inline vd vd_low(vf v) { return vcvt_f64_f32(vget_low_f32(v)); }
+static inline vd vd_high(vf v) { return vcvt_high_f64_f32(v); }
+static inline vf vf_narrow(vd low, vd high) { return vcvt_high_f32_f64(vcvt_f32_f64(low), high); }
+#endif
 
 /* a · b + c with one rounding at every level: on x86-64-v2 through double, which holds the product exactly,
  * at some eight times the cost of vf_fma. vf_fma_once(a, b, −c) is the rounding error of c ≈ a · b. */

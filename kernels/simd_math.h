@@ -15,15 +15,27 @@
 
 #if REAL_BITS == 32
 
-/* Horner's rule for c[0] + c[1] x + … + c[n−1] xⁿ⁻¹; n is known when compiling, so no loop remains. */
-static inline vf vf_polynomial(vf x, const float *c, int n) {
-    vf sum = vf_set1(c[n - 1]);
+/* Horner's rule for c[0] + c[1] x + … + c[n−1] xⁿ⁻¹; n is known when compiling, so no loop remains. One rounding a
+ * term: by FMA, or, where the level has none, all in double. */
+static inline vd vd_polynomial(vd x, const double *c, int n) {
+    vd sum = vd_set1(c[n - 1]);
 #pragma GCC unroll 16
-    for (int i = n - 2; i >= 0; i--) sum = vf_fma_once(sum, x, vf_set1(c[i]));
+    for (int i = n - 2; i >= 0; i--) sum = sum * x + c[i];
     return sum;
 }
-#define POLYNOMIAL(x, ...) \
-    vf_polynomial(x, (const float[]){__VA_ARGS__}, (int)(sizeof((const float[]){__VA_ARGS__}) / sizeof(float)))
+static inline vf vf_polynomial(vf x, const double *c, int n) {
+#if defined(__FMA__) || defined(__aarch64__)
+    vf sum = vf_set1((float)c[n - 1]);
+#pragma GCC unroll 16
+    for (int i = n - 2; i >= 0; i--) sum = vf_fma(sum, x, vf_set1((float)c[i]));
+    return sum;
+#else
+    return vf_narrow(vd_polynomial(vd_low(x), c, n), vd_polynomial(vd_high(x), c, n));
+#endif
+}
+#define COEFFICIENTS(...) (const double[]){__VA_ARGS__}, (int)(sizeof((const double[]){__VA_ARGS__}) / sizeof(double))
+#define POLYNOMIAL(x, ...) vf_polynomial(x, COEFFICIENTS(__VA_ARGS__))
+#define POLYNOMIAL_WIDE(x, ...) vd_polynomial(x, COEFFICIENTS(__VA_ARGS__))
 
 /* ln 2 = LN2_HI + LN2_LO. LN2_HI has 9 bits, so a whole number below 2¹⁵ times it is exact without FMA. */
 #define LOG2_E 0x1.715476p+0f
@@ -124,10 +136,10 @@ static inline vf vf_log1p(vf x) {
 
 /* ── sigmoid, tanh, softplus ────────────────────────────────────────────────────────────────────── */
 
-/* σ(x) = 1/(1 + e⁻ˣ) = e^(−|x|)/(1 + e^(−|x|)) for x < 0: neither overflows. Also σ(−x) = 1 − σ(x), to its
- * own full precision. The quotients are corrected by their remainders. */
-static inline vf vf_sigmoid_both(vf x, vf *complement) {
-    exp_parts e = vf_exp_parts(-vf_abs(x), vf_zero());
+/* σ(x + x_lo), σ(x) = 1/(1 + e⁻ˣ) = e^(−|x|)/(1 + e^(−|x|)) for x < 0: neither overflows. Also σ(−x − x_lo), which is
+ * 1 − σ to its own full precision. The quotients are corrected by their remainders. */
+static inline vf vf_sigmoid_both(vf x, vf x_lo, vf *complement) {
+    exp_parts e = vf_exp_parts(-vf_abs(x), vf_select(x < 0, x_lo, -x_lo));
     vf z = vf_ldexp(e.hi, e.n), one = vf_set1(1);
     vf sum = one + z, sum_lo = ((one - sum) + z) + vf_ldexp(e.lo, e.n);
     vf inverse = one / sum;
@@ -140,7 +152,17 @@ static inline vf vf_sigmoid_both(vf x, vf *complement) {
 }
 static inline vf vf_sigmoid(vf x) {
     vf complement;
-    return vf_sigmoid_both(x, &complement);
+    return vf_sigmoid_both(x, vf_zero(), &complement);
+}
+
+/* x (c₁ + c₃ x²) = the result + *lo: in the tail of a sigmoid an error of its argument would count x-fold. */
+static inline vf vf_cubic(vf x, double c1, double c3, vf *lo) {
+    vd a = vd_low(x), b = vd_high(x);
+    a = a * (c1 + c3 * (a * a));
+    b = b * (c1 + c3 * (b * b));
+    vf y = vf_narrow(a, b);
+    *lo = vf_narrow(a - vd_low(y), b - vd_high(y));
+    return y;
 }
 
 /* Below 1: x + x³ P(x²). Above: 1 − 2z/(1 + z) with z = e^(−2|x|). */
@@ -211,14 +233,18 @@ LANES_OF(vf_erf, erf)
 LANES_OF(vf_erfc, erfc)
 
 /* The formulas of the float half above; there they are explained. */
-static inline vf vf_sigmoid_both(vf x, vf *complement) {
-    vf z = vf_exp(-vf_abs(x)), large = 1 / (1 + z), small = z / (1 + z);
+static inline vf vf_sigmoid_both(vf x, vf x_lo, vf *complement) {
+    vf z = vf_exp(-vf_abs(x + x_lo)), large = 1 / (1 + z), small = z / (1 + z);
     *complement = vf_select(x < 0, large, small);
     return vf_select(x < 0, small, large);
 }
 static inline vf vf_sigmoid(vf x) {
     vf complement;
-    return vf_sigmoid_both(x, &complement);
+    return vf_sigmoid_both(x, vf_zero(), &complement);
+}
+static inline vf vf_cubic(vf x, double c1, double c3, vf *lo) {
+    *lo = vf_zero();
+    return x * (c1 + c3 * (x * x));
 }
 static inline vf vf_softplus(vf x) { return vf_max(x, vf_zero()) + vf_log1p(vf_exp(-vf_abs(x))); }
 static inline vf vf_normal_cdf(vf x, vf *bell) {

@@ -15,15 +15,6 @@
 /* Adding and subtracting 1.5 · 2⁵² rounds a double to a whole number, which then stands in the low bits. */
 #define ROUND_MAGIC 0x1.8p52
 
-static inline vd vd_polynomial(vd x, const double *c, int n) {
-    vd sum = vd_set1(c[n - 1]);
-#pragma GCC unroll 16
-    for (int i = n - 2; i >= 0; i--) sum = sum * x + c[i];
-    return sum;
-}
-#define POLYNOMIAL_WIDE(x, ...) \
-    vd_polynomial(x, (const double[]){__VA_ARGS__}, (int)(sizeof((const double[]){__VA_ARGS__}) / sizeof(double)))
-
 /* ── 1/√x ───────────────────────────────────────────────────────────────────────────────────────── */
 static inline vd vd_rsqrt(vd x) {
     for (int i = 0; i < HALF_VL; i++) x[i] = __builtin_sqrt(x[i]);
