@@ -38,8 +38,8 @@ def worker(client):
 
 def train(workers, shards):
     server = ParameterServer(Network(), optim.AdamWRule(lr=1e-2), workers=workers, shards=shards, microbatches=4)
-    for done in server.run(worker, clocks=200):
-        if done.clock % 50 == 49:
+    for done in server.run(worker, clocks=100):
+        if done.clock % 25 == 24:
             print(f"{workers} workers, {shards} shards, step {done.clock + 1:3d}: mean loss {done.mean_loss:.5f}")
     assert done.mean_loss < 0.01
     return server.parameters()
