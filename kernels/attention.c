@@ -23,18 +23,20 @@ struct softmax_state {
 /* The step from m to m' for the queries j … j + VL − 1; scores become p. */
 static void softmax_step(struct query_tile *w, struct softmax_state *z, int64_t j, int64_t keys) {
     vf old = vf_load(z->m + j), m = old, l = vf_zero();
-    for (int64_t i = 0; i < keys; i++) {
+    int64_t seen = seen_by(w, j, VL);
+    for (int64_t i = 0; i < seen; i++) {
         vf score = score_at(w, i, j);
         vf_store(w->scores + i * w->wide + j, score);
         m = vf_max(score, m);
     }
     /* Nothing seen yet: −∞ − (−∞) would be NaN, and any finite shift gives p = 0. */
-    vf shift = vf_select(m == -INFINITY, vf_zero(), m), factor = vf_exp(old - shift);
-    for (int64_t i = 0; i < keys; i++) {
-        vf p = vf_exp(vf_load(w->scores + i * w->wide + j) - shift);
+    vf shift = vf_select(m == -INFINITY, vf_zero(), m), factor = probability(old - shift);
+    for (int64_t i = 0; i < seen; i++) {
+        vf p = probability(vf_load(w->scores + i * w->wide + j) - shift);
         vf_store(w->scores + i * w->wide + j, p);
         l += p;
     }
+    clear_hidden(w, w->scores, j, seen, keys);
     vf_store(z->m + j, m);
     vf_store(z->factor + j, factor);
     vf_store(z->l + j, vf_fma(vf_load(z->l + j), factor, l));
@@ -59,7 +61,7 @@ static void end_softmax(struct query_tile *w, struct softmax_state *z) {
     for (int64_t j = 0; j < w->columns; j += VL) /* where l = 0: −∞ + −∞ */
         vf_store(z->m + j, vf_load(z->m + j) + vf_log(vf_load(z->l + j)));
     for (int64_t i = 0; i < w->rows; i++) {
-        int64_t row = dense_row(w, i);
+        int64_t row = w->row[i];
         real l = z->l[i] == 0 ? 1 : z->l[i];
         x->lse[row] = z->m[i];
         for (int64_t e = 0; e < x->d; e += VL) { /* + 0 makes −0 and 0 one: see attention_tile.h */
@@ -87,8 +89,7 @@ static void attend(void *context, int64_t begin, int64_t end) {
                 softmax_step(&w, &z, j, keys);
             if (x->dropout > 0)
                 drop(&w, keys);
-            tile_product(z.o, x->d, w.scores, w.wide, w.rows, values_of(&w, key), x->strides[V_KEY], x->d, keys, 1,
-                         z.factor, w.panel);
+            add_over_keys(&w, z.o, w.scores, values_of(&w, key), x->strides[V_KEY], z.factor);
         }
         end_softmax(&w, &z);
     }

@@ -38,7 +38,10 @@ struct attention {
     const real *g, *saved_out, *saved_lse;
 };
 
-enum { Q_BATCH, Q_HEAD, Q_TIME, K_BATCH, K_HEAD, K_KEY, V_BATCH, V_HEAD, V_KEY, MASK_BATCH, MASK_HEAD, MASK_TIME, MASK_KEY };
+enum {
+    Q_BATCH, Q_HEAD, Q_TIME, K_BATCH, K_HEAD, K_KEY, V_BATCH, V_HEAD, V_KEY, MASK_BATCH, MASK_HEAD, MASK_TIME,
+    MASK_KEY
+};
 
 /* A tile of queries at work; every array is in the thread's scratch. */
 struct query_tile {
@@ -52,6 +55,9 @@ struct query_tile {
     real *mask_t, *keep_t;
     real *gathered;                      /* [QUERIES][KEYS] */
     real *panel;                         /* the last, ragged columns of a right-hand side */
+    int64_t head[QUERIES], time[QUERIES];
+    int64_t row[QUERIES];                /* the place in an array (batch, heads, T) */
+    int64_t limit[QUERIES];              /* the query sees keys 0 … limit − 1 */
     int partly_visible;
     real_int visible[WIDEST];            /* how many keys of the present tile each query sees */
 };
@@ -59,15 +65,6 @@ struct query_tile {
 static inline int64_t group_of(const struct attention *x) { return x->heads / x->kv_heads; }
 static inline int64_t rows_of(const struct attention *x) { return x->t * group_of(x); }
 static inline int64_t tiles_of(const struct attention *x) { return divide_up(rows_of(x), QUERIES); }
-
-static inline int64_t time_of(const struct query_tile *w, int64_t i) { return (w->first + i) / group_of(w->x); }
-static inline int64_t head_of(const struct query_tile *w, int64_t i) {
-    return w->kv_head * group_of(w->x) + (w->first + i) % group_of(w->x);
-}
-/* The place of row i in an array (batch, heads, T). */
-static inline int64_t dense_row(const struct query_tile *w, int64_t i) {
-    return (w->batch * w->x->heads + head_of(w, i)) * w->x->t + time_of(w, i);
-}
 
 /* Query t of sequence b sees keys 0 … visible_keys − 1. */
 static inline int64_t visible_keys(const struct attention *x, int64_t b, int64_t t) {
@@ -77,9 +74,7 @@ static inline int64_t visible_keys(const struct attention *x, int64_t b, int64_t
     return n < 0 ? 0 : n;
 }
 /* What the last row of the tile sees: the others see no more. */
-static inline int64_t visible_to_tile(const struct query_tile *w) {
-    return visible_keys(w->x, w->batch, time_of(w, w->rows - 1));
-}
+static inline int64_t visible_to_tile(const struct query_tile *w) { return w->limit[w->rows - 1]; }
 
 /* ── a product of tiles ──────────────────────────────────────────────────────────────────────────── */
 
@@ -136,6 +131,20 @@ static void transpose_rows(real *to, const struct query_tile *w, const real *row
     TYPED(pack_panels)(to, rows, w->wide, w->rows, w->x->d, w->x->d, 1);
 }
 
+/* Which query each row is. (By counting: a division takes as long as a row of a small tile.) */
+static void name_rows(struct query_tile *w) {
+    const struct attention *x = w->x;
+    int64_t group = group_of(x), head = w->kv_head * group + w->first % group, time = w->first / group;
+    for (int64_t i = 0; i < w->rows; i++) {
+        w->head[i] = head;
+        w->time[i] = time;
+        w->row[i] = (w->batch * x->heads + head) * x->t + time;
+        w->limit[i] = visible_keys(x, w->batch, time);
+        if (++head == (w->kv_head + 1) * group)
+            head -= group, time++;
+    }
+}
+
 /* Takes rows first … of (batch, kv_head) to work on; returns the scratch that is left. */
 static real *open_query_tile(struct query_tile *w, const struct attention *x, int64_t batch, int64_t kv_head,
                              int64_t first, real *scratch) {
@@ -151,9 +160,10 @@ static real *open_query_tile(struct query_tile *w, const struct attention *x, in
     w->keep_t = take(&scratch, KEYS * WIDEST);
     w->gathered = take(&scratch, QUERIES * KEYS);
     w->panel = take(&scratch, NR * (QUERIES + 8));
+    name_rows(w);
     for (int64_t i = 0; i < w->rows; i++)
         memcpy(w->q_rows + i * x->d,
-               x->q + batch * x->strides[Q_BATCH] + head_of(w, i) * x->strides[Q_HEAD] + time_of(w, i) * x->strides[Q_TIME],
+               x->q + batch * x->strides[Q_BATCH] + w->head[i] * x->strides[Q_HEAD] + w->time[i] * x->strides[Q_TIME],
                (size_t)x->d * sizeof(real));
     transpose_rows(w->q_t, w, w->q_rows);
     return scratch;
@@ -171,19 +181,24 @@ static const real *values_of(const struct query_tile *w, int64_t key) {
 /* ── the scores of a tile ────────────────────────────────────────────────────────────────────────── */
 
 static void load_visible(struct query_tile *w, int64_t key, int64_t keys) {
-    w->partly_visible = 0;
     for (int64_t i = 0; i < w->columns; i++) {
-        int64_t n = i < w->rows ? visible_keys(w->x, w->batch, time_of(w, i)) - key : keys;
+        int64_t n = w->limit[at_most(i, w->rows - 1)] - key;
         w->visible[i] = (real_int)(n < 0 ? 0 : at_most(n, keys));
-        w->partly_visible |= n < keys;
     }
+    w->partly_visible = w->visible[0] < keys;
+}
+
+/* How many keys of the present tile the queries first … first + n − 1 see between them. Later queries see no
+ * fewer, so the last one tells. What none of a register tile's queries sees is not computed. */
+static inline int64_t seen_by(const struct query_tile *w, int64_t first, int64_t n) {
+    return w->visible[at_most(first + n, w->columns) - 1];
 }
 
 static void load_mask(struct query_tile *w, int64_t key, int64_t keys) {
     const int64_t *strides = w->x->strides;
     for (int64_t i = 0; i < w->rows; i++) {
-        const real *row = w->x->mask + w->batch * strides[MASK_BATCH] + head_of(w, i) * strides[MASK_HEAD] +
-                          time_of(w, i) * strides[MASK_TIME] + key * strides[MASK_KEY];
+        const real *row = w->x->mask + w->batch * strides[MASK_BATCH] + w->head[i] * strides[MASK_HEAD] +
+                          w->time[i] * strides[MASK_TIME] + key * strides[MASK_KEY];
         for (int64_t n = 0; n < keys; n++)
             w->gathered[i * KEYS + n] = row[n * strides[MASK_KEY]];
     }
@@ -196,7 +211,7 @@ static void load_dropout(struct query_tile *w, int64_t key, int64_t keys) {
     const int64_t words_each = REAL_BITS / 32; /* a float takes one word of a block of four, a double two */
     const real keep = (real)(1 / (1 - x->dropout)), p = (real)x->dropout;
     for (int64_t i = 0; i < w->rows; i++) {
-        int64_t word = (dense_row(w, i) * x->s + key) * words_each, block = -1;
+        int64_t word = (w->row[i] * x->s + key) * words_each, block = -1;
         uint32_t bits[4];
         for (int64_t n = 0; n < keys; n++, word += words_each) {
             if (word / 4 != block)
@@ -212,12 +227,36 @@ static void load_dropout(struct query_tile *w, int64_t key, int64_t keys) {
     TYPED(pack_panels)(w->keep_t, w->gathered, w->wide, w->rows, keys, KEYS, 1);
 }
 
+/* to[key, query] = Σ_d left[d, key] right[d, query], for the keys that are seen. */
+static void keys_by_queries(struct query_tile *w, real *to, const real *left, const real *right) {
+    for (int64_t j = 0; j < w->columns; j += NR)
+        if (seen_by(w, j, NR))
+            tile_product(to + j, w->wide, left, KEYS, seen_by(w, j, NR), right + j, w->wide,
+                         at_most(w->columns - j, NR), w->x->d, 0, NULL, NULL);
+}
+
+/* to[query, :] = factor · to[query, :] + Σ_key tile[key, query] rows[key, :]: the output, or dq. */
+static void add_over_keys(struct query_tile *w, real *to, const real *tile, const real *rows, int64_t rows_stride,
+                          const real *factor) {
+    for (int64_t i = 0; i < w->rows; i += 2 * MR) {
+        int64_t n = at_most(w->rows - i, 2 * MR);
+        tile_product(to + i * w->x->d, w->x->d, tile + i, w->wide, n, rows, rows_stride, w->x->d, seen_by(w, i, n), 1,
+                     factor ? factor + i : NULL, w->panel);
+    }
+}
+
+/* A tile's rows n … keys − 1 for the queries j … j + VL − 1, which see none of those keys. */
+static inline void clear_hidden(const struct query_tile *w, real *tile, int64_t j, int64_t n, int64_t keys) {
+    for (int64_t i = n; i < keys; i++)
+        vf_store(tile + i * w->wide + j, vf_zero());
+}
+
 /* Everything about the keys key … key + keys − 1 that the softmax needs: scores = K Qᵀ, mask, dropout. */
 static void load_scores(struct query_tile *w, int64_t key, int64_t keys) {
     const struct attention *x = w->x;
-    TYPED(pack_panels)(w->k_t, keys_of(w, key), KEYS, keys, x->d, x->strides[K_KEY], 1);
-    tile_product(w->scores, w->wide, w->k_t, KEYS, keys, w->q_t, w->wide, w->columns, x->d, 0, NULL, NULL);
     load_visible(w, key, keys);
+    TYPED(pack_panels)(w->k_t, keys_of(w, key), KEYS, keys, x->d, x->strides[K_KEY], 1);
+    keys_by_queries(w, w->scores, w->k_t, w->q_t);
     if (x->mask)
         load_mask(w, key, keys);
     if (x->dropout > 0)
@@ -235,6 +274,13 @@ static inline vf score_at(const struct query_tile *w, int64_t i, int64_t j) {
         score = vf_select(vi_set1((real_int)i) < visible, score, vf_set1(-INFINITY));
     }
     return score;
+}
+
+/* eˣ for x ≤ 0, with 0 where it would be subnormal. A processor takes 150 cycles for a subnormal result, and
+ * hidden keys, at −∞, would ask for one each; and beside a largest probability of at least 1/S, 10⁻³⁸ is nothing. */
+static inline vf probability(vf x) {
+    const vf least = vf_set1(REAL_BITS == 32 ? -87 : -708);
+    return vf_select(x < least, vf_zero(), vf_exp(vf_max(least, x)));
 }
 
 #endif

@@ -34,9 +34,10 @@ static void softmax_gradient(struct query_tile *w, struct gradient_tile *z, int6
     const vf scale = vf_set1((real)w->x->scale);
     for (int64_t j = 0; j < w->columns; j += VL) {
         vf lse = vf_load(z->lse + j), delta = vf_load(z->delta + j);
-        for (int64_t i = 0; i < keys; i++) {
+        int64_t seen = seen_by(w, j, VL);
+        for (int64_t i = 0; i < seen; i++) {
             int64_t at = i * w->wide + j;
-            vf p = vf_exp(score_at(w, i, j) - lse), dp = vf_load(z->dscores + at), kept = p;
+            vf p = probability(score_at(w, i, j) - lse), dp = vf_load(z->dscores + at), kept = p;
             if (w->x->dropout > 0) {
                 vf keep = vf_load(w->keep_t + at);
                 dp *= keep;
@@ -45,15 +46,23 @@ static void softmax_gradient(struct query_tile *w, struct gradient_tile *z, int6
             vf_store(w->scores + at, kept);
             vf_store(z->dscores + at, p * (dp - delta) * scale);
         }
+        clear_hidden(w, w->scores, j, seen, keys);
+        clear_hidden(w, z->dscores, j, seen, keys);
     }
 }
 
-/* dk or dv: to[key, :] += Σ_query tile[key, query] rows[query, :] */
+/* dk or dv: to[key, :] += Σ_query tile[key, query] rows[query, :], from the first query that sees any of the keys. */
 static void add_over_queries(struct query_tile *w, struct gradient_tile *z, real *to, const real *tile,
                              const real *rows, int64_t keys) {
-    int64_t d = w->x->d;
+    int64_t d = w->x->d, first = 0;
     TYPED(pack_panels)(z->by_query, tile, KEYS, keys, w->rows, w->wide, 1);
-    tile_product(to, d, z->by_query, KEYS, keys, rows, d, d, w->rows, 1, NULL, w->panel);
+    for (int64_t i = 0; i < keys; i += 2 * MR) {
+        while (first < w->rows && w->visible[first] <= i)
+            first++;
+        if (first < w->rows)
+            tile_product(to + i * d, d, z->by_query + first * KEYS + i, KEYS, at_most(keys - i, 2 * MR),
+                         rows + first * d, d, d, w->rows - first, 1, NULL, w->panel);
+    }
 }
 
 static void tile_gradient(struct query_tile *w, struct gradient_tile *z, int64_t key, int64_t keys,
@@ -61,11 +70,10 @@ static void tile_gradient(struct query_tile *w, struct gradient_tile *z, int64_t
     const struct attention *x = w->x;
     load_scores(w, key, keys);
     TYPED(pack_panels)(z->v_t, values_of(w, key), KEYS, keys, x->d, x->strides[V_KEY], 1);
-    tile_product(z->dscores, w->wide, z->v_t, KEYS, keys, z->g_t, w->wide, w->columns, x->d, 0, NULL, NULL);
+    keys_by_queries(w, z->dscores, z->v_t, z->g_t);
     softmax_gradient(w, z, keys);
     if (part->want_dq)
-        tile_product(z->dq, x->d, z->dscores, w->wide, w->rows, keys_of(w, key), x->strides[K_KEY], x->d, keys, 1,
-                     NULL, w->panel);
+        add_over_keys(w, z->dq, z->dscores, keys_of(w, key), x->strides[K_KEY], NULL);
     if (part->want_dkv) {
         int64_t row = ((w->batch * x->kv_heads + w->kv_head) * x->s + key) * x->d;
         add_over_queries(w, z, x->dv + row, w->scores, z->g_rows, keys);
@@ -90,7 +98,7 @@ static void open_gradient_tile(struct query_tile *w, struct gradient_tile *z, re
     z->dq = take(&scratch, QUERIES * x->d);
     memset(z->dq, 0, (size_t)(w->rows * x->d) * sizeof(real));
     for (int64_t i = 0; i < w->columns; i++) {
-        int64_t row = i < w->rows ? dense_row(w, i) : -1;
+        int64_t row = i < w->rows ? w->row[i] : -1;
         z->lse[i] = row < 0 || x->saved_lse[row] == -INFINITY ? INFINITY : x->saved_lse[row]; /* P = 0 */
         z->delta[i] = row < 0 ? 0 : x->delta[row];
         if (row >= 0)
@@ -101,7 +109,7 @@ static void open_gradient_tile(struct query_tile *w, struct gradient_tile *z, re
 
 static void store_dq(const struct query_tile *w, const struct gradient_tile *z) {
     for (int64_t i = 0; i < w->rows; i++)
-        memcpy(w->x->dq + dense_row(w, i) * w->x->d, z->dq + i * w->x->d, (size_t)w->x->d * sizeof(real));
+        memcpy(w->x->dq + w->row[i] * w->x->d, z->dq + i * w->x->d, (size_t)w->x->d * sizeof(real));
 }
 
 static void gradient_part(const struct attention *x, int64_t head, const struct part *part) {
