@@ -18,8 +18,9 @@ from engine.tensor import Tensor
 
 def _plain(index: Any) -> Any:
     """An index with tensors and lists turned into NumPy arrays; always a tuple."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return tuple(_plain_part(part) for part in parts)
+    parts = tuple([_plain_part(part) for part in (index if isinstance(index, tuple) else (index,))])
+    # With an ellipsis NumPy gives a 0-d view of one element, not a copy of it.
+    return parts if any(part is Ellipsis for part in parts) else (*parts, Ellipsis)
 
 
 def _plain_part(part: Any) -> Any:

@@ -37,6 +37,7 @@ def gemm(k: Any, a: Array, b: Array, bias: Array | None = None) -> Array:
     c = k.empty((*batch, m, n), a.dtype)
     if math.prod(b.data.shape[:-2]) == 1 and a.data.flags.c_contiguous and batch == a.data.shape[:-2]:
         rows, count, a_step, b_step = math.prod(batch) * m, 1, 0, 0  # one tall product instead of a batch
+        a = a.reshaped((rows, inner))  # whose strides are not those of an axis of length 1, which may be anything
     else:
         rows, count = m, math.prod(batch)
         (a, a_step), (b, b_step) = _batch_stride(k, a, batch), _batch_stride(k, b, batch)
@@ -62,7 +63,8 @@ def _(g: Tensor, a: Tensor, b: Tensor, needs: tuple[bool, ...]) -> Any:
 def _transposed_product(a: Tensor, g: Tensor, columns: int) -> Tensor:
     """Aᵀ G (..., j, k). Where B was one matrix for all of a batch, the sum over the batch is one tall product."""
     if columns == 2 and a.ndim > 2 and a.ndim == g.ndim and a.shape[:-2] == g.shape[:-2]:
-        a, g = reshape(a, (-1, a.shape[-1])), reshape(g, (-1, g.shape[-1]))
+        rows = math.prod(a.shape[:-1])
+        a, g = reshape(a, (rows, a.shape[-1])), reshape(g, (rows, g.shape[-1]))
     return matrix_product(matrix_transpose(a), g)
 
 
@@ -89,6 +91,7 @@ def matmul(a: Any, b: Any) -> Tensor:
 @op("...i, oi, o -> ...o", types="float!", kernel="gemm")
 def linear(k: Any, x: Array, weight: Array, bias: Array | None = None) -> Array:
     """y = x Wᵀ + b, W (out, in): a matrix product with the bias added as it is written."""
+    bias = None if bias is None else k.contiguous(bias)
     if x.data.ndim == 1:
         y = gemm(k, x.view(x.data[None, :]), _transposed(weight), bias)
         return y.reshaped((weight.shape[0],))
@@ -141,8 +144,8 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     x = pad(x, ((0, 0), (0, 0), (padding, padding))) if padding else x
     at = np.arange(steps)[:, None] * stride + np.arange(width) * dilation
     windows = x[:, :, at].reshape(batch, groups, channels // groups, steps, width)
-    columns = reshape(permute_dims(windows, (0, 1, 3, 2, 4)), (batch, groups, steps, -1))
-    filters = reshape(weight, (groups, outputs // groups, -1))
+    columns = reshape(permute_dims(windows, (0, 1, 3, 2, 4)), (batch, groups, steps, channels // groups * width))
+    filters = reshape(weight, (groups, outputs // groups, channels // groups * width))
     y = matmul(columns, matrix_transpose(filters))  # (batch, groups, steps, out / groups)
     y = reshape(permute_dims(y, (0, 1, 3, 2)), (batch, outputs, steps))
     return y if bias is None else y + bias.expand_dims(-1)

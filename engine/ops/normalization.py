@@ -20,9 +20,9 @@ def _rows(x: Array) -> tuple[int, int]:
     return (x.data.size // n if n else 0), n
 
 
-def _along_last(f: Any, x: Tensor, axis: int) -> Tensor:
-    """f, which works along the last axis, along another."""
-    at = axis_index(f.name, axis, x.ndim)
+def _along_last(name: str, f: Any, x: Tensor, axis: int) -> Tensor:
+    """f, which works along the last axis, along another. A 0-d tensor is one axis of one element."""
+    at = axis_index(name, axis, x.ndim or 1)
     return f(x) if at == max(x.ndim - 1, 0) else moveaxis(f(moveaxis(x, at, -1)), -1, at)
 
 
@@ -51,7 +51,7 @@ def _(x: Tensor) -> Tensor:
 @composite("... -> ...", method="softmax")
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
     """y = eˣ / Σ eˣ along `axis`, computed from x − max x so that it cannot overflow."""
-    return _along_last(softmax_rows, x, axis)
+    return _along_last("softmax", softmax_rows, x, axis)
 
 
 @op("... -> ...", types="float!", kernel="log_softmax", public=False)
@@ -79,7 +79,7 @@ def _(x: Tensor) -> Tensor:
 @composite("... -> ...", method="log_softmax")
 def log_softmax(x: Tensor, axis: int = -1) -> Tensor:
     """y = x − ln Σ eˣ along `axis`."""
-    return _along_last(log_softmax_rows, x, axis)
+    return _along_last("log_softmax", log_softmax_rows, x, axis)
 
 
 @op("...n, n, n -> ...n", types="float!")

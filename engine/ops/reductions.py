@@ -21,6 +21,11 @@ from engine.tensor import Tensor
 Axis = int | Sequence[int] | None
 
 
+def _axes(name: str, axis: Axis, ndim: int) -> tuple[int, ...]:
+    """The axes to reduce. As in NumPy, a 0-d tensor also has an axis 0, of one element."""
+    return () if not ndim and axis in (0, -1) else axes_tuple(name, axis, ndim)
+
+
 def _arranged(k: Any, x: Array, axes: tuple[int, ...]) -> tuple[Array, int, int, int]:
     """x as a dense (outer, n, inner), n over `axes`: as it lies if the axes are neighbours, else moved to the end."""
     shape = x.data.shape
@@ -40,7 +45,7 @@ def _reduced_shape(shape: tuple[int, ...], axes: tuple[int, ...], keepdims: bool
 
 def _reduce(k: Any, name: str, x: Array, axis: Axis, keepdims: bool, dtype: DType | None = None,
             non_empty: bool = False) -> Array:
-    axes = axes_tuple(name, axis, x.data.ndim)
+    axes = _axes(name, axis, x.data.ndim)
     dense, outer, n, inner = _arranged(k, x, axes)
     if non_empty and n == 0 and outer * inner:
         raise ValueError(f"{name}: axis {axis} of shape {x.data.shape} is empty, and {name} of nothing is undefined")
@@ -56,7 +61,7 @@ def _wide(dtype: DType) -> DType:
 
 def _spread(g: Tensor, shape: tuple[int, ...], axis: Axis) -> Tensor:
     """A reduction's gradient with the reduced axes back in place, as length 1."""
-    axes = axes_tuple("sum", axis, len(shape))
+    axes = _axes("sum", axis, len(shape))
     return g.reshape(_reduced_shape(shape, axes, True))
 
 
@@ -87,7 +92,7 @@ def _(g: Tensor, x: Tensor, y: Tensor, axis: Axis) -> Tensor:
 @composite("... -> ...", reference=np.mean, method="mean")
 def mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """y = Σ x / n over `axis` (None: all). NaN over an empty axis."""
-    axes = axes_tuple("mean", axis, x.ndim)
+    axes = _axes("mean", axis, x.ndim)
     return sum(x, axis, keepdims) / float(math.prod(x.shape[i] for i in axes))
 
 
@@ -95,7 +100,7 @@ def mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
            np.var(x, axis=axis, ddof=correction, keepdims=keepdims), method="var")
 def var(x: Tensor, axis: Axis = None, correction: float = 0.0, keepdims: bool = False) -> Tensor:
     """y = Σ (x − mean x)² / (n − correction) over `axis`, in two passes."""
-    axes = axes_tuple("var", axis, x.ndim)
+    axes = _axes("var", axis, x.ndim)
     deviation = x - mean(x, axis, keepdims=True)
     divisor = max_of_two(float(math.prod(x.shape[i] for i in axes)) - correction, 0.0)
     return sum(square(deviation), axis, keepdims) / divisor
@@ -185,7 +190,7 @@ def cumulative_sum(k: Any, x: Array, axis: int = -1) -> Array:
     """y[i] = x[0] + ... + x[i] along `axis`."""
     if not x.dtype.is_floating and x.dtype.itemsize < 8:
         x = cast(k, x, int64)
-    at = axis_index("cumulative_sum", axis, x.data.ndim)
+    at = axis_index("cumulative_sum", axis, x.data.ndim or 1)
     dense, outer, n, inner = _arranged(k, x, (at,) if x.data.ndim else ())
     y = k.empty(x.data.shape, x.dtype)
     k.cumulative_sum(y, dense, outer, n, inner)

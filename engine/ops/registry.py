@@ -371,9 +371,9 @@ def check_shapes(name: str, signature: str, inputs: tuple[str, ...],
 
 def axis_index(name: str, axis: int, ndim: int) -> int:
     """A non-negative axis; raises IndexError naming the op."""
-    if not isinstance(axis, (int, np.integer)) or not -ndim <= axis < max(ndim, 1):
+    if not isinstance(axis, (int, np.integer)) or not -ndim <= axis < ndim:
         raise IndexError(f"{name}: axis is {axis!r}, expected a whole number in [{-ndim}, {ndim})")
-    return int(axis) % ndim if ndim else 0
+    return int(axis) % ndim
 
 
 def axes_tuple(name: str, axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
