@@ -34,10 +34,10 @@ class Settings:
     vocab: int | None = flag(None, "train a byte-pair tokenizer with so many tokens (default: bytes)")
 
     # the work
-    steps: int = flag(1200, "optimizer steps")
+    steps: int = flag(1000, "optimizer steps")
     microbatches: int = flag(4, "microbatches in a step, shared out among the workers")
     batch: int = flag(2, "windows of text in a microbatch")
-    lr: float = flag(3e-3, "peak learning rate")
+    lr: float = flag(2e-3, "peak learning rate")
     warmup: int = flag(60, "steps until the peak; from there a cosine to zero")
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices")
     beta2: float = flag(0.95, "AdamW's memory of squared gradients")
