@@ -194,8 +194,16 @@ def test_an_encoder_decoder_continues_what_it_translates(kind: str) -> None:
             logits = model(eg.tensor([text]), source, source_lengths=lengths).numpy()
         assert token == int(logits[0, -1].argmax())
         text = [*text, token]
-    longer = list(model.generate([1], 20, num_samples=2, source=source, generator=eg.Generator(0)))
-    assert len(longer) == 20
+
+    def samples(padding: int) -> list[Any]:
+        padded = eg.tensor([[3, 4, 5, padding]])
+        return list(model.generate([1], 20, num_samples=4, source=padded, source_lengths=lengths,
+                                   generator=eg.Generator(0)))
+
+    assert samples(0) == samples(9) and len(samples(0)) == 20
+    for wrong in (None, eg.tensor([3, 4]), eg.tensor([[3], [4]])):
+        with pytest.raises(ValueError, match=r"generate: source is .*, expected \(1, source time\) for an encoder-dec"):
+            model.generate([1], 1, source=wrong)
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -212,6 +220,7 @@ def test_an_encoder_decoder_continues_what_it_translates(kind: str) -> None:
     ({"top_p": 1.1}, "top_p is 1.1"),
     ({"repetition_penalty": 0}, "repetition_penalty is 0, expected a positive number"),
     ({"num_samples": 0}, "num_samples is 0"),
+    ({"source": eg.tensor([[1]])}, r"source is \(1, 1\), expected .* None for a decoder"),
 ])
 def test_wrong_arguments_are_refused_at_the_call(model: Transformer, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="generate: .*" + message):

@@ -319,6 +319,8 @@ def test_inputs_that_do_not_fit() -> None:
         gpt(tokens(1, 3), tokens(1, 3))
     with pytest.raises(ValueError, match="'encoder' has no decoder"):
         bert.decode(tokens(1, 3))
+    with pytest.raises(ValueError, match="no context, which an encoder-decoder needs"):
+        pair.decode(tokens(1, 3))
     with pytest.raises(ValueError, match="'decoder' has no encoder"):
         gpt.encode(tokens(1, 3))
     with pytest.raises(TypeError, match="got a config and fields of one"):

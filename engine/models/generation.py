@@ -61,12 +61,14 @@ def generate(model: Transformer, prompt: Any, max_new_tokens: int, *, temperatur
              ("num_samples", num_samples, samples >= 1, "at least 1, or None"),
              ("the prompt's length", text.size, 1 <= text.size <= config.context_length,
               f"1 to context_length = {config.context_length}"),
+             ("source", source if source is None else source.shape, _source_fits(config.kind, source),
+              "(1, source time) for an encoder-decoder, None for a decoder"),
              ("model.training", True, not (model.training and config.dropout), "False: call model.eval() first")]
+    if model.decoder is None:
+        raise ValueError("generate: a model of kind 'encoder' does not generate")
     for name, value, holds, expected in rules:
         if not holds:
             raise ValueError(f"generate: {name} is {value!r}, expected {expected}")
-    if model.decoder is None:
-        raise ValueError("generate: a model of kind 'encoder' does not generate")
     if text.min() < 0 or text.max() >= config.vocab_size:
         raise ValueError(f"generate: the prompt holds tokens from {text.min()} to {text.max()}, "
                          f"expected [0, {config.vocab_size})")
@@ -74,6 +76,10 @@ def generate(model: Transformer, prompt: Any, max_new_tokens: int, *, temperatur
     draw = _Draw(temperature, top_k, top_p, repetition_penalty, generator or default_generator())
     tokens = _stream(steps, draw, max_new_tokens, stops)
     return (token for token, in tokens) if num_samples is None else tokens
+
+
+def _source_fits(kind: str, source: Tensor | None) -> bool:
+    return source is None if kind == "decoder" else source is not None and source.ndim == 2 and source.shape[0] == 1
 
 
 def _prompt(prompt: Any) -> np.ndarray:

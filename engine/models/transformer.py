@@ -191,6 +191,9 @@ class Transformer(Module):
         """The decoder's result, (batch, time, width), with the encoder's as `context` where there is one."""
         if self.decoder is None:
             raise ValueError("Transformer.decode: a model of kind 'encoder' has no decoder")
+        if (context is not None) != (self.config.kind == "encoder_decoder"):
+            raise ValueError(f"Transformer.decode: {'got' if context is not None else 'no'} context, which an "
+                             f"encoder-decoder needs and no other; this model is of kind {self.config.kind!r}")
         start = cache.length if cache is not None else 0
         x = self.embed(tokens, start)
         return self.decoder(x, cache=cache, lengths=lengths, rotary=self._rotary(start, tokens.shape[1]),
