@@ -33,10 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = "import sys; sys.path.insert(0, 'tools'); import build_backend; print(build_backend.{}(sys.argv[1]))"
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """A copy of what a source distribution holds, in which a test may build and break things."""
-    copy = tmp_path / "tree"
+def copy_of_sources(copy: Path) -> Path:
+    """What a source distribution holds."""
     unwanted = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
     for folder in ("engine", "kernels", "tools"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=unwanted)
@@ -44,6 +42,18 @@ def tree(tmp_path: Path) -> Path:
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
     return copy
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the sources in which a test may build and break things."""
+    return copy_of_sources(tmp_path / "tree")
+
+
+@pytest.fixture(scope="module")
+def built_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources in which several tests build, so that the kernels are compiled once."""
+    return copy_of_sources(tmp_path_factory.mktemp("sources") / "tree")
 
 
 def without_compiler(folder: Path) -> dict[str, str]:
@@ -269,9 +279,9 @@ def environment(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_wheel_runs_on_a_machine_without_a_compiler(tree: Path, tmp_path: Path) -> None:
+def test_wheel_runs_on_a_machine_without_a_compiler(built_tree: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "venv")
-    done = run(python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path / "dist", tree, cwd=tmp_path)
+    done = run(python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path / "dist", built_tree, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     [wheel] = (tmp_path / "dist").iterdir()
     assert "-cp310-abi3-" in wheel.name
@@ -284,9 +294,9 @@ def test_wheel_runs_on_a_machine_without_a_compiler(tree: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_source_installs_without_a_compiler_and_says_so_once(tree: Path, tmp_path: Path) -> None:
+def test_source_installs_without_a_compiler_and_says_so_once(built_tree: Path, tmp_path: Path) -> None:
     python, bare = environment(tmp_path / "venv"), without_compiler(tmp_path / "bin")
-    done = run(python, "-m", "pip", "install", "--verbose", tree, cwd=tmp_path, env=bare)
+    done = run(python, "-m", "pip", "install", "--verbose", built_tree, cwd=tmp_path, env=bare)
     assert done.returncode == 0, done.stderr
     assert "the slow NumPy reference backend will be used" in done.stdout + done.stderr
     done = run(python, "-m", "engine", "doctor", cwd=tmp_path, env=bare)
@@ -297,11 +307,11 @@ def test_source_installs_without_a_compiler_and_says_so_once(tree: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_editable_installation_compiles_in_place(tree: Path, tmp_path: Path) -> None:
+def test_editable_installation_compiles_in_place(built_tree: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "venv")
-    done = run(python, "-m", "pip", "install", "--editable", tree, cwd=tmp_path)
+    done = run(python, "-m", "pip", "install", "--editable", built_tree, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert list((tree / "engine" / "_kernels").glob("cpu_*.abi3.so"))
+    assert list((built_tree / "engine" / "_kernels").glob("cpu_*.abi3.so"))
     done = run(python, "-m", "engine", "doctor", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "C kernels" in done.stdout
