@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -128,6 +130,14 @@ def test_to_converts_in_place_with_gradients() -> None:
     assert weight.grad is None
     with pytest.raises(TypeError, match=r"Module\.to: dtype is int64, expected float32 or float64"):
         module.to(eg.int64)
+
+
+def test_modules_are_copied_and_pickled_whole() -> None:
+    module, x = Pair(), eg.ones(1, 3)
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert names(again) == names(module) and np.array_equal(again(x).numpy(), module(x).numpy())
+        again.first.weight.detach().zero_()
+        assert module.first.weight.numpy().any()
 
 
 def test_repr_shows_the_tree_and_counts() -> None:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from engine.autograd import no_grad
-from engine.backend import get_backend
+from engine.backend import devices, get_backend
 from engine.dtypes import as_dtype
 from engine.tensor import Tensor
 
@@ -150,7 +150,7 @@ class Module:
     def to(self: Self, target: Any = None, *, dtype: Any = None, device: str | None = None) -> Self:
         """Convert parameters and floating buffers, with their gradients, to a dtype or device: to("float64"),
         to("reference"), to(dtype=..., device=...). The tensors stay the same objects, with other memory."""
-        if isinstance(target, str) and _is_device(target):
+        if isinstance(target, str) and target in devices():
             device = target
         elif target is not None:
             dtype = target
@@ -218,12 +218,6 @@ class Module:
             label = f"{names[0]}: " if len(names) == 1 else f"{names[0]}–{names[-1]}: {len(names)} × "
             lines += [f"  {label}{first}", *("  " + line for line in rest)]
         return "\n".join(lines)
-
-
-def _is_device(name: str) -> bool:
-    from engine.backend import devices
-
-    return name in devices()
 
 
 def _some(names: list[str], most: int = 5) -> str:
