@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := build
-.PHONY: build help venv train test test-isa test-wheel lint mutate lines doctor wheel clean
+.PHONY: build help venv train test test-isa test-asan test-ubsan test-wheel lint mutate lines doctor wheel clean
 .DELETE_ON_ERROR:
 
 build: $(READY) ## compile the kernels in place (what plain `make` does)
@@ -40,6 +40,20 @@ test-isa: build ## run the tests of the ops at every instruction-set level of th
 	    echo "tests of the ops: ENGINE_ISA=$$level"; \
 	    ENGINE_ISA=$$level ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) tests/ops $(ARGS); \
 	done
+
+# The suite of the ops on kernels built with a sanitizer, every buffer between guard zones. -p no:xdist: one process.
+SANITIZED = ENGINE_KERNELS=build/$@ ENGINE_NUM_THREADS=2 PYTHONPATH=tests $(RUN) -m pytest -q -p guarded \
+            tests/ops tests/test_fused.py tests/test_debug.py tests/test_random.py tests/test_nn.py $(ARGS)
+
+test-asan: $(READY) ## the tests of the ops on kernels built with the address sanitizer, buffers between guard zones
+	@$(RUN) tools/build_kernels.py --into build/$@ --work build/$@-objects \
+	    --flags "-fsanitize=address -fno-omit-frame-pointer -g"
+	@LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(SANITIZED)
+
+test-ubsan: $(READY) ## the same with the undefined-behaviour sanitizer
+	@$(RUN) tools/build_kernels.py --into build/$@ --work build/$@-objects \
+	    --flags "-fsanitize=undefined -fno-sanitize-recover=all -g"
+	@$(SANITIZED)
 
 test-wheel: $(READY) ## build the wheel, install it in a new environment, run it without a compiler
 	@$(RUN) -m pytest -q -m slow tests/test_packaging.py $(ARGS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,29 @@ def test_drawing_refuses_what_it_cannot_draw() -> None:
         x = x + 1.0
     with pytest.raises(ValueError, match="more than 10 boxes"):
         draw(x, limit=10)
+
+
+def test_guards_see_a_write_outside_and_name_the_kernel() -> None:
+    """A copy with a layout of one element too many, before or after, lands in a zone."""
+    program = """
+import engine as eg
+from engine.backend import get_backend
+from engine.debug import guards
+k = get_backend("cpu")
+guards.install(k)
+x, y = eg.ones(5).array, eg.zeros(5).array
+k.copy(y, x, k.layout(y, x))                                    # as it should be
+assert y.data.tolist() == [1] * 5
+for layout, side in (([1, 6, 1, 0], "after"), ([1, 2, -1, 0], "before")):
+    try:
+        k.copy(y, x, k.ffi.new("int64_t[]", layout))
+        raise SystemExit("not seen")
+    except MemoryError as error:
+        assert str(error).startswith("copy: wrote 4 of the 64 bytes " + side), error
+        print(error)
+    y = eg.zeros(5).array
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          cwd=Path(__file__).resolve().parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("copy: wrote") == 2
