@@ -131,6 +131,15 @@ def test_interrupt_saves_and_says_how_to_go_on(text: Path, tmp_path: Path) -> No
     assert f"stopped at step {saved} of 100000; the checkpoint is written" in errors and "--resume" in errors
 
 
+def test_a_time_limit_ends_in_a_report(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ["--steps", "100000", "--validate-every", "100000", "--minutes", "0.001", "--vocab", "270"]
+    assert call(train, *flags(tmp_path, text, *SMALL, *more), monkeypatch=monkeypatch) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [report["steps_done"]] == steps(tmp_path / "checkpoints")[-1:]
+    assert report["steps_done"] < 1000
+    assert report["validation"]["bytes"] > report["validation"]["tokens"]  # byte pairs: tokens of several bytes
+
+
 def test_a_finished_run_is_not_done_again(finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, text: Path,
                                           capsys: pytest.CaptureFixture[str]) -> None:
     run, _ = finished

@@ -19,10 +19,8 @@ def smooth(values: list[float], weight: float = 0.95) -> list[float]:
 
 def plot_losses(records: list[dict[str, Any]], baselines: dict[str, float], title: str, path: Path) -> None:
     """Write a PNG. A record gives "bits_per_byte" of its step's batch, or "validation_bits_per_byte", or both."""
-    matplotlib = require("matplotlib", "the loss curve")
-    matplotlib.use("Agg")  # a file, no window
-    pyplot = require("matplotlib.pyplot", "the loss curve")
-    figure, axes = pyplot.subplots(figsize=(9, 5.2), dpi=130)
+    figure = require("matplotlib.figure", "the loss curve").Figure(figsize=(9, 5.2), dpi=130)
+    axes = figure.subplots()
     training = [(r["step"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r]
     validation = [(r["step"], r["validation_bits_per_byte"]) for r in records if "validation_bits_per_byte" in r]
     if training:
@@ -46,4 +44,3 @@ def plot_losses(records: list[dict[str, Any]], baselines: dict[str, float], titl
         axes.legend(frameon=False, fontsize=9)
     figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)

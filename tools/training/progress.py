@@ -41,7 +41,7 @@ class Progress:
         if sys.stderr.isatty():
             self.bar = require("tqdm", "the progress bar").tqdm(
                 total=self.steps, initial=self.first_step, unit="step", dynamic_ncols=True, smoothing=0.05,
-                bar_format="{percentage:3.0f}% |{bar}| {n}/{total} {postfix}, ETA {remaining}")
+                bar_format="{percentage:3.0f}% |{bar}| {n}/{total}{postfix}, ETA {remaining}")
 
     def update(self, step: int, bits_per_byte: float) -> None:
         """Called after each step; `step` counts the finished ones."""
