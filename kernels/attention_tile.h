@@ -6,8 +6,8 @@
  * of that list by KEYS keys, counted from key 0 of the sequence.
  *
  * Scores are held transposed, [key][query]: the lanes of a vector are queries. Then the maximum and the sum over
- * keys of the softmax run down the tile, without any operation across lanes; and Pᵀ, read from the left, is
- * already packed for the register tile of P V.
+ * keys of the softmax run down the tile, without any operation across lanes. The register tile reads its left
+ * operand by rows or by columns, so neither P V nor Pᵀ g needs another transposition.
  *
  * Bits. Every score is one ascending chain over d; every sum over keys goes tile by tile (KEYS is part of the
  * definition of the result), ascending within a tile. A hidden key has probability exactly 0, and adding zeros
@@ -50,7 +50,6 @@ struct query_tile {
     int64_t columns, wide;               /* rows rounded up to vectors; the stride of the transposed tiles */
     real *q_rows;                        /* [rows][d] */
     real *q_t;                           /* [d][wide] */
-    real *k_t;                           /* [d][KEYS] */
     real *scores;                        /* [KEYS][wide], and so are: */
     real *mask_t, *keep_t;
     real *gathered;                      /* [QUERIES][KEYS] */
@@ -78,11 +77,12 @@ static inline int64_t visible_to_tile(const struct query_tile *w) { return w->li
 
 /* ── a product of tiles ──────────────────────────────────────────────────────────────────────────── */
 
-/* c[i, j] = Σ_p a[p·a_step + i] b[p·b_row + j]            (add = 0),
+/* c[i, j] = Σ_p a[i·a_row + p·a_step] b[p·b_row + j]            (add = 0),
  * or c[i, j] · factor[i] + that sum                        (add = 1; factor NULL: 1).
  * Each sum is one ascending chain over p < k. panel holds k × NR elements for the last columns. */
-static void tile_product(real *c, int64_t c_row, const real *a, int64_t a_step, int64_t rows, const real *b,
-                         int64_t b_row, int64_t columns, int64_t k, int add, const real *factor, real *panel) {
+static void tile_product(real *c, int64_t c_row, const real *a, int64_t a_row, int64_t a_step, int64_t rows,
+                         const real *b, int64_t b_row, int64_t columns, int64_t k, int add, const real *factor,
+                         real *panel) {
     int64_t height = divide_up(rows, divide_up(rows, MR));
     for (int64_t j = 0; j < columns; j += NR) {
         int64_t width = at_most(columns - j, NR), vectors = divide_up(width, VL), b_step = b_row;
@@ -96,7 +96,8 @@ static void tile_product(real *c, int64_t c_row, const real *a, int64_t a_step, 
         for (int64_t i = 0; i < rows; i += height) {
             int64_t n = at_most(rows - i, height);
             real tile[MR * NR], *to = c + i * c_row + j;
-            TYPED(micro_tile)(direct ? to : tile, a + i, right, n, vectors, k, direct ? c_row : NR, a_step, b_step);
+            TYPED(micro_tile)(direct ? to : tile, a + i * a_row, right, n, vectors, k, direct ? c_row : NR, a_row,
+                              a_step, b_step);
             if (direct)
                 continue;
             for (int64_t r = 0; r < n; r++)
@@ -122,7 +123,7 @@ static inline real *take(real **scratch, int64_t n) {
 }
 
 static inline int64_t query_tile_size(const struct attention *x) {
-    return QUERIES * x->d + WIDEST * x->d + KEYS * x->d + 3 * KEYS * WIDEST + QUERIES * KEYS +
+    return QUERIES * x->d + WIDEST * x->d + 3 * KEYS * WIDEST + QUERIES * KEYS +
            NR * (QUERIES + 8) + 8 * (VL + 16);
 }
 
@@ -154,7 +155,6 @@ static real *open_query_tile(struct query_tile *w, const struct attention *x, in
     w->wide = w->columns + VL; /* not a power of two: the rows of a tile then fall into different cache sets */
     w->q_rows = take(&scratch, QUERIES * x->d);
     w->q_t = take(&scratch, WIDEST * x->d);
-    w->k_t = take(&scratch, KEYS * x->d);
     w->scores = take(&scratch, KEYS * WIDEST);
     w->mask_t = take(&scratch, KEYS * WIDEST);
     w->keep_t = take(&scratch, KEYS * WIDEST);
@@ -227,11 +227,12 @@ static void load_dropout(struct query_tile *w, int64_t key, int64_t keys) {
     TYPED(pack_panels)(w->keep_t, w->gathered, w->wide, w->rows, keys, KEYS, 1);
 }
 
-/* to[key, query] = Σ_d left[d, key] right[d, query], for the keys that are seen. */
-static void keys_by_queries(struct query_tile *w, real *to, const real *left, const real *right) {
+/* to[key, query] = Σ_d rows[key, d] right[d, query], for the keys that are seen. */
+static void keys_by_queries(struct query_tile *w, real *to, const real *rows, int64_t rows_stride,
+                            const real *right) {
     for (int64_t j = 0; j < w->columns; j += NR)
         if (seen_by(w, j, NR))
-            tile_product(to + j, w->wide, left, KEYS, seen_by(w, j, NR), right + j, w->wide,
+            tile_product(to + j, w->wide, rows, rows_stride, 1, seen_by(w, j, NR), right + j, w->wide,
                          at_most(w->columns - j, NR), w->x->d, 0, NULL, NULL);
 }
 
@@ -240,8 +241,8 @@ static void add_over_keys(struct query_tile *w, real *to, const real *tile, cons
                           const real *factor) {
     for (int64_t i = 0; i < w->rows; i += 2 * MR) {
         int64_t n = at_most(w->rows - i, 2 * MR);
-        tile_product(to + i * w->x->d, w->x->d, tile + i, w->wide, n, rows, rows_stride, w->x->d, seen_by(w, i, n), 1,
-                     factor ? factor + i : NULL, w->panel);
+        tile_product(to + i * w->x->d, w->x->d, tile + i, 1, w->wide, n, rows, rows_stride, w->x->d, seen_by(w, i, n),
+                     1, factor ? factor + i : NULL, w->panel);
     }
 }
 
@@ -255,8 +256,7 @@ static inline void clear_hidden(const struct query_tile *w, real *tile, int64_t 
 static void load_scores(struct query_tile *w, int64_t key, int64_t keys) {
     const struct attention *x = w->x;
     load_visible(w, key, keys);
-    TYPED(pack_panels)(w->k_t, keys_of(w, key), KEYS, keys, x->d, x->strides[K_KEY], 1);
-    keys_by_queries(w, w->scores, w->k_t, w->q_t);
+    keys_by_queries(w, w->scores, keys_of(w, key), x->strides[K_KEY], w->q_t);
     if (x->mask)
         load_mask(w, key, keys);
     if (x->dropout > 0)

@@ -17,9 +17,7 @@
 struct gradient_tile {
     real *g_rows;                        /* [rows][d] */
     real *g_t;                           /* [d][wide] */
-    real *v_t;                           /* [d][KEYS] */
     real *dscores;                       /* [KEYS][wide]: first z ∘ (g Vᵀ)ᵀ, then dSᵀ */
-    real *by_query;                      /* [QUERIES][KEYS]: P ∘ z, then dS */
     real *dq;                            /* [rows][d] */
     real lse[WIDEST], delta[WIDEST];
 };
@@ -52,15 +50,13 @@ static void softmax_gradient(struct query_tile *w, struct gradient_tile *z, int6
 }
 
 /* dk or dv: to[key, :] += Σ_query tile[key, query] rows[query, :], from the first query that sees any of the keys. */
-static void add_over_queries(struct query_tile *w, struct gradient_tile *z, real *to, const real *tile,
-                             const real *rows, int64_t keys) {
+static void add_over_queries(struct query_tile *w, real *to, const real *tile, const real *rows, int64_t keys) {
     int64_t d = w->x->d, first = 0;
-    TYPED(pack_panels)(z->by_query, tile, KEYS, keys, w->rows, w->wide, 1);
     for (int64_t i = 0; i < keys; i += 2 * MR) {
         while (first < w->rows && w->visible[first] <= i)
             first++;
         if (first < w->rows)
-            tile_product(to + i * d, d, z->by_query + first * KEYS + i, KEYS, at_most(keys - i, 2 * MR),
+            tile_product(to + i * d, d, tile + i * w->wide + first, w->wide, 1, at_most(keys - i, 2 * MR),
                          rows + first * d, d, d, w->rows - first, 1, NULL, w->panel);
     }
 }
@@ -69,32 +65,28 @@ static void tile_gradient(struct query_tile *w, struct gradient_tile *z, int64_t
                           const struct part *part) {
     const struct attention *x = w->x;
     load_scores(w, key, keys);
-    TYPED(pack_panels)(z->v_t, values_of(w, key), KEYS, keys, x->d, x->strides[V_KEY], 1);
-    keys_by_queries(w, z->dscores, z->v_t, z->g_t);
+    keys_by_queries(w, z->dscores, values_of(w, key), x->strides[V_KEY], z->g_t);
     softmax_gradient(w, z, keys);
     if (part->want_dq)
         add_over_keys(w, z->dq, z->dscores, keys_of(w, key), x->strides[K_KEY], NULL);
     if (part->want_dkv) {
         int64_t row = ((w->batch * x->kv_heads + w->kv_head) * x->s + key) * x->d;
-        add_over_queries(w, z, x->dv + row, w->scores, z->g_rows, keys);
-        add_over_queries(w, z, x->dk + row, z->dscores, w->q_rows, keys);
+        add_over_queries(w, x->dv + row, w->scores, z->g_rows, keys);
+        add_over_queries(w, x->dk + row, z->dscores, w->q_rows, keys);
     }
 }
 
 /* ── a part of one kv head ───────────────────────────────────────────────────────────────────────── */
 
 static int64_t gradient_size(const struct attention *x) {
-    return query_tile_size(x) + 2 * QUERIES * x->d + WIDEST * x->d + KEYS * x->d + KEYS * WIDEST + QUERIES * KEYS +
-           8 * (VL + 16);
+    return query_tile_size(x) + 2 * QUERIES * x->d + WIDEST * x->d + KEYS * WIDEST + 8 * (VL + 16);
 }
 
 static void open_gradient_tile(struct query_tile *w, struct gradient_tile *z, real *scratch) {
     const struct attention *x = w->x;
     z->g_rows = take(&scratch, QUERIES * x->d);
     z->g_t = take(&scratch, WIDEST * x->d);
-    z->v_t = take(&scratch, KEYS * x->d);
     z->dscores = take(&scratch, KEYS * WIDEST);
-    z->by_query = take(&scratch, QUERIES * KEYS);
     z->dq = take(&scratch, QUERIES * x->d);
     memset(z->dq, 0, (size_t)(w->rows * x->d) * sizeof(real));
     for (int64_t i = 0; i < w->columns; i++) {

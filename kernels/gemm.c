@@ -30,6 +30,7 @@
 #define GROUP_BYTES (1 << 20)     /* KC steps of a group of A: a second-level cache, or a share of the third */
 #define SPAN 4                    /* column panels a task: 128 KiB packed, and 512 bytes of each row of B in one run */
 #define PANELS_AT_ONCE 8          /* row panels of A packed together, for the same reason */
+#define FEW_USES 4                /* column panels; packing A costs about as much as multiplying it by one of them */
 #define IN_PLACE (1 << 13)        /* an operand this small is as good unpacked: it fits the first-level cache */
 #define PIECE_FLOPS (1 << 19)     /* a few microseconds: the least work worth waking a thread for */
 #define BATCH_FLOPS (1 << 24)     /* products smaller than this are spread over the batch, not cut up */
@@ -76,9 +77,9 @@ static void pack_a_panels(void *context, int64_t begin, int64_t end) {
 }
 
 static void pack_a(struct stage *s) {
-    const struct product *x = s->product;
+    int64_t few_uses = (s->product->a_col == 1 ? FEW_USES : 1) * NR;
     s->packed_a = NULL;
-    if (x->m == 1 || (x->a_row == 1 && (s->columns <= NR || s->depths * x->a_col <= IN_PLACE)))
+    if (s->columns <= few_uses || s->rows * s->depths <= IN_PLACE)
         return;
     int64_t blocks = divide_up(s->depths, KC), size = panel_size(s->panel_rows, at_most(s->depths, KC));
     s->packed_a = thread_scratch(SCRATCH_GEMM_A, (size_t)(blocks * s->row_panels * size) * sizeof(real));
@@ -128,9 +129,10 @@ static void multiply_panel(const struct stage *s, int64_t first, int64_t last, c
     for (int64_t panel = first; panel < last; panel++) {
         int64_t i = panel * s->panel_rows, rows = at_most(s->rows - i, s->panel_rows);
         const real *a = x->a + (s->row + i) * x->a_row + p * x->a_col;
-        int64_t a_step = x->a_col;
+        int64_t a_row = x->a_row, a_step = x->a_col;
         if (s->packed_a) {
             a = packed_panel(s, p - s->depth, panel);
+            a_row = 1;
             a_step = s->panel_rows;
         }
         real *partial = s->partial + i * s->partial_row + (column - s->column);
@@ -138,7 +140,7 @@ static void multiply_panel(const struct stage *s, int64_t first, int64_t last, c
         real *to = last_block ? c : partial;
         int64_t to_row = last_block ? x->c_row : s->partial_row;
         TYPED(micro_tile)(direct ? to : tile, a, b, rows, divide_up(columns, VL), depths, direct ? to_row : NR,
-                          a_step, b_step);
+                          a_row, a_step, b_step);
         if (!direct)
             finish_tile(to, to_row, tile, rows, columns, first_block ? NULL : partial, s->partial_row, bias,
                         last_block && x->accumulate ? c : NULL);

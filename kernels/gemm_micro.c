@@ -7,10 +7,13 @@
 /* ── the register tile ───────────────────────────────────────────────────────────────────────────── */
 
 /* Inlined with constant rows and vectors, so that the loops unroll and `sum` lives in registers.
+ * Three bases and the strides 1 … 4 reach the rows of A: as many address registers as the processor has to spare.
  * Flops 2·rows·vectors·VL·k, bytes from cache (rows + vectors·VL)·k·sizeof(real): bound by the FMA units. */
 static inline __attribute__((always_inline)) void multiply(int rows, int vectors, real *tile, const real *a,
-                                                           const real *b, int64_t k, int64_t tile_row,
+                                                           const real *b, int64_t k, int64_t tile_row, int64_t a_row,
                                                            int64_t a_step, int64_t b_step) {
+    const real *base[3] = {a, a + 5 * a_row, a + 10 * a_row};
+    const int64_t row[5] = {0, a_row, 2 * a_row, 3 * a_row, 4 * a_row};
     vf sum[MR][2];
 #pragma GCC unroll 14
     for (int i = 0; i < rows; i++)
@@ -19,12 +22,14 @@ static inline __attribute__((always_inline)) void multiply(int rows, int vectors
         vf left = vf_load(b), right = vectors == 2 ? vf_load(b + VL) : vf_zero();
 #pragma GCC unroll 14
         for (int i = 0; i < rows; i++) {
-            vf x = vf_set1(a[i]);
+            vf x = vf_set1(base[i / 5][row[i % 5]]);
             sum[i][0] = vf_fma(x, left, sum[i][0]);
             if (vectors == 2)
                 sum[i][1] = vf_fma(x, right, sum[i][1]);
         }
-        a += a_step;
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; i++)
+            base[i] += a_step;
         b += b_step;
     }
 #pragma GCC unroll 14
@@ -35,17 +40,17 @@ static inline __attribute__((always_inline)) void multiply(int rows, int vectors
     }
 }
 
-typedef void micro_function(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row, int64_t a_step,
-                            int64_t b_step);
+typedef void micro_function(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row, int64_t a_row,
+                            int64_t a_step, int64_t b_step);
 
 #define MICRO(rows)                                                                                               \
     static void micro_##rows##_1(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row,           \
-                                 int64_t a_step, int64_t b_step) {                                                \
-        multiply(rows, 1, tile, a, b, k, tile_row, a_step, b_step);                                               \
+                                 int64_t a_row, int64_t a_step, int64_t b_step) {                                 \
+        multiply(rows, 1, tile, a, b, k, tile_row, a_row, a_step, b_step);                                        \
     }                                                                                                             \
     static void micro_##rows##_2(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row,           \
-                                 int64_t a_step, int64_t b_step) {                                                \
-        multiply(rows, 2, tile, a, b, k, tile_row, a_step, b_step);                                               \
+                                 int64_t a_row, int64_t a_step, int64_t b_step) {                                 \
+        multiply(rows, 2, tile, a, b, k, tile_row, a_row, a_step, b_step);                                        \
     }
 #define MICRO_PAIR(rows) {micro_##rows##_1, micro_##rows##_2}
 
@@ -63,8 +68,8 @@ static micro_function *const micro[MR][2] = {
 };
 
 void TYPED(micro_tile)(real *tile, const real *a, const real *b, int64_t rows, int64_t vectors, int64_t k,
-                       int64_t tile_row, int64_t a_step, int64_t b_step) {
-    micro[rows - 1][vectors - 1](tile, a, b, k, tile_row, a_step, b_step);
+                       int64_t tile_row, int64_t a_row, int64_t a_step, int64_t b_step) {
+    micro[rows - 1][vectors - 1](tile, a, b, k, tile_row, a_row, a_step, b_step);
 }
 
 /* ── packing ─────────────────────────────────────────────────────────────────────────────────────── */

@@ -104,7 +104,8 @@ static void multiply_add_chains(void *context, int64_t begin, int64_t end) {
 
 double peak_flops_run(int64_t iterations) {
     int64_t pieces = (int64_t)PIECES * threads_get();
-    struct peak peak = {(iterations + PIECES - 1) / PIECES, thread_scratch(SCRATCH_ROWS, (size_t)pieces * sizeof(float))};
+    float *sink = thread_scratch(SCRATCH_ROWS, (size_t)pieces * sizeof(float));
+    struct peak peak = {(iterations + PIECES - 1) / PIECES, sink};
     parallel_for(pieces, 1, multiply_add_chains, &peak);
     return (double)pieces * (double)peak.steps * CHAINS * VL * 2;
 }
