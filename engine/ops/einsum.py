@@ -117,6 +117,9 @@ def einsum(subscripts: str, *operands: Tensor) -> Tensor:
     "..." stands for leading axes that broadcast; a letter twice in one operand takes its diagonal.
     Operands are combined from left to right. Raises ValueError for subscripts or lengths that do not fit.
     """
+    for i, x in enumerate(operands):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"einsum: operand {i} is {type(x).__name__}, expected a tensor")
     terms, result = _parse(subscripts, [x.ndim for x in operands])
     _check_lengths(terms, [x.shape for x in operands])
     diagonals = [_diagonal(x, term) for x, term in zip(operands, terms)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.backend import Array
+from engine.backend import Array, broadcast_shapes
 from engine.dtypes import bool_
 from engine.ops.registry import composite, op
 from engine.tensor import Tensor
@@ -439,12 +439,14 @@ def less_equal(k: Any, a: Array, b: Array) -> Array:
 @op(BINARY, reference=np.greater, method="__gt__")
 def greater(k: Any, a: Array, b: Array) -> Array:
     """y = (a > b)."""
+    broadcast_shapes("greater", a.data.shape, b.data.shape)
     return k.map("less", b, a, dtype=bool_)
 
 
 @op(BINARY, reference=np.greater_equal, method="__ge__")
 def greater_equal(k: Any, a: Array, b: Array) -> Array:
     """y = (a ≥ b)."""
+    broadcast_shapes("greater_equal", a.data.shape, b.data.shape)
     return k.map("less_equal", b, a, dtype=bool_)
 
 

@@ -193,7 +193,7 @@ def _(g: Tensor, index: tuple[Any, ...]) -> Any:
     return g, take_index(g, index)
 
 
-@composite("..., n, ... -> ...")
+@composite("..., n, ... -> ...", fixed=("index",))
 def scatter_add(x: Tensor, index: Any, value: Tensor) -> Tensor:
     """A copy of x with `value` added at x[index]; an element named twice gets both, in order."""
     return add_at_index(x, value, _plain(index))

@@ -90,12 +90,12 @@ def concat(k: Any, arrays: Sequence[Array], axis: int = 0) -> Array:
     if not arrays:
         raise ValueError("concat: got no tensors, expected at least one")
     shape = arrays[0].shape
+    if not shape:
+        raise ValueError("concat: tensor 0 is 0-d, expected at least one axis; stack joins 0-d tensors")
     at = axis_index("concat", axis, len(shape))
     for i, x in enumerate(arrays):
         if len(x.shape) != len(shape) or x.shape[:at] + x.shape[at + 1:] != shape[:at] + shape[at + 1:]:
             raise ValueError(f"concat: tensor {i} has shape {x.shape}, expected {shape} but for axis {at}")
-    if not shape:
-        raise ValueError("concat: tensor 0 is 0-d, expected at least one axis; stack joins 0-d tensors")
     y = k.empty((*shape[:at], sum(x.shape[at] for x in arrays), *shape[at + 1:]), arrays[0].dtype)
     start = 0
     for x in arrays:

@@ -110,6 +110,7 @@ def var(x: Tensor, axis: Axis = None, correction: float = 0.0, keepdims: bool = 
            np.std(x, axis=axis, ddof=correction, keepdims=keepdims), method="std")
 def std(x: Tensor, axis: Axis = None, correction: float = 0.0, keepdims: bool = False) -> Tensor:
     """y = √var(x)."""
+    _axes("std", axis, x.ndim)
     return var(x, axis, correction, keepdims).sqrt()
 
 

@@ -124,7 +124,7 @@ class Op:
 
     def __call__(self, *args: Value, **attributes: Any) -> Tensor:
         if self.composite:
-            return self.forward(*args, **attributes)
+            return self.forward(*self._composite_operands(args), **attributes)
         values: Sequence[Any] = args
         if attributes or self.attributes or self.variadic or len(args) != len(self.inputs):
             values, attributes = self._bind(args, attributes)
@@ -146,6 +146,23 @@ class Op:
                 if t is not None and t.requires_grad:
                     return Tensor(y, device, True, self._record(tensors, arrays, attributes, y, extra, device))
         return Tensor(y, device)
+
+    def _composite_operands(self, args: tuple[Any, ...]) -> Sequence[Any]:
+        """A composite's arguments, with operands that are arrays, lists or numbers as tensors (indices as they are)."""
+        if self.variadic or all([a.__class__ is Tensor or name in self.fixed for name, a in zip(self.inputs, args)]):
+            return args
+        count = len(self.inputs)
+        device = next((a.device for a in args[:count] if isinstance(a, Tensor)), default_device())
+        k = get_backend(device)
+        made = list(args)
+        for i, (name, value) in enumerate(zip(self.inputs, args)):
+            if name in self.fixed or value is None or isinstance(value, Tensor):
+                continue
+            if isinstance(value, (bool, int, float)):
+                made[i] = Tensor(k.constant(value, self._scalar_type(value, args[:count])), device)
+            else:
+                made[i] = self._from_data(value, i, k, device)
+        return made
 
     def _alike(self, values: Sequence[Any]) -> bool:
         """Whether the operands are what most calls pass: tensors on one device, of the one type to compute in."""
