@@ -1,0 +1,291 @@
+"""Checks of numerical code, each usable alone on any callable; each raises CheckFailure, which says what is wrong.
+
+The gradient checks ask for float64 and for points away from kinks: central differences of float32 tell nothing apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Sequence
+
+import numpy as np
+
+import engine as eg
+from engine.backend import Array
+from engine.testing.bounds import ulp_error, unit_roundoff
+from engine.testing.differences import directional, second_directional
+from engine.testing.failure import CheckFailure
+from engine.testing.layouts import LAYOUTS
+
+Function = Callable[..., Any]
+THREADS = (1, 2, 3, 7)
+
+
+def as_tensor(x: Any, requires_grad: bool = False) -> Any:
+    """A tensor over a NumPy array in its own layout, on the CPU; anything else as it is."""
+    if not isinstance(x, np.ndarray):
+        return x
+    out = eg.Tensor(Array(x), "cpu")
+    return out.requires_grad_(True) if requires_grad else out
+
+
+def as_numpy(y: Any) -> np.ndarray:
+    return y.numpy() if isinstance(y, eg.Tensor) else np.asarray(y)
+
+
+# ── values ────────────────────────────────────────────────────────────────────────────────────────────
+
+def check_close(got: Any, want: Any, bound: Any, *, check: str = "check_close", origin: str = "",
+                reproduction: str = "") -> None:
+    """|got − want| ≤ bound elementwise, want and bound in float64. NaN must meet NaN, and an infinity an equal one;
+    a number whose bound reaches beyond the largest float may be infinite, or the other way round. A zero in want has a sign: got's must agree."""
+    got = as_numpy(got)
+    want = np.asarray(want, np.float64)
+    if got.shape != want.shape:
+        raise CheckFailure(check, got=got.shape, want=want.shape, bound="equal shapes", reproduction=reproduction)
+    bound = np.broadcast_to(np.asarray(bound, np.float64), want.shape)
+    if got.dtype.kind != "f":
+        holds = got == want
+    else:
+        limit = float(np.finfo(got.dtype).max)
+        wide = got.astype(np.float64)
+        with np.errstate(all="ignore"):
+            finite = np.abs(wide - want) <= bound
+            edge = (np.abs(want) + bound > limit) & (np.abs(wide) * (1 + 16 * float(np.finfo(got.dtype).eps)) > limit)
+            beyond = edge & (np.sign(wide) == np.sign(want)) & (bound > 0)
+        signed = (want != 0) | (bound > 0) | (np.signbit(wide) == np.signbit(want))
+        holds = ((finite & signed) | beyond | (np.isnan(wide) & np.isnan(want)) | ((wide == want) & signed))
+    if not holds.all():
+        with np.errstate(all="ignore"):
+            excess = np.where(holds, -1.0, np.nan_to_num(np.abs(got.astype(np.float64) - want) - bound, nan=np.inf))
+        at = np.unravel_index(int(np.argmax(excess)), want.shape)
+        ulps = float(ulp_error(got[at], want[at])) if got.dtype.kind == "f" else None
+        raise CheckFailure(check, index=at, got=got[at], want=want[at], ulps=ulps, bound=float(bound[at]), origin=origin,
+                           reproduction=reproduction)
+
+
+def check_bits(got: Any, want: Any, *, check: str, origin: str = "", reproduction: str = "") -> None:
+    """The same type, shape and bits; NaNs of any bits are equal."""
+    a, b = as_numpy(got), as_numpy(want)
+    if a.dtype != b.dtype or a.shape != b.shape:
+        raise CheckFailure(check, got=f"{a.dtype} {a.shape}", want=f"{b.dtype} {b.shape}", reproduction=reproduction)
+    same = a == b
+    if a.dtype.kind == "f":
+        same = (same & (np.signbit(a) == np.signbit(b))) | (np.isnan(a) & np.isnan(b))
+    if not same.all():
+        at = np.unravel_index(int(np.argmin(same)), a.shape)
+        raise CheckFailure(check, index=at, got=a[at], want=b[at], bound="equal bits", origin=origin,
+                           ulps=float(ulp_error(a[at], b[at])) if a.dtype.kind == "f" else None,
+                           reproduction=reproduction)
+
+
+# ── gradients ─────────────────────────────────────────────────────────────────────────────────────────
+
+def _float64(check: str, xs: Sequence[Any]) -> list[np.ndarray]:
+    """The inputs, rounded to multiples of 2⁻³⁰: so x + i h v, all powers of two but v of 10 bits, is exact (|x| < 2²³),
+    and the differences see no rounding of their arguments."""
+    arrays = [as_numpy(x) for x in xs]
+    for i, x in enumerate(arrays):
+        if x.dtype != np.float64:
+            raise TypeError(f"{check}: input {i} is {x.dtype}, expected float64; a difference of two float32 results keeps "
+                            "3 or 4 digits at best, which hides wrong gradients")
+    snapped = [np.round(x * 2.0**30) / 2.0**30 for x in arrays]
+    return [x if np.array_equal(x, s) else np.asarray(s) for x, s in zip(arrays, snapped)]
+
+
+def _directions(arrays: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+    """One random tangent for each input, of 10 bits, never uniform: a sum over a wrong axis hides behind a constant."""
+    return [np.asarray(rng.integers(256, 1024, x.shape) / 1024 * rng.choice([-1.0, 1.0], x.shape)) for x in arrays]
+
+
+def _plain(f: Function) -> Callable[..., np.ndarray]:
+    """f as a function of NumPy arrays."""
+    def run(*arrays: np.ndarray) -> np.ndarray:
+        with eg.no_grad():
+            return as_numpy(f(*[as_tensor(x) for x in arrays]))
+    return run
+
+
+def _rounding(y: np.ndarray, given: Any) -> Any:
+    """A bound on the rounding error of one evaluation; without a given one, 64 roundings of the largest element."""
+    return 64 * unit_roundoff("float64") * (1 + float(np.max(np.abs(y), initial=0.0))) if given is None else given
+
+
+def engine_vjp(f: Function, create_graph: bool = False) -> Callable[..., tuple[Any, list[np.ndarray]]]:
+    """(y, gᵀ ∂f/∂x for each x) of a function of tensors, by the engine's reverse mode."""
+    def run(xs: Sequence[np.ndarray], g: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        leaves = [as_tensor(x, True) for x in xs]
+        y = f(*leaves)
+        grads = eg.grad(y, leaves, as_tensor(g), create_graph=create_graph, allow_unused=True)
+        return y.numpy(), [np.zeros(x.shape) if d is None else d.numpy() for x, d in zip(xs, grads)]
+    return run
+
+
+def check_adjoint(f: Function, *xs: Any, reference: Function | None = None, vjp: Function | None = None,
+                  rounding: Any = None, create_graph: bool = False, seed: int = 0) -> None:
+    """⟨J v, u⟩ = ⟨v, Jᵀ u⟩ for a random tangent v and cotangent u: whether vjp is the transpose of f's derivative.
+
+    f:         the function, of tensors (or of arrays, with a vjp of its own)
+    reference: f in float64 NumPy, whose central differences give J v; f itself by default. Never a jvp made from the
+               vjp: that agrees with any wrong vjp that is linear.
+    vjp:       vjp(xs, u) -> (y, [Jᵀu for each x]); the engine's reverse mode by default
+    rounding:  a bound on the error of one evaluation of reference, elementwise or one number
+
+    Both sides are sums; they may differ by what the differences are wrong by (differences.py), weighted with |u|. The
+    rounding of the vjp itself is that of a few evaluations, which the differences' 1/h leaves far behind.
+    """
+    arrays = _float64("check_adjoint", xs)
+    rng = np.random.default_rng(seed)
+    plain = reference or (f if vjp else _plain(f))
+    y0 = np.asarray(plain(*arrays))
+    u, vs = _directions([y0], rng)[0], _directions(arrays, rng)
+    _, grads = (vjp or engine_vjp(f, create_graph))(arrays, u)
+    for i, (x, d) in enumerate(zip(arrays, grads)):
+        if d.shape != x.shape:
+            raise CheckFailure("check_adjoint", got=f"gradient {i} of shape {d.shape}", want=f"shape {x.shape}")
+    jv, error = directional(plain, arrays, vs, _rounding(y0, rounding))
+    left, right = float(np.sum(jv * u)), float(sum(np.sum(v * d) for v, d in zip(vs, grads)))
+    # u·x of the one and of the other sum: γ_n Σ|terms|
+    terms = float(np.sum(np.abs(jv * u))) + float(sum(np.sum(np.abs(v * d)) for v, d in zip(vs, grads)))
+    count = y0.size + sum(x.size for x in arrays)
+    bound = float(np.sum(np.abs(u) * error)) + count * unit_roundoff("float64") * terms
+    if not abs(left - right) <= bound:
+        raise CheckFailure("check_adjoint", got=right, want=left, bound=bound,
+                           origin="⟨J v, u⟩ from central differences: truncation + rounding/h",
+                           reproduction=_reproduction(f, arrays, seed))
+
+
+def check_second_order(f: Function, *xs: Any, reference: Function | None = None, rounding: Any = None,
+                       seed: int = 0) -> None:
+    """The derivatives of s(x, u) = ⟨v, J(x)ᵀu⟩, which the engine gets by differentiating its own vjp:
+
+    along w, ∂s/∂x = ∂ₜ∂ₛ⟨f(x + t v + s w), u⟩, and ∂s/∂u = J v: both against differences of the reference.
+    """
+    arrays = _float64("check_second_order", xs)
+    rng = np.random.default_rng(seed)
+    plain = reference or _plain(f)
+    y0 = np.asarray(plain(*arrays))
+    u, vs, ws = _directions([y0], rng)[0], _directions(arrays, rng), _directions(arrays, rng)
+    leaves, cotangent = [as_tensor(x, True) for x in arrays], as_tensor(u, True)
+    first = eg.grad(f(*leaves), leaves, cotangent, create_graph=True, allow_unused=True)
+    s = [(d * as_tensor(v)).sum() for d, v in zip(first, vs) if d is not None]
+    total = s[0]
+    for term in s[1:]:
+        total = total + term
+    found = eg.grad(total, [*leaves, cotangent], allow_unused=True)
+    *second, jv = [np.zeros(x.shape) if d is None else d.numpy() for x, d in zip([*arrays, u], found)]
+    error = _rounding(y0, rounding)
+    want, bound = directional(plain, arrays, vs, error)
+    check_close(jv, want, bound + unit_roundoff("float64") * np.abs(want), check="check_second_order: J v",
+                origin="central differences", reproduction=_reproduction(f, arrays, seed))
+    mixed, bound = second_directional(plain, arrays, vs, ws, error)
+    left, right = float(np.sum(mixed * u)), float(sum(np.sum(w * d) for w, d in zip(ws, second)))
+    allowed = float(np.sum(np.abs(u) * bound)) + y0.size * unit_roundoff("float64") * float(np.sum(np.abs(mixed * u)))
+    if not abs(left - right) <= allowed:
+        raise CheckFailure("check_second_order", got=right, want=left, bound=allowed,
+                           origin="∂ₜ∂ₛ⟨f(x + t v + s w), u⟩ from central differences: truncation + rounding/h²",
+                           reproduction=_reproduction(f, arrays, seed))
+
+
+def check_grads(f: Function, *xs: Any, order: int = 2, seed: int = 0) -> None:
+    """f's gradients at xs (float64), and with order 2 the gradients of those, against central differences of f."""
+    check_adjoint(f, *xs, seed=seed)
+    if order > 1:
+        check_adjoint(f, *xs, create_graph=True, seed=seed)
+        check_second_order(f, *xs, seed=seed)
+
+
+def check_linear_vjp(vjp: Function, xs: Sequence[np.ndarray], shape: tuple[int, ...], *, seed: int = 0) -> None:
+    """vjp(xs, u/2 − 2w) = vjp(xs, u)/2 − 2 vjp(xs, w): a vjp is linear in its cotangent, of shape `shape`.
+
+    Powers of two scale without rounding, so the two sides differ by the roundings of the vjps' own sums.
+    """
+    rng = np.random.default_rng(seed)
+    u, w = _directions([np.empty(shape)] * 2, rng)
+    both, of_u, of_w = (vjp(xs, g)[1] for g in (0.5 * u - 2.0 * w, u, w))
+    for got, p, q in zip(both, of_u, of_w):
+        size = 0.5 * np.abs(p) + 2.0 * np.abs(q)
+        check_close(got, 0.5 * p - 2.0 * q, 64 * unit_roundoff("float64") * (size + size.max(initial=0.0)),
+                    check="check_linear_vjp", origin="64 roundings of the largest term")
+
+
+def check_no_alias(f: Function, *xs: Any) -> None:
+    """After backward no two gradients, and no gradient and input, share memory."""
+    leaves = [as_tensor(as_numpy(x), True) for x in xs]
+    y = f(*leaves)
+    g = as_tensor(np.random.default_rng(0).uniform(0.5, 1, y.shape).astype(y.numpy().dtype))
+    y.backward(g)
+    held = [(f"gradient {i}", x.grad.numpy()) for i, x in enumerate(leaves) if x.grad is not None]
+    held += [(f"input {i}", x.numpy()) for i, x in enumerate(leaves)] + [("cotangent", g.numpy())]
+    for i, (name, a) in enumerate(held):
+        for other, b in held[i + 1:]:
+            if "gradient" in name and np.shares_memory(a, b):
+                raise CheckFailure("check_no_alias", got=f"{name} and {other} share memory", want="memory of their own")
+
+
+# ── the same bits ─────────────────────────────────────────────────────────────────────────────────────
+
+def check_layouts(f: Function, *xs: np.ndarray, seed: int = 0) -> None:
+    """f gives the same bits however its operands lie in memory."""
+    rng = np.random.default_rng(seed)
+    want = as_numpy(f(*[as_tensor(LAYOUTS["C"](x, rng)) for x in xs])).copy()
+    for name, layout in LAYOUTS.items():
+        got = f(*[as_tensor(layout(x, rng)) for x in xs])
+        check_bits(got, want, check=f"check_layouts: {name} against C order")
+
+
+def check_threads(f: Callable[[], Any], counts: Sequence[int] = THREADS) -> None:
+    """f() gives the same bits with every number of kernel threads, and again with the first of them."""
+    before = eg.get_num_threads()
+    try:
+        results = []
+        for n in (*counts, counts[0]):
+            eg.set_num_threads(n)
+            out = f()
+            results.append([as_numpy(y).copy() for y in (out if isinstance(out, (tuple, list)) else [out])])
+    finally:
+        eg.set_num_threads(before)
+    for n, result in zip((*counts[1:], counts[0]), results[1:]):
+        for got, want in zip(result, results[0]):
+            check_bits(got, want, check=f"check_threads: {n} threads against {counts[0]}")
+
+
+def check_backends(f: Function, *xs: np.ndarray, bound: Any, devices: tuple[str, str] = ("cpu", "reference")) -> None:
+    """f on two devices, within the bound."""
+    results = []
+    for device in devices:
+        with eg.device(device):
+            results.append(as_numpy(f(*[eg.tensor(x, device=device) for x in xs])))
+    check_close(results[0], results[1], bound, check=f"check_backends: {devices[0]} against {devices[1]}")
+
+
+# ── manners ───────────────────────────────────────────────────────────────────────────────────────────
+
+def check_inputs_unmutated(f: Function, *xs: np.ndarray) -> Any:
+    """f leaves its inputs as they were, bit for bit; returns f's result."""
+    before = [x.tobytes() for x in xs]
+    out = f(*xs)
+    for i, (x, was) in enumerate(zip(xs, before)):
+        if x.tobytes() != was:
+            raise CheckFailure("check_inputs_unmutated", got=f"input {i} changed", want="inputs left alone")
+    return out
+
+
+def check_errors(f: Callable[[], Any], kind: type[BaseException], *words: str) -> None:
+    """f() raises `kind` with one line that contains each of the words."""
+    try:
+        f()
+    except kind as error:
+        text = str(error.args[0]) if error.args else ""
+        missing = [w for w in words if w not in text]
+        if missing or "\n" in text:
+            raise CheckFailure("check_errors", got=text, want=f"one line with {', '.join(map(repr, words))}") from None
+        return
+    except Exception as error:
+        raise CheckFailure("check_errors", got=f"{type(error).__name__}: {error}", want=kind.__name__) from None
+    raise CheckFailure("check_errors", got="no error", want=kind.__name__)
+
+
+def _reproduction(f: Function, arrays: Sequence[np.ndarray], seed: int) -> str:
+    shown = ", ".join(np.array2string(x, separator=", ", threshold=40, floatmode="unique") for x in arrays)
+    name = getattr(f, "__name__", type(f).__name__)
+    return f"xs = [{shown}]  # float64\ncheck(lambda *xs: {name}(*xs), *xs, seed={seed})"

@@ -1,0 +1,72 @@
+"""The ways in which the same elements can lie in memory."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import numpy as np
+
+
+def _permuted(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The axes in another order in memory."""
+    order = rng.permutation(x.ndim)
+    return np.array(x.transpose(order), order="C").transpose(np.argsort(order))
+
+
+def _negative(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Some axes run backwards in memory."""
+    axes = tuple(i for i in range(x.ndim) if rng.integers(2) or i == x.ndim - 1)
+    return np.flip(np.array(np.flip(x, axes), order="C"), axes) if x.ndim else np.array(x)
+
+
+def _inside(x: np.ndarray, steps: list[int]) -> np.ndarray:
+    """x in a larger block, of which an axis with step s takes every s-th element; the rest is NaN or a large number."""
+    block = np.empty([n * s for n, s in zip(x.shape, steps)], x.dtype)
+    block[...] = np.nan if x.dtype.kind == "f" else np.iinfo(x.dtype).max if x.dtype.kind in "iu" else True
+    view = block[(..., *(slice(s - 1, None, s) for s in steps))]
+    view[...] = x
+    return view
+
+
+def _strided(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Every axis takes each first, second or third element of a larger block."""
+    return _inside(x, [int(s) for s in rng.integers(1, 4, x.ndim)])
+
+
+def _rows(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The last axis is dense, the one before it strided: columns cut out of a wider matrix."""
+    return _inside(x, [1] * (x.ndim - 2) + [2, 1]) if x.ndim > 1 else _inside(x, [2] * x.ndim)
+
+
+def _offset(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Dense, but one element off the alignment that a vector has."""
+    block = np.empty(x.size + 1, x.dtype)
+    view = block[1:].reshape(x.shape)
+    view[...] = x
+    return view
+
+
+def _read_only(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Dense, and nobody may write to it."""
+    view = np.array(x, order="C")
+    view.flags.writeable = False
+    return view
+
+
+def zero_stride(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One axis repeats its first slice: stride 0. The only layout that changes the values."""
+    if not x.size or not x.ndim:
+        return x
+    axis = int(rng.integers(x.ndim))
+    first = np.array(x[(slice(None),) * axis + (slice(1),)], order="C")
+    return np.broadcast_to(first, x.shape)
+
+
+Layout = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+LAYOUTS: dict[str, Layout] = {
+    "C": lambda x, rng: np.array(x, order="C"), "F": lambda x, rng: np.array(x, order="F"),
+    "permuted": _permuted, "negative": _negative, "strided": _strided, "rows": _rows, "offset": _offset,
+    "read-only": _read_only,
+}
+"""By name, the simplest first; each takes an array and a generator and gives equal elements laid out so."""

@@ -1,0 +1,168 @@
+"""Rows of softmax, the norms and the losses."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import numpy as np
+
+import engine as eg
+from engine.testing import formulas
+from engine.testing.opspec import Drawing, ErrorCase, OpSpec, register
+from engine.testing.source import Source
+
+Draw = tuple[list[Any], dict[str, Any]]
+
+
+# ── softmax ───────────────────────────────────────────────────────────────────────────────────────────
+
+def _along(s: Source) -> Draw:
+    x = s.array(s.shape(), -20, 20)
+    return [x], {"axis": s.axis(x.ndim) if x.ndim else -1}
+
+
+def _rows(s: Source) -> Draw:
+    return [s.array((s.integer(2, 5), s.integer(1, 300)), -20, 20)], {"axis": -1}
+
+
+def _large(s: Source) -> Draw:
+    return [s.array((300, 301), -20, 20)], {"axis": -1}
+
+
+for _name, _formula, _gradient in (("softmax", formulas.softmax, formulas.softmax_vjp),
+                                   ("log_softmax", formulas.log_softmax, formulas.log_softmax_vjp)):
+    _call = getattr(eg, _name)
+    register(OpSpec(_name, _along, formula=_formula, gradient=_gradient, batch=(_rows, (0,)), large=_large, errors=(
+        ErrorCase(lambda f=_call: f(eg.zeros(2, 3), axis=2), IndexError, (_name, "2", "[-2, 2)")),
+        ErrorCase(lambda f=_call: f(eg.tensor([1, 2])), TypeError, (_name, "int64")))))
+
+# ── norms ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _norm(operands: int, fixed_rows: int | None = None) -> Drawing:
+    def draw(s: Source) -> Draw:
+        n = s.choice([s.side(1), s.side(1), s.integer(1, 100)]) if fixed_rows is None else s.integer(1, 300)
+        leading = s.shape(0, 2) if fixed_rows is None else (fixed_rows,)
+        x = s.distinct((*leading, n)) if s.smooth else s.array((*leading, n))  # not all equal: 1/σ would be 1/√ε
+        return [x, *[s.array((n,), 0.5, 2.0) for _ in range(operands)]], {"eps": s.choice([1e-5, 0.1])}
+    return draw
+
+
+def _norm_large(operands: int) -> Drawing:
+    return lambda s: ([s.array((300, 301)), *[s.array((301,)) for _ in range(operands)]], {"eps": 1e-5})
+
+
+register(OpSpec("layer_norm", _norm(2), formula=formulas.layer_norm, gradient=formulas.layer_norm_vjp, wrt=(0, 1, 2),
+                batch=(_norm(2, 4), (0,)), large=_norm_large(2), errors=(
+    ErrorCase(lambda: eg.layer_norm(eg.zeros(2, 3), eg.ones(4), eg.zeros(4)), ValueError, ("layer_norm", "weight", "(4,)")),
+    ErrorCase(lambda: eg.layer_norm(eg.zeros(2, 3), eg.ones(3), eg.zeros(2)), ValueError, ("layer_norm", "bias", "(2,)")))))
+register(OpSpec("rms_norm", _norm(1), formula=formulas.rms_norm, gradient=formulas.rms_norm_vjp, wrt=(0, 1),
+                batch=(_norm(1, 4), (0,)), large=_norm_large(1), errors=(
+    ErrorCase(lambda: eg.rms_norm(eg.zeros(2, 3), eg.ones(4)), ValueError, ("rms_norm", "weight", "(4,)", "(2, 3)")),)))
+
+
+def _batch_norm(s: Source) -> Draw:
+    n = s.side(1)
+    shape = (s.integer(2, 6), *s.shape(0, 1, 1), n)
+    x = s.distinct(shape) if s.smooth else s.array(shape)
+    return [x, s.array((n,), 0.5, 2.0), s.array((n,))], {"eps": 0.1}
+
+
+def _batch_norm_formula(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    axes = tuple(range(x.ndim - 1))
+    d = x - formulas.mean(x, axes)
+    return d * formulas.rsqrt(formulas.mean(d * d, axes) + eps) * weight + bias
+
+
+register(OpSpec("batch_norm", _batch_norm, formula=_batch_norm_formula, wrt=(0, 1, 2), errors=(
+    ErrorCase(lambda: eg.batch_norm(eg.zeros(2, 3), eg.ones(3), eg.zeros(3), training=False), ValueError,
+              ("batch_norm", "running_mean")),)))
+
+
+def _batch_norm_used(s: Source) -> Draw:
+    n = s.side(1)
+    rng = s.generator()
+    running = {"mean": rng.uniform(-1, 1, n).astype(s.dtype), "variance": rng.uniform(0.5, 2, n).astype(s.dtype)}
+    return [s.array((*s.shape(0, 2), n)), s.array((n,), 0.5, 2.0), s.array((n,))], {"eps": 0.1, **running}
+
+
+register(OpSpec("batch_norm: in use", _batch_norm_used, wrt=(0, 1, 2),
+                call=lambda x, w, b, mean, variance, eps: eg.batch_norm(x, w, b, eg.tensor(mean), eg.tensor(variance), False,
+                                                                        eps=eps),
+                formula=lambda x, w, b, mean, variance, eps: (x - mean) * formulas.rsqrt(
+                    _exact(variance, x) + eps) * w + b))
+
+
+def _exact(data: np.ndarray, like: Any) -> Any:
+    """Data as a Rounded if the others are."""
+    return like._other(data) if hasattr(like, "_other") else data.astype(np.float64)
+
+
+# ── losses ────────────────────────────────────────────────────────────────────────────────────────────
+
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+def _classified(s: Source) -> Draw:
+    classes = s.choice([s.side(1), s.integer(1, 100)])
+    shape = s.shape(0, 2, 1)
+    target = s.whole(shape, 0, classes - 1)
+    if target.size and s.boolean():  # some count for nothing, but not all
+        target = np.array(target)
+        target.reshape(-1)[1::3] = -100
+    return [s.array((*shape, classes), -8, 8), target, s.array((classes,), 0.5, 2.0) if s.boolean() else None], {
+        "label_smoothing": s.choice([0.0, 0.1, 1.0]), "reduction": s.choice(REDUCTIONS)}
+
+
+def _classified_rows(s: Source) -> Draw:
+    rows, classes = s.integer(2, 6), s.integer(1, 300)
+    return [s.array((rows, classes), -8, 8), s.whole((rows,), 0, classes - 1), None], {
+        "label_smoothing": s.choice([0.0, 0.1]), "reduction": "none"}
+
+
+def _classified_large(s: Source) -> Draw:
+    return [s.array((300, 301), -8, 8), s.whole((300,), 0, 300), None], {"label_smoothing": 0.1, "reduction": "mean"}
+
+
+register(OpSpec("cross_entropy", _classified, formula=formulas.cross_entropy, wrt=(0, 2), batch=(_classified_rows, (0, 1)),
+                large=_classified_large, errors=(
+    ErrorCase(lambda: eg.cross_entropy(eg.zeros(2, 3), eg.tensor([0, 3])), IndexError, ("cross_entropy", "3", "[0, 3)")),
+    ErrorCase(lambda: eg.cross_entropy(eg.zeros(2, 3), eg.tensor([0, -1])), IndexError, ("cross_entropy", "-1", "[0, 3)")),
+    ErrorCase(lambda: eg.cross_entropy(eg.zeros(2, 3), eg.tensor([0])), ValueError, ("cross_entropy", "(1,)", "(2,)")),
+    ErrorCase(lambda: eg.cross_entropy(eg.zeros(2, 3), eg.tensor([0, 1]), reduction="all"), ValueError,
+              ("cross_entropy", "'all'", "'mean'")),
+    ErrorCase(lambda: eg.cross_entropy(eg.zeros(1, 3), eg.tensor([0]), label_smoothing=2.0), ValueError,
+              ("cross_entropy", "label_smoothing", "2.0")))))
+
+
+def _classified_each(s: Source) -> Draw:
+    operands, attributes = _classified(s)
+    return operands[:2], {"label_smoothing": attributes["label_smoothing"]}
+
+
+register(OpSpec("cross_entropy: each", _classified_each, wrt=(0,), gradient=formulas.cross_entropy_vjp,
+                formula=lambda x, t, **a: formulas.cross_entropy(x, t, reduction="none", **a),
+                call=lambda x, t, **a: eg.cross_entropy(x, t, reduction="none", **a)))
+
+
+def loss(name: str, formula: Callable[..., Any], low: float, high: float, target: tuple[float, float] | None = None,
+         **options: list[Any]) -> None:
+    """A loss of two operands of one shape."""
+    def draw(s: Source) -> Draw:
+        shape = s.shape(low=1)
+        x = s.array(shape, low, high)
+        t = s.array(shape, *(target or (low, high)))
+        if s.smooth and options:  # away from |d| = delta and d = 0
+            t = (x + np.where(t < 0, -0.6, 0.6) + 0.2 * t).astype(s.dtype)
+        return [x, t], {"reduction": s.choice(REDUCTIONS), **{k: s.choice(v) for k, v in options.items()}}
+
+    function = getattr(eg, name)
+    register(OpSpec(name, draw, formula=formula, wrt=(0, 1), errors=(
+        ErrorCase(lambda: function(eg.full((2,), 0.5), eg.full((2,), 0.5), reduction="all"), ValueError, (name, "'all'")),)))
+
+
+loss("mse_loss", formulas.mse_loss, -4, 4)
+loss("huber_loss", formulas.huber_loss, -1, 1, delta=[0.25, 3.0])
+loss("binary_cross_entropy", formulas.binary_cross_entropy, 0.1, 0.9)
+loss("binary_cross_entropy_with_logits", formulas.binary_cross_entropy_with_logits, -9, 9, (0.0, 1.0))
+loss("kl_div", formulas.kl_div, -4, -0.1, (0.1, 0.9))

@@ -1,0 +1,132 @@
+"""Hypothesis strategies for arrays and tensors. Hypothesis is imported here and nowhere else in the engine.
+
+    from engine.testing import strategies as st_eg
+
+    @given(st_eg.tensors(dtype="float32"))
+    def test_exp(x): ...
+
+Values come from a seed that Hypothesis draws, not element by element: an example of a thousand elements costs as much as
+one of three, and what shrinks is what matters here, the shape, the layout, the attributes, and then the seed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import numpy as np
+from hypothesis import strategies as st
+
+import engine as eg
+from engine.backend import Array
+from engine.testing.layouts import LAYOUTS
+from engine.testing.source import Source, special_values
+
+__all__ = ["Drawn", "arrays", "broadcastable", "cases", "dtypes", "exact_tensors", "floats", "layouts", "shapes", "tensors"]
+
+
+class Drawn(Source):
+    """A Source whose numbers Hypothesis draws: each shrinks towards its lower end."""
+
+    def __init__(self, draw: Callable[[Any], Any], dtype: str = "float64", **options: Any):
+        super().__init__(dtype, **options)
+        self._draw = draw
+
+    def integer(self, low: int, high: int) -> int:
+        return low if low == high else int(self._draw(_integers(low, high)))
+
+    def axis(self, ndim: int) -> int:  # shrinks towards axis 0, not towards −ndim
+        return self.choice([*range(ndim), *range(-ndim, 0)])
+
+
+_known: dict[tuple[int, int], Any] = {}
+
+
+def _integers(low: int, high: int) -> Any:
+    """st.integers, made once for each range: making it costs more than drawing from it."""
+    found = _known.get((low, high))
+    if found is None:
+        found = _known[low, high] = st.integers(low, high)
+    return found
+
+
+def dtypes(kinds: str = "f") -> Any:
+    """The names of element types of the given kinds ("b", "i", "u", "f"); shrinks towards the first of its kind."""
+    from engine.dtypes import ALL
+
+    return st.sampled_from([t.name for kind in kinds for t in ALL if t.kind == kind])
+
+
+def shapes(least: int = 0, most: int = 3, low: int = 0, largest_side: int = 6) -> Any:
+    """Shapes of `least` to `most` axes; shrinks towards fewer and shorter axes."""
+    @st.composite
+    def draw_shape(draw: Any) -> tuple[int, ...]:
+        return Drawn(draw, largest_side=largest_side).shape(least, most, low)
+    return draw_shape()
+
+
+def broadcastable(count: int, most: int = 3, largest_side: int = 6) -> Any:
+    """Lists of `count` shapes that broadcast together; shrinks towards equal, small ones."""
+    @st.composite
+    def draw_shapes(draw: Any) -> list[tuple[int, ...]]:
+        return Drawn(draw, largest_side=largest_side).broadcastable(count, most)
+    return draw_shapes()
+
+
+def floats(dtype: str = "float32", special: bool = True) -> Any:
+    """Numbers that `dtype` holds. With `special` also ±0, subnormals, ±∞, NaN, the edges of exp, and the neighbours of
+    powers of two; shrinks towards 0."""
+    width = np.dtype(dtype).itemsize * 8
+    plain = st.floats(-1e4, 1e4, width=width)
+    if not special:
+        return plain
+    kind = np.finfo(dtype)
+    power = st.integers(kind.minexp - kind.nmant, kind.maxexp - 1).map(lambda e: np.ldexp(np.dtype(dtype).type(1), e))
+    direction = st.sampled_from([0.0, np.inf])
+    near_power = st.builds(lambda p, to: float(np.nextafter(p, p.dtype.type(to))), power, direction)
+    return plain | st.sampled_from(special_values(np.dtype(dtype)).tolist()) | near_power
+
+
+def layouts() -> Any:
+    """Functions (array, generator) -> an equal array that lies otherwise in memory; shrinks towards C order."""
+    return st.sampled_from(list(LAYOUTS.values()))
+
+
+def arrays(dtype: str = "float32", shape: tuple[int, ...] | None = None, *, low: float = -4.0, high: float = 4.0,
+           special: bool = False, arrange: bool = True) -> Any:
+    """NumPy arrays of floats in any layout; shrinks towards small ones in C order."""
+    @st.composite
+    def draw_array(draw: Any) -> np.ndarray:
+        source = Drawn(draw, dtype, special=special, arrange=arrange)
+        return source.array(source.shape() if shape is None else shape, low, high)
+    return draw_array()
+
+
+def tensors(dtype: str = "float32", shape: tuple[int, ...] | None = None, *, requires_grad: bool = False,
+            device: str = "cpu", **options: Any) -> Any:
+    """Tensors over such arrays, in their layout."""
+    def make(x: np.ndarray) -> eg.Tensor:
+        out = eg.Tensor(Array(x), device)
+        return out.requires_grad_(requires_grad)
+    return arrays(dtype, shape, **options).map(make)
+
+
+def exact_tensors(dtype: str = "float32", shape: tuple[int, ...] | None = None) -> Any:
+    """Tensors of small whole numbers: sums and products of a few hundred of them are exact in any order."""
+    @st.composite
+    def draw_tensor(draw: Any) -> eg.Tensor:
+        source = Drawn(draw, dtype, arrange=True)
+        whole = source.whole(source.shape() if shape is None else shape, -8, 8, dtype)
+        return eg.Tensor(Array(whole), "cpu")
+    return draw_tensor()
+
+
+def cases(spec: Any, dtype: str | None = None, **options: Any) -> Any:
+    """Examples of an op (opspec.Case), drawn as its row says; dtype None draws float32 or float64."""
+    @st.composite
+    def draw_case(draw: Any) -> Any:
+        kind = dtype or ("float32", "float64")[draw(_integers(0, 1))]
+        source = Drawn(draw, kind, **options)
+        case = spec.example(source)
+        case.special = source.has_special
+        return case
+    return draw_case()

@@ -1,0 +1,21 @@
+"""The rows of the op table, and how many examples a check takes of each."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import pytest
+from hypothesis import settings
+
+import engine.testing.rows  # noqa: F401  (registers the engine's rows)
+from engine.testing import OpSpec, specs
+
+
+def rows(choose: Callable[[OpSpec], Any] = lambda spec: True) -> Any:
+    """Run a test once for each row that is chosen, named by it."""
+    return pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in specs.values() if choose(s)])
+
+
+def share(fraction: float) -> settings:
+    """A part of the profile's examples, for the checks that cost more."""
+    return settings(max_examples=max(3, int(settings.default.max_examples * fraction)))
