@@ -192,7 +192,7 @@ def random_rows(xp: Any) -> Rows:
         if not double:
             return (random_words(n, *key) >> 8).astype("float32") * numpy.float32(2.0**-24)
         words = random_words(2 * n, *key).astype("uint64").reshape(n, 2)
-        bits = (words[:, 0] >> numpy.uint64(5)) << numpy.uint64(26) | (words[:, 1] >> numpy.uint64(6))
+        bits = (words[:, 0] << numpy.uint64(32) | words[:, 1]) >> numpy.uint64(11)
         return bits.astype("float64") * 2.0**-53
 
     def random_uniform(y: Any, n: int, low: float, high: float, *key: int) -> None:
