@@ -29,7 +29,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 train: build ## train a Transformer on the parameter server: checkpoint, plot, report, samples
-	@$(RUN) tools/train.py $(ARGS)
+	@$(RUN) tools/train.py --resume --minutes 7 $(ARGS)
 
 # One kernel thread for each of the JOBS processes; the tests that are about threads set their own number.
 test: build ## run all tests that fit in ten minutes

@@ -30,6 +30,7 @@ from tools.training.machine import measured_peak
 from tools.training.metrics import Metrics
 from tools.training.ngram import baselines
 from tools.training.progress import Progress
+from tools.training.report import comparison
 from tools.training.session import Session, kernels
 from tools.training.settings import Settings, add_flags, given, resumed
 
@@ -56,14 +57,15 @@ def say(text: str) -> None:
 
 def main() -> int:
     arguments = parse()
-    for module in ("safetensors.numpy", "matplotlib"):  # ask now, not when the training is done
-        require(module, "training")
+    for module in ("safetensors.numpy", "matplotlib", *(["tqdm"] if sys.stderr.isatty() else [])):
+        require(module, "training")  # now, not when the training is done
     with run_lock(arguments.run):
         settings, saved = choose_settings(arguments)
         corpus = open_corpus(saved.facts["corpus"]["data"] if saved else arguments.data)
         session = prepare(settings, corpus, arguments, saved)
-        if session.step == settings.steps and finished_report(arguments.run, session.digest()):
+        if session.step == settings.steps and (report := finished_report(arguments.run, session.digest())):
             say(f"this run is finished; its report is {arguments.run / 'report.md'}")
+            print(comparison(report["validation"]["bits_per_byte"], report["baselines"]))
             return 0
         table = baselines(corpus, arguments.cache)
         say("to beat, in bits per byte: " + ", ".join(f"{name} {bits:.2f}" for name, bits in table.items()))

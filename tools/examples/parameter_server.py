@@ -4,28 +4,28 @@ import numpy as np
 
 import engine as eg
 from engine import nn, optim
-from engine.sharder import ParameterServer
+from engine.sharder import Client, ParameterServer
 
 
 class Network(nn.Module):
     """One hidden layer."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         with eg.seed(0):
             self.first, self.last = nn.Linear(2, 32), nn.Linear(32, 1)
 
-    def forward(self, x):
+    def forward(self, x: eg.Tensor) -> eg.Tensor:
         return self.last(eg.tanh(self.first(x)))
 
 
-def batch(step, index):
+def batch(step: int, index: int) -> tuple[eg.Tensor, eg.Tensor]:
     """Points and their heights on a saddle; the same for whoever computes microbatch `index` of `step`."""
     x = np.random.default_rng((step, index)).uniform(-1, 1, (64, 2)).astype("float32")
     return eg.tensor(x), eg.tensor(x[:, :1] ** 2 - x[:, 1:] ** 2)
 
 
-def worker(client):
+def worker(client: Client) -> None:
     model = Network()
     while client.clock():  # wait for the next step
         client.pull(model)  # its parameters are now views of the server's memory
@@ -36,7 +36,7 @@ def worker(client):
             client.push(index, model, loss.item(), y.size)
 
 
-def train(workers, shards):
+def train(workers: int, shards: int) -> dict[str, np.ndarray]:
     server = ParameterServer(Network(), optim.AdamWRule(lr=1e-2), workers=workers, shards=shards, microbatches=4)
     for done in server.run(worker, clocks=100):
         if done.clock % 25 == 24:

@@ -13,11 +13,11 @@ VERBS = ("read", "write", "find", "update", "merge", "split", "count", "check", 
 OPERATORS = ("+", "-", "*", "//", "%", "<", ">", "==", "!=")
 SENTENCES = ("Return the {noun} that the {other} has.", "Raise ValueError if the {noun} is negative.",
              "The {noun} must not be larger than the {other}.", "{verb} each {noun} before the {other} is used.")
-DOCUMENTS, FUNCTIONS = 400, 40
+DOCUMENTS, FUNCTIONS = 400, 20
 
 
 def documents(count: int = DOCUMENTS) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each generated document: about 8 KB of code-like text each."""
+    """Name and bytes of each generated document: about 9 KB of code-like text each."""
     for number in range(count):
         random = Random(number)
         text = "\n\n".join(function(random) for _ in range(FUNCTIONS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def collect(session: Session, baselines: dict[str, float], result: Score, sample
     rate = seen / seconds if seconds else 0.0
     return {
         "command": command,
-        "settings": session.checkpoint(seconds).facts["settings"],
+        "settings": asdict(settings),
         "parameters": session.model.num_parameters(),
         "steps_done": session.step, "tokens_seen": seen, "epochs": session.loader.epoch(session.step),
         "seconds": round(seconds, 1), "tokens_per_second": rate, "gflops": rate * session.model.flops_per_token() / 1e9,

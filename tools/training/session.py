@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from tools.training.checkpoint import Checkpoint
 from tools.training.errors import ProgramError
 from tools.training.evaluation import Score, sampled_score
 from tools.training.loader import Loader
-from tools.training.settings import Settings, as_record
+from tools.training.settings import Settings
 
 
 def configuration(settings: Settings, vocab_size: int) -> eg.models.TransformerConfig:
@@ -105,7 +106,7 @@ class Session:
                 kinds["model"][key.removeprefix("parameters/")] = array
             elif key != "clock":
                 kinds["optimizer"][key] = array
-        facts = {"step": self.step, "seconds": round(seconds, 1), "settings": as_record(self.settings),
+        facts = {"step": self.step, "seconds": round(seconds, 1), "settings": asdict(self.settings),
                  "corpus": self.corpus_facts, "tokenizer": self.cache.tokenizer.name,
                  "data_position": self.step * self.settings.microbatches * self.settings.batch,
                  "generator": eg.Generator(self.settings.seed).at(self.step + 1).state_dict(),

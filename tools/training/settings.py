@@ -7,7 +7,7 @@ they were. The others (how many workers and shards, how often to save) change no
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Any
 
@@ -119,7 +119,3 @@ def resumed(saved: dict[str, Any], changes: dict[str, Any]) -> Settings:
             raise ProgramError(f"--{dashed(name)} is {value}, but the run to resume has {saved.get(name)}; leave it "
                                "out, or start a new run in another folder with --run")
     return Settings(**{name: value for name, value in {**saved, **changes}.items() if name in known})
-
-
-def as_record(settings: Settings) -> dict[str, Any]:
-    return asdict(settings)
