@@ -16,12 +16,12 @@ from engine.dtypes import float32
 BYTES_READ = 1 << 28  # more than the caches hold
 
 
-def _fastest(run: Callable[[], object], repeats: int = 5) -> float:
+def _fastest(run: Callable[..., object], *arguments: object, repeats: int = 5) -> float:
     """Seconds of the fastest run: on a machine with other work, that is the one least disturbed."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        run()
+        run(*arguments)
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 
@@ -32,9 +32,9 @@ def peak_flops() -> float | None:
     if not isinstance(backend, CpuBackend):
         return None
     run, iterations = backend.lib.peak_flops_run, 1 << 16
-    while _fastest(lambda: run(iterations), repeats=1) < 0.02:  # long beside the start of the team
+    while _fastest(run, iterations, repeats=1) < 0.02:  # long beside the start of the team
         iterations *= 2
-    return run(iterations) / _fastest(lambda: run(iterations))
+    return run(iterations) / _fastest(run, iterations)
 
 
 def read_bandwidth() -> float | None:
@@ -43,7 +43,7 @@ def read_bandwidth() -> float | None:
     if not isinstance(backend, CpuBackend):
         return None
     x = backend.full((BYTES_READ // 4,), 1.0, float32)
-    seconds = _fastest(lambda: backend.lib.read_bandwidth_run(x.ptr, BYTES_READ // 4))
+    seconds = _fastest(backend.lib.read_bandwidth_run, x.ptr, BYTES_READ // 4)
     del x
     backend.pool.trim()  # nobody else needs a block of this size
     return BYTES_READ / seconds
