@@ -73,7 +73,8 @@ static int choose_run_axis(const int64_t *shape, int ndim) {
     return best;
 }
 
-static void walk_layout(const int64_t *layout, int operands, void *const *base, const int64_t *bytes, run_function run) {
+static void walk_layout(const int64_t *layout, int operands, void *const *base, const int64_t *bytes,
+                        run_function run) {
     int ndim = (int)layout[0];
     const int64_t *shape = layout + 1, *strides = shape + ndim; /* operand k: strides + k·ndim */
     if (ndim <= 1 && (ndim == 0 || shape[0] <= RUN)) { /* one run: nothing to prepare */

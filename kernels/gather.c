@@ -49,7 +49,8 @@ static void embedding_vjp_columns(void *context, int64_t begin, int64_t end) {
         for (int64_t j = begin; j < end; j++) sum[j] += g[j];
     }
 }
-KERNEL(embedding_vjp)(real *dweight, const real *g, const int64_t *index, int64_t count, int64_t vocabulary, int64_t n) {
+KERNEL(embedding_vjp)(real *dweight, const real *g, const int64_t *index, int64_t count, int64_t vocabulary, int64_t n)
+                      {
     struct embedding_job job = {dweight, g, index, count, vocabulary, n};
     parallel_for(vocabulary * n, 8 * ROWS_GRAIN, clear_table, &job);
     int64_t columns = count > 0 ? 1 + (ROWS_GRAIN - 1) / count : n; /* worth a thread; whole cache lines of them */
@@ -82,7 +83,8 @@ static void rope_rows(void *context, int64_t begin, int64_t end) {
         }
     }
 }
-KERNEL(rope)(real *y, const real *x, const real *cosine, const real *sine, int64_t outer, int64_t t, int64_t d, int interleaved) {
+KERNEL(rope)(real *y, const real *x, const real *cosine, const real *sine, int64_t outer, int64_t t, int64_t d,
+             int interleaved) {
     struct rope_job job = {y, x, cosine, sine, t, d, interleaved};
     parallel_for(outer * t, grain_of_rows(d), rope_rows, &job);
 }

@@ -50,8 +50,10 @@ static void layer_norm_rows(void *context, int64_t begin, int64_t end) {
         job->rstd[row] = rstd;
     }
 }
-KERNEL(layer_norm)(real *y, real *mean, real *rstd, const real *x, const real *weight, const real *bias, int64_t rows, int64_t n, double eps) {
-    struct norm_job job = {.y = y, .mean = mean, .rstd = rstd, .x = x, .weight = weight, .bias = bias, .n = n, .eps = eps};
+KERNEL(layer_norm)(real *y, real *mean, real *rstd, const real *x, const real *weight, const real *bias, int64_t rows,
+                   int64_t n, double eps) {
+    struct norm_job job = {.y = y, .mean = mean, .rstd = rstd, .x = x, .weight = weight, .bias = bias, .n = n,
+                           .eps = eps};
     parallel_for(rows, grain_of_rows(n), layer_norm_rows, &job);
 }
 
@@ -170,7 +172,8 @@ static void sum_of_blocks(real *y, const real *partial, int64_t blocks, int64_t 
     else parallel_for(n, 1 + (ROWS_GRAIN - 1) / blocks, add_blocks, &job);
 }
 
-KERNEL(layer_norm_vjp)(real *dx, real *dweight, real *dbias, const real *g, const real *x, const real *weight, const real *mean, const real *rstd, int64_t rows, int64_t n) {
+KERNEL(layer_norm_vjp)(real *dx, real *dweight, real *dbias, const real *g, const real *x, const real *weight,
+                       const real *mean, const real *rstd, int64_t rows, int64_t n) {
     int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     real *partial = thread_scratch(SCRATCH_ROWS, (size_t)(2 * blocks * n) * sizeof *partial);
     struct norm_job job = {.y = dx, .mean = (real *)mean, .rstd = (real *)rstd, .g = g, .x = x, .weight = weight,
@@ -179,7 +182,8 @@ KERNEL(layer_norm_vjp)(real *dx, real *dweight, real *dbias, const real *g, cons
     sum_of_blocks(dweight, job.dweight, blocks, n);
     sum_of_blocks(dbias, job.dbias, blocks, n);
 }
-KERNEL(rms_norm_vjp)(real *dx, real *dweight, const real *g, const real *x, const real *weight, const real *rstd, int64_t rows, int64_t n) {
+KERNEL(rms_norm_vjp)(real *dx, real *dweight, const real *g, const real *x, const real *weight, const real *rstd,
+                     int64_t rows, int64_t n) {
     int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     real *partial = thread_scratch(SCRATCH_ROWS, (size_t)(blocks * n) * sizeof *partial);
     struct norm_job job = {.y = dx, .rstd = (real *)rstd, .g = g, .x = x, .weight = weight, .dweight = partial,

@@ -56,7 +56,8 @@ ALWAYS_INLINE void sgd_element(const struct update *u, vf *p, vf *m, vf *v UNUSE
 }
 UPDATE(sgd, 1, 0)
 
-KERNEL(sgd)(real *new_p, real *new_m, const real *p, const real *m, const real *g, int64_t n, double lr, double momentum, double dampening, double weight_decay, int nesterov, int64_t step) {
+KERNEL(sgd)(real *new_p, real *new_m, const real *p, const real *m, const real *g, int64_t n, double lr,
+            double momentum, double dampening, double weight_decay, int nesterov, int64_t step) {
     struct update u = {.new_p = new_p, .new_m = new_m, .p = p, .m = m, .g = g, .rate = (real)lr,
                        .beta1 = (real)momentum, .rest1 = (real)(1 - dampening), .decay = (real)weight_decay,
                        .nesterov = nesterov, .first = step == 1};
@@ -78,7 +79,9 @@ ALWAYS_INLINE void adam_element(const struct update *u, vf *p, vf *m, vf *v, vf 
 }
 UPDATE(adam, 1, 1)
 
-KERNEL(adam)(real *new_p, real *new_m, real *new_v, const real *p, const real *m, const real *v, const real *g, int64_t n, double lr, double beta1, double beta2, double eps, double weight_decay, int decoupled, int64_t step) {
+KERNEL(adam)(real *new_p, real *new_m, real *new_v, const real *p, const real *m, const real *v, const real *g,
+             int64_t n, double lr, double beta1, double beta2, double eps, double weight_decay, int decoupled,
+             int64_t step) {
     struct update u = {.new_p = new_p, .new_m = new_m, .new_v = new_v, .p = p, .m = m, .v = v, .g = g,
                        .rate = (real)(lr / (1 - pow(beta1, (double)step))), .beta1 = (real)beta1,
                        .rest1 = (real)(1 - beta1), .beta2 = (real)beta2, .rest2 = (real)(1 - beta2), .eps = (real)eps,
@@ -98,7 +101,8 @@ ALWAYS_INLINE void adagrad_element(const struct update *u, vf *p, vf *m UNUSED, 
 }
 UPDATE(adagrad, 0, 1)
 
-KERNEL(adagrad)(real *new_p, real *new_s, const real *p, const real *s, const real *g, int64_t n, double lr, double lr_decay, double eps, double weight_decay, int64_t step) {
+KERNEL(adagrad)(real *new_p, real *new_s, const real *p, const real *s, const real *g, int64_t n, double lr,
+                double lr_decay, double eps, double weight_decay, int64_t step) {
     struct update u = {.new_p = new_p, .new_v = new_s, .p = p, .v = s, .g = g,
                        .rate = (real)(lr / (1 + (double)(step - 1) * lr_decay)), .eps = (real)eps,
                        .decay = (real)weight_decay};
@@ -124,7 +128,8 @@ ALWAYS_INLINE void rmsprop_element(const struct update *u, vf *p, vf *m, vf *v, 
 }
 UPDATE(rmsprop, 1, 1)
 
-KERNEL(rmsprop)(real *new_p, real *new_v, real *new_m, const real *p, const real *v, const real *m, const real *g, int64_t n, double lr, double alpha, double eps, double weight_decay, double momentum, int64_t step) {
+KERNEL(rmsprop)(real *new_p, real *new_v, real *new_m, const real *p, const real *v, const real *m, const real *g,
+                int64_t n, double lr, double alpha, double eps, double weight_decay, double momentum, int64_t step) {
     (void)step; /* RMSprop has no bias correction; all optimizers share one signature */
     struct update u = {.new_p = new_p, .new_m = new_m, .new_v = new_v, .p = p, .m = m, .v = v, .g = g, .rate = (real)lr,
                        .beta1 = (real)momentum, .beta2 = (real)alpha, .rest2 = (real)(1 - alpha), .eps = (real)eps,

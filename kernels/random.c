@@ -92,7 +92,8 @@ static void uniform_batches(void *context, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < count; i++) y[i] = job->a + u[i] * job->b;
     }
 }
-KERNEL(random_uniform)(real *y, int64_t n, double low, double high, uint64_t seed, uint32_t step, uint32_t microbatch, uint32_t site) {
+KERNEL(random_uniform)(real *y, int64_t n, double low, double high, uint64_t seed, uint32_t step, uint32_t microbatch,
+                       uint32_t site) {
     struct random_job job = {y, NULL, n, (real)low, (real)(high - low), seed, step, microbatch, site};
     for_batches(uniform_batches, &job);
 }
@@ -114,7 +115,8 @@ static void normal_batches(void *context, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < count; i++) y[i] = i % 2 ? u2[i / 2] : u1[i / 2];
     }
 }
-KERNEL(random_normal)(real *y, int64_t n, double mean, double std, uint64_t seed, uint32_t step, uint32_t microbatch, uint32_t site) {
+KERNEL(random_normal)(real *y, int64_t n, double mean, double std, uint64_t seed, uint32_t step, uint32_t microbatch,
+                      uint32_t site) {
     struct random_job job = {y, NULL, n, (real)mean, (real)std, seed, step, microbatch, site};
     for_batches(normal_batches, &job);
 }
@@ -129,7 +131,8 @@ static void dropout_batches(void *context, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < count; i++) y[i] = u[i] >= job->a ? x[i] * job->b : 0;
     }
 }
-KERNEL(dropout)(real *y, const real *x, int64_t n, double p, uint64_t seed, uint32_t step, uint32_t microbatch, uint32_t site) {
+KERNEL(dropout)(real *y, const real *x, int64_t n, double p, uint64_t seed, uint32_t step, uint32_t microbatch,
+                uint32_t site) {
     struct random_job job = {y, x, n, (real)p, (real)(1 / (1 - p)), seed, step, microbatch, site};
     for_batches(dropout_batches, &job);
 }

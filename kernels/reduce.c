@@ -182,7 +182,9 @@ static void reduce(real *y, const real *x, int64_t outer, int64_t n, int64_t inn
     static void name##_rows(void *job, int64_t begin, int64_t end) { reduce_rows(op, term, job, begin, end); } \
     static void name##_join_rows(void *job, int64_t begin, int64_t end) { join_rows(op, term, job, begin, end); } \
     static void name##_columns(void *job, int64_t begin, int64_t end) { reduce_columns(op, term, job, begin, end); } \
-    static void name##_join_columns(void *job, int64_t begin, int64_t end) { join_columns(op, term, job, begin, end); } \
+    static void name##_join_columns(void *job, int64_t begin, int64_t end) { \
+        join_columns(op, term, job, begin, end); \
+    } \
     static void name##_reduce(real *y, const real *x, int64_t outer, int64_t n, int64_t inner) { \
         const job_function steps[4] = {name##_rows, name##_join_rows, name##_columns, name##_join_columns}; \
         reduce(y, x, outer, n, inner, empty, steps); \

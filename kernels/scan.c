@@ -89,8 +89,12 @@ static void extremes(int greatest, int64_t *y, const real *x, int64_t outer, int
         y[row] = best;
     }
 }
-KERNEL(argmax)(int64_t *y, const real *x, int64_t outer, int64_t n, int64_t inner) { extremes(1, y, x, outer, n, inner); }
-KERNEL(argmin)(int64_t *y, const real *x, int64_t outer, int64_t n, int64_t inner) { extremes(0, y, x, outer, n, inner); }
+KERNEL(argmax)(int64_t *y, const real *x, int64_t outer, int64_t n, int64_t inner) {
+    extremes(1, y, x, outer, n, inner);
+}
+KERNEL(argmin)(int64_t *y, const real *x, int64_t outer, int64_t n, int64_t inner) {
+    extremes(0, y, x, outer, n, inner);
+}
 
 /* ── cumulative_sum ─────────────────────────────────────────────────────────────────────────────── */
 

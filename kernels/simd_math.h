@@ -55,14 +55,16 @@ static inline vf exp_tail(vf r) {
     return vf_fma(p, r, vf_set1(0x1.fffffcp-2f));
 }
 
-/* eˣ = 2ⁿ eʳ with n = round(x/ln 2), r = x − n ln 2 (Cody and Waite: ln 2 in two parts). */
+/* eˣ = 2ⁿ eʳ with n = round(x/ln 2), r = x − n ln 2 (Cody and Waite: ln 2 in two parts). Where eˣ is 0 in float,
+ * it is not computed: a processor takes 150 cycles to find out that a product underflows, and −∞ is what masks hold. */
 static inline vf vf_exp(vf x) {
-    x = exp_clamp(x);
+    vi vanishes = x < -104;
+    x = vf_select(vanishes, vf_zero(), vf_min(vf_set1(89), x));
     vf n = vf_round(x * vf_set1(LOG2_E));
     vf whole = vf_fma(n, vf_set1(-LN2_HI), x), small = n * vf_set1(-LN2_LO); /* r = whole + small */
     vf r = whole + small;
     vf p = whole + vf_fma(r * r, exp_tail(r), small);
-    return vf_ldexp(vf_set1(1) + p, n);
+    return vf_select(vanishes, vf_zero(), vf_ldexp(vf_set1(1) + p, n));
 }
 
 /* e^(x + x_lo) = (hi + lo) 2ⁿ, to about 2⁻²⁸: for the functions that go on computing with it. */
@@ -171,7 +173,7 @@ static inline vf vf_tanh(vf x) {
     vf p = POLYNOMIAL(square, -0x1.55553cp-2f, 0x1.110be4p-3f, -0x1.b9623ap-5f, 0x1.6009a6p-6f, -0x1.045ff4p-7f,
                       0x1.2da01cp-9f, -0x1.77cd4p-12f);
     vf near = vf_fma(a * square, p, a);
-    vf z = vf_exp(a * vf_set1(-2)), one = vf_set1(1);
+    vf z = vf_exp(vf_max(vf_set1(-40), a * vf_set1(-2))), one = vf_set1(1);
     vf far = one - (z + z) / (one + z);
     return vf_copysign(vf_select(a < one, near, far), x);
 }

@@ -150,7 +150,8 @@ static void cross_entropy_rows(void *context, int64_t begin, int64_t end) {
         job->y[row] = target == job->ignore ? 0 : row_loss(x, m, log_sum, target, n, job->smoothing);
     }
 }
-KERNEL(cross_entropy)(real *loss, real *lse, const real *x, const int64_t *target, int64_t rows, int64_t n, int64_t ignore, double smoothing) {
+KERNEL(cross_entropy)(real *loss, real *lse, const real *x, const int64_t *target, int64_t rows, int64_t n,
+                      int64_t ignore, double smoothing) {
     struct softmax_job job = {loss, lse, NULL, x, target, n, ignore, (real)smoothing};
     parallel_for(rows, grain_of_rows(n), cross_entropy_rows, &job);
 }
@@ -177,7 +178,8 @@ static void cross_entropy_vjp_rows(void *context, int64_t begin, int64_t end) {
         dx[target] = g * (probability - share - hit);
     }
 }
-KERNEL(cross_entropy_vjp)(real *dx, const real *g, const real *x, const real *lse, const int64_t *target, int64_t rows, int64_t n, int64_t ignore, double smoothing) {
+KERNEL(cross_entropy_vjp)(real *dx, const real *g, const real *x, const real *lse, const int64_t *target, int64_t rows,
+                          int64_t n, int64_t ignore, double smoothing) {
     struct softmax_job job = {dx, (real *)lse, g, x, target, n, ignore, (real)smoothing};
     parallel_for(rows, grain_of_rows(n), cross_entropy_vjp_rows, &job);
 }
