@@ -1,0 +1,25 @@
+"""Properties that bugs planted by tools/mutate.py showed to be untested, and that belong to no other file here."""
+
+from __future__ import annotations
+
+import numpy as np
+
+import engine as eg
+from engine.backend import get_backend
+
+
+def test_promotion_takes_the_wider_float() -> None:
+    single, double = eg.ones(2), eg.ones(2, dtype="float64")
+    assert (single + double).dtype is eg.float64
+    assert (double + single).dtype is eg.float64
+    assert (single + eg.ones(2, dtype="int64")).dtype is eg.float32
+
+
+def test_no_two_live_blocks_share_memory() -> None:
+    """However many small blocks are alive at once, on slabs that are new as well as on reused ones."""
+    k = get_backend("cpu")
+    for _ in range(2):
+        blocks = [k.empty((size,), eg.float32) for size in (1, 16, 48, 80, 1000, 16384, 20000) for _ in range(40)]
+        for i, block in enumerate(blocks):
+            block.data[...] = i
+        assert all(np.all(block.data == i) for i, block in enumerate(blocks))

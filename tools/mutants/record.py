@@ -1,0 +1,24 @@
+"""One planted bug."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """A wrong edit of one file.
+
+    name:  short and unique
+    file:  path from the root of the tree
+    old:   what stands there, exactly once
+    new:   what stands there instead
+    what:  the mistake, in one line
+    tests: pytest's arguments for the tests that should notice, run before the wider suite
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    what: str
+    tests: str

@@ -1,0 +1,303 @@
+"""Plant bugs one by one and see that the tests catch each: the test of the tests.
+
+    python tools/mutate.py                     all records of tools/mutants; exit status 1 if one survives
+    python tools/mutate.py --only gemm         those whose name or file contains a word
+    python tools/mutate.py --list              what there is
+    python tools/mutate.py --fresh             forget the verdicts of earlier runs (build/mutate.json)
+
+A bug is planted in a copy of the tree in a temporary folder. Of the kernels one level is built, the best that this
+machine has, and after a bug in C only the objects that read the changed file. The tests that the record names run
+first, then, if those notice nothing, the wider suite. At the end every test that caught something runs once
+more on the tree without bugs: one that fails there too has caught nothing.
+
+A verdict is kept under a hash of the record, of the file it changes, and of the tests that it names.
+
+DeMillo, Lipton, Sayward 1978, "Hints on Test Data Selection".
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a checkout runs without being installed
+
+from tools.mutants import MUTANTS, Mutant
+
+COPIED = ("engine", "kernels", "tests", "tools", "pyproject.toml")
+# The wider suite: not what builds trees, runs programs, or looks at records and prose.
+WIDER = ["tests", *(f"--ignore-glob=tests/{name}" for name in (
+    "test_packaging.py", "test_tools_*.py", "test_examples.py", "test_readme.py", "test_mutate.py"))]
+SECONDS_ALLOWED = 900  # a bug that makes the tests hang is caught by this
+KILLED, SURVIVED = "killed", "SURVIVED"
+
+
+class MutationError(Exception):
+    """The run cannot go on; the message is one line that says why."""
+
+
+# ── records ───────────────────────────────────────────────────────────────────────────────────────────
+
+def check_record(mutant: Mutant, root: Path) -> None:
+    """Raise MutationError unless the old text stands in the file exactly once and the new text differs from it."""
+    path = root / mutant.file
+    if not path.is_file():
+        raise MutationError(f"{mutant.name}: there is no file {mutant.file}")
+    count = path.read_text(encoding="utf-8").count(mutant.old)
+    if count != 1:
+        raise MutationError(f"{mutant.name}: the old text stands {count} times in {mutant.file}, expected once: "
+                            f"{mutant.old.strip().splitlines()[0]!r}")
+    if mutant.old == mutant.new:
+        raise MutationError(f"{mutant.name}: the old text and the new text are the same")
+    for argument in shlex.split(mutant.tests):
+        if not argument.startswith("-") and not (root / argument.partition("::")[0]).exists():
+            raise MutationError(f"{mutant.name}: there is no test {argument}")
+
+
+def key_of(mutant: Mutant, root: Path) -> str:
+    """What a verdict depends on: the record, the file that it changes, and the files of its tests."""
+    digest = hashlib.sha256(repr(tuple(mutant)).encode())
+    for name in (mutant.file, *sorted({a.partition("::")[0] for a in shlex.split(mutant.tests)})):
+        for path in sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# ── the copy ──────────────────────────────────────────────────────────────────────────────────────────
+
+class Copy:
+    """A copy of the tree at `root` in `folder`, with compiled kernels where the tree has some, for bugs to live in."""
+
+    def __init__(self, root: Path, folder: Path):
+        self.root, self.folder = root, folder
+        self.level = self._best_level()
+        unwanted = shutil.ignore_patterns("*.so", "*.tmp", ".*")
+        for name in COPIED:
+            if (root / name).is_dir():
+                shutil.copytree(root / name, folder / name, ignore=unwanted)
+            elif (root / name).exists():
+                shutil.copy2(root / name, folder / name)
+        if self.level:
+            self._copy_objects()
+            self.build()
+
+    def _best_level(self) -> str | None:
+        """The level that the engine chooses here; None for a tree without kernels."""
+        if not (self.root / "kernels").is_dir():
+            return None
+        code = "from engine.backend.cpu import load_level; print(load_level()[0])"
+        done = subprocess.run([sys.executable, "-c", code], cwd=self.root, capture_output=True, text=True)
+        if done.returncode:
+            raise MutationError(f"no compiled kernels: run make first ({done.stderr.strip().splitlines()[-1]})")
+        return done.stdout.strip()
+
+    # Objects are older than their sources or not: copies keep the times, so that only what changes is compiled.
+
+    def _copy_objects(self) -> None:
+        built, work = self.root / "build" / "kernels", self.folder / "build" / "kernels"
+        work.mkdir(parents=True)
+        for path in [*built.glob(f"{self.level}_*"), *built.glob(f"cpu_{self.level}.*"), *built.glob("flags")]:
+            shutil.copy2(path, work)
+        flags = work / "flags"
+        if flags.exists():  # they name the folder of the kernels, which is another here; nothing else differs
+            times = flags.stat()
+            flags.write_text(flags.read_text().replace(str(self.root), str(self.folder)))
+            os.utime(flags, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    def build(self) -> None:
+        """Bring the kernels of the one level up to date."""
+        done = subprocess.run([sys.executable, "tools/build_kernels.py", "--levels", str(self.level)], cwd=self.folder,
+                              capture_output=True, text=True)
+        if done.returncode:
+            raise MutationError(f"the kernels do not compile: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")
+
+    def readers(self, file: str) -> list[Path]:
+        """The C sources that are, or include, directly or not, the file."""
+        folder = self.folder / "kernels"
+        names = {Path(file).name}
+        while True:
+            more = {path.name for path in folder.glob("*.[ch]")
+                    if any(f'#include "{name}"' in path.read_text() for name in names)}
+            if more <= names:
+                return sorted(folder / name for name in names if name.endswith(".c"))
+            names |= more
+
+    def plant(self, mutant: Mutant) -> Planted:
+        return Planted(self, mutant)
+
+    # ── tests ───────────────────────────────────────────────────────────────────────────────────────
+
+    def test(self, arguments: Sequence[str], stop: bool = True) -> tuple[int, str]:
+        """(exit status, output) of pytest in the copy; a run that takes too long has status −1."""
+        environment = {**os.environ, "ENGINE_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1",
+                       "PYTHONPATH": str(ROOT / "tools")}
+        for name in ("ENGINE_ISA", "ENGINE_KERNELS"):
+            environment.pop(name, None)
+        command = [sys.executable, "-m", "pytest", *(["-x"] if stop else []), "-q", "-p", "no:cacheprovider",
+                   "-p", "no:xdist", "-p", "mutate_plugin", "--tb=no", *arguments]
+        process = subprocess.Popen(command, cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            output, _ = process.communicate(timeout=SECONDS_ALLOWED)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            return -1, output
+        return process.returncode, output
+
+
+class Planted:
+    """A context in which a bug is in the copy; afterwards the copy is as it was, times included."""
+
+    def __init__(self, copy: Copy, mutant: Mutant):
+        self.copy, self.mutant = copy, mutant
+        self.path = copy.folder / mutant.file
+        self.kept = Path(tempfile.mkdtemp(dir=copy.folder.parent))
+
+    def _touched(self) -> list[Path]:
+        """The changed file, and what is compiled from it."""
+        if not self.mutant.file.startswith("kernels/"):
+            return [self.path]
+        work, stems = self.copy.folder / "build" / "kernels", [p.stem for p in self.copy.readers(self.mutant.file)]
+        objects = [o for stem in stems for o in work.glob(f"{self.copy.level}_{stem}_[36][24].o")]
+        module = self.copy.folder / "engine" / "_kernels" / f"cpu_{self.copy.level}.abi3.so"
+        return list(dict.fromkeys([self.path, *self.copy.readers(self.mutant.file), *objects, module]))
+
+    def __enter__(self) -> None:
+        self.touched = self._touched()
+        for i, path in enumerate(self.touched):
+            shutil.copy2(path, self.kept / str(i))
+        times = self.path.stat()
+        text = self.path.read_text(encoding="utf-8")
+        self.path.write_text(text.replace(self.mutant.old, self.mutant.new), encoding="utf-8")
+        if not self.mutant.file.startswith("kernels/"):
+            return
+        if self.path.suffix == ".h":  # every object depends on every header: let only those that read it be stale
+            os.utime(self.path, ns=(times.st_atime_ns, times.st_mtime_ns))
+            for source in self.copy.readers(self.mutant.file):
+                source.touch()
+        self.copy.build()
+
+    def __exit__(self, *_: Any) -> None:
+        for i, path in enumerate(self.touched):
+            shutil.copy2(self.kept / str(i), path)
+        shutil.rmtree(self.kept)
+
+
+# ── verdicts ──────────────────────────────────────────────────────────────────────────────────────────
+
+def killer_of(status: int, output: str) -> str | None:
+    """The test that noticed, from pytest's exit status and output; None if none did."""
+    if status == 0:
+        return None
+    if status == -1:
+        return f"time: more than {SECONDS_ALLOWED} seconds"
+    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, flags=re.M)
+    if found:
+        return found[1]
+    if status < 0 or status > 128:
+        return f"crash: {signal.Signals(-status if status < 0 else status - 128).name}"
+    if "ImportError" in output or "Error while loading conftest" in output:
+        return "import: the engine cannot be imported"
+    raise MutationError(f"pytest ended with status {status}: {output.strip().splitlines()[-1] if output else ''}")
+
+
+def judge(copy: Copy, mutant: Mutant) -> dict[str, Any]:
+    """Plant one bug and run the tests."""
+    start = time.monotonic()
+    killer = None
+    with copy.plant(mutant):
+        for arguments in (shlex.split(mutant.tests), WIDER):
+            killer = killer_of(*copy.test(arguments))
+            if killer is not None:
+                break
+    return {"name": mutant.name, "file": mutant.file, "verdict": KILLED if killer else SURVIVED, "by": killer or "",
+            "seconds": round(time.monotonic() - start, 1)}
+
+
+def confirm(copy: Copy, verdicts: Iterable[dict[str, Any]]) -> set[str]:
+    """Which tests, of those that caught something, fail without any bug too."""
+    tests = sorted({v["by"] for v in verdicts if "::" in v["by"]})
+    if not tests:
+        return set()
+    status, output = copy.test(tests, stop=False)
+    if status == 0:
+        return set()
+    return set(re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, flags=re.M)) or set(tests)
+
+
+# ── the run ───────────────────────────────────────────────────────────────────────────────────────────
+
+def show(verdict: dict[str, Any]) -> None:
+    print(f"{verdict['verdict']:8}  {verdict['seconds']:6.1f} s  {verdict['name']:28}  {verdict['file']:32}  "
+          f"{verdict['by']}", flush=True)
+
+
+def run(mutants: Sequence[Mutant], root: Path, ledger: Path, fresh: bool = False) -> int:
+    """Judge every mutant, print the table, keep the ledger. The exit status: 1 if one survives."""
+    for mutant in mutants:
+        check_record(mutant, root)
+    known: dict[str, Any] = {}
+    if ledger.exists() and not fresh:
+        known = json.loads(ledger.read_text())
+    keys = {mutant.name: key_of(mutant, root) for mutant in mutants}
+    with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
+        copy = Copy(root, Path(folder) / "tree")
+        for mutant in mutants:
+            key = keys[mutant.name]
+            if known.get(key, {}).get("verdict") != KILLED:  # a survivor is tried again: the tests may have grown
+                known[key] = judge(copy, mutant)
+                ledger.parent.mkdir(parents=True, exist_ok=True)
+                ledger.write_text(json.dumps(known, indent=1))
+            show(known[key])
+        verdicts = [known[keys[mutant.name]] for mutant in mutants]
+        unfit = confirm(copy, verdicts)
+    for verdict in verdicts:
+        if verdict["by"] in unfit:
+            verdict.update(verdict=SURVIVED, by=f"{verdict['by']}, which fails without the bug too")
+            show(verdict)
+    ledger.write_text(json.dumps(known, indent=1))
+    survivors = [v["name"] for v in verdicts if v["verdict"] != KILLED]
+    print(f"{len(verdicts) - len(survivors)} of {len(verdicts)} planted bugs caught"
+          + (f"; not: {', '.join(survivors)}" if survivors else ""))
+    return 1 if survivors else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="WORD", action="append", help="records whose name or file contains it")
+    parser.add_argument("--list", action="store_true", help="print the records and do nothing")
+    parser.add_argument("--fresh", action="store_true", help="forget the verdicts of earlier runs")
+    parser.add_argument("--ledger", type=Path, default=ROOT / "build" / "mutate.json", help="where verdicts are kept")
+    arguments = parser.parse_args()
+    chosen = [m for m in MUTANTS
+              if not arguments.only or any(word in m.name or word in m.file for word in arguments.only)]
+    if arguments.list:
+        for mutant in chosen:
+            print(f"{mutant.name:28}  {mutant.file:32}  {mutant.what}")
+        return 0
+    try:
+        if not chosen:
+            raise MutationError(f"no record's name or file contains {' or '.join(arguments.only or ())}")
+        return run(chosen, ROOT, arguments.ledger, arguments.fresh)
+    except MutationError as error:
+        print(f"mutate: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
