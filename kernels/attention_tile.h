@@ -207,19 +207,20 @@ static void load_mask(struct query_tile *w, int64_t key, int64_t keys) {
 
 /* keep_t = 1/(1 − p) where the uniform number of this (batch, head, t, s) is ≥ p, else 0. */
 static void load_dropout(struct query_tile *w, int64_t key, int64_t keys) {
+    enum { EACH = REAL_BITS / 32, BLOCKS = KEYS * EACH / 4 + 1 }; /* a double takes two words of a block of four */
     const struct attention *x = w->x;
-    const int64_t words_each = REAL_BITS / 32; /* a float takes one word of a block of four, a double two */
     const real keep = (real)(1 / (1 - x->dropout)), p = (real)x->dropout;
     for (int64_t i = 0; i < w->rows; i++) {
-        int64_t word = (w->row[i] * x->s + key) * words_each, block = -1;
-        uint32_t bits[4];
-        for (int64_t n = 0; n < keys; n++, word += words_each) {
-            if (word / 4 != block)
-                philox_block(bits, block = word / 4, x->seed, x->step, x->microbatch, x->site);
+        uint32_t words[4 * BLOCKS];
+        int64_t first = (w->row[i] * x->s + key) * EACH;
+        const uint32_t *word = words + first % 4;
+        for (int64_t block = 0; block < BLOCKS; block++)
+            philox_block(words + 4 * block, first / 4 + block, x->seed, x->step, x->microbatch, x->site);
+        for (int64_t n = 0; n < keys; n++) {
 #if REAL_BITS == 32
-            real uniform = philox_uniform_f32(bits[word % 4]);
+            real uniform = philox_uniform_f32(word[n]);
 #else
-            real uniform = philox_uniform_f64(bits[word % 4], bits[word % 4 + 1]);
+            real uniform = philox_uniform_f64(word[2 * n], word[2 * n + 1]);
 #endif
             w->gathered[i * KEYS + n] = uniform >= p ? keep : 0;
         }

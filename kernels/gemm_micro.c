@@ -2,7 +2,8 @@
 #include "gemm_micro.h"
 #include "transpose.h"
 
-#define PREFETCH_STEPS (512 / (REAL_BITS / 8)) /* lines are read 8 cache lines ahead */
+#define PREFETCH_ROWS 8                        /* runs of memory are asked for 8 steps ahead, */
+#define PREFETCH_STEPS (512 / (REAL_BITS / 8)) /* transposed lines 8 cache lines ahead */
 
 /* ── the register tile ───────────────────────────────────────────────────────────────────────────── */
 
@@ -87,6 +88,8 @@ static inline __attribute__((always_inline)) void pack_rows(real *packed, const 
     for (int64_t p = 0; p < k; p++) {
         const real *from = x + p * x_step;
         real *to = packed + p * width;
+        for (int64_t i = 0; i < lines; i += 64 / (REAL_BITS / 8))
+            __builtin_prefetch(from + PREFETCH_ROWS * x_step + i);
         for (int64_t line = 0; line < whole; line += width, from += width, to += stride)
             pack_step(to, from, width, width);
         if (whole < lines)
