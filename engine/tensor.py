@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine import autograd
-from engine.backend import Array, get_backend
+from engine.backend import Array, get_backend, walkable
 from engine.dtypes import DType, as_dtype, float32
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Tensor:
         """Pickling and copy.copy: the elements, the device and requires_grad. A graph cannot be pickled."""
         if self.node is not None:
             raise TypeError(f"pickle: this tensor was made by {self.node.op.name} and has a graph; detach() it first")
-        return tensor, (np.ascontiguousarray(self.numpy()), self.dtype, self.device, self.requires_grad)
+        return tensor, (np.array(self.numpy(), order="C"), self.dtype, self.device, self.requires_grad)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         function, arguments = self.__reduce__()
@@ -241,6 +241,13 @@ def from_dlpack(source: Any) -> Tensor:
 
 
 def from_numpy(data: np.ndarray, requires_grad: bool = False) -> Tensor:
-    """A tensor over the memory of a NumPy array: writing to either is seen by both."""
+    """A tensor over the memory of a NumPy array: writing to either is seen by both.
+
+    Raises ValueError for memory that kernels cannot walk; eg.tensor copies it.
+    """
+    if not walkable(data):
+        raise ValueError(f"from_numpy: data has strides {data.strides} of {data.itemsize}-byte elements"
+                         f"{'' if data.flags.aligned else ' that are not aligned'}, expected whole strides of aligned "
+                         "elements; eg.tensor makes a copy")
     out = Tensor(get_backend("cpu").from_numpy(data), "cpu")
     return out.requires_grad_(True) if requires_grad else out

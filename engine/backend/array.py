@@ -12,6 +12,11 @@ import numpy as np
 from engine.dtypes import DType, as_dtype
 
 
+def walkable(data: np.ndarray) -> bool:
+    """Whether a kernel can walk `data`: aligned elements, and strides of whole elements (not a field of a record)."""
+    return data.flags.aligned and not any([stride % data.itemsize for stride in data.strides])
+
+
 class Storage:
     """What all views of one buffer share: how often it was written in place, and whether it has views."""
 

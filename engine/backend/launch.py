@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.backend.array import Array
+from engine.backend.array import Array, walkable
 from engine.dtypes import DType, as_dtype
 
 Kernel = Callable[..., None]
@@ -67,8 +67,8 @@ class Backend:
         return array.data
 
     def from_numpy(self, data: np.ndarray) -> Array:
-        """An Array over a NumPy array: shares its memory where the device can, else a copy."""
-        return Array(data)
+        """An Array over a NumPy array: shares its memory where kernels can walk it, else a copy."""
+        return Array(data if walkable(data) else data.copy())
 
     # ── the launch ──────────────────────────────────────────────────────────────────────────────────
 

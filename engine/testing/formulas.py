@@ -246,7 +246,7 @@ def dropout_scale(shape: tuple[int, ...], p: float, seed: int, dtype: str) -> np
         u = (random_words(n, seed, 0, 0, 0) >> 8) * 2.0**-24
     else:
         words = random_words(2 * n, seed, 0, 0, 0).astype(np.uint64).reshape(n, 2)
-        u = ((words[:, 0] >> 5) * 2.0**26 + (words[:, 1] >> 6)) * 2.0**-53
+        u = ((words[:, 0] * np.uint64(2**32) + words[:, 1]) // np.uint64(2**11)) * 2.0**-53
     return np.where(u >= p, 1 / (1 - p) if p < 1 else 0.0, 0.0).reshape(shape)
 
 
