@@ -156,7 +156,7 @@ static inline vi vf_bits(vf v) { return (vi)v; }    /* the same bits as integers
 static inline vf vf_from_bits(vi v) { return (vf)v; } /* and back */
 static inline vi vf_is_nan(vf v) { return v != v; }
 
-#define SIGN_BIT ((real_int)1 << (REAL_BITS - 1))
+#define SIGN_BIT ((real_int)(REAL_BITS == 32 ? INT32_MIN : INT64_MIN))
 static inline vf vf_abs(vf v) { return (vf)((vi)v & ~vi_set1(SIGN_BIT)); }
 static inline vf vf_copysign(vf magnitude, vf sign) {
     return (vf)(((vi)magnitude & ~vi_set1(SIGN_BIT)) | ((vi)sign & vi_set1(SIGN_BIT)));

@@ -108,10 +108,10 @@ static inline vf log_of(vf f, vf k) {
     return sum + ((f - (sum - big)) + rest);
 }
 
-/* x = m 2ᵏ with √½ ≤ m < √2, for normal positive x. */
+/* |x| = m 2ᵏ with √½ ≤ m < √2, for normal x. */
 #define SQRT_HALF_BITS 0x3f3504f3
 static inline vf split_exponent(vf x, vf *k) {
-    vi bits = vf_bits(x) - vi_set1(SQRT_HALF_BITS);
+    vi bits = vf_bits(vf_abs(x)) - vi_set1(SQRT_HALF_BITS);
     *k = __builtin_convertvector(bits >> 23, vf);
     return vf_from_bits((bits & vi_set1(0x7fffff)) + vi_set1(SQRT_HALF_BITS));
 }
