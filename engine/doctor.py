@@ -44,7 +44,7 @@ def compiler_here() -> str:
         found = candidate and shutil.which(shlex.split(candidate)[0])
         if found:
             return found
-    return "none found (not needed to run compiled kernels)"
+    return "none"
 
 
 def gpu() -> str:
@@ -74,7 +74,7 @@ def report() -> dict[str, str]:
         rows["backend"] = "C kernels"
         rows["level"] = (f"{backend.level}, {8 * backend.lib.vector_bytes()}-bit vectors "
                          f"(built: {' '.join(built_levels())}; this processor runs: {' '.join(runnable_levels())})")
-        rows["compiler"] = f"{built_by} made the kernels; on the PATH now: {compiler_here()}"
+        rows["compiler"] = f"{built_by} made the kernels (on the PATH now: {compiler_here()})"
         rows["pool"] = str(backend.pool.figures())
     else:
         rows["backend"] = "NumPy reference: correct, but slow"
