@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 import numpy as np
 from engine import autograd
-from engine.backend import Array, get_backend
+from engine.backend import Array, get_backend, walkable
 from engine.dtypes import DType, as_dtype, float32
 if TYPE_CHECKING:
     from engine.autograd import Node

@@ -23,3 +23,12 @@ def test_no_two_live_blocks_share_memory() -> None:
         for i, block in enumerate(blocks):
             block.data[...] = i
         assert all(np.all(block.data == i) for i, block in enumerate(blocks))
+
+
+def test_leaves_of_one_sum_get_memory_of_their_own() -> None:
+    """The rule of a sum hands the same g to both operands; no view is involved that would force a copy."""
+    a, b = eg.ones(3, requires_grad=True), eg.ones(3, requires_grad=True)
+    g = eg.full((3,), 2.0)
+    (a + b).backward(g)
+    found = [a.grad.numpy(), b.grad.numpy(), g.numpy()]
+    assert not any(np.shares_memory(one, other) for i, one in enumerate(found) for other in found[i + 1:])

@@ -64,7 +64,9 @@ def check_record(mutant: Mutant, root: Path) -> None:
     if mutant.old == mutant.new:
         raise MutationError(f"{mutant.name}: the old text and the new text are the same")
     for argument in shlex.split(mutant.tests):
-        if not argument.startswith("-") and not (root / argument.partition("::")[0]).exists():
+        tests, _, function = argument.partition("[")[0].partition("::")
+        path = root / tests
+        if not path.exists() or (function and f"def {function}(" not in path.read_text(encoding="utf-8")):
             raise MutationError(f"{mutant.name}: there is no test {argument}")
 
 

@@ -1,0 +1,604 @@
+"""The rules that make this project what it is, each as a check of the source, and each check tested on planted breaches.
+
+    imports point down               DESIGN.md section 3, engine/README.md
+    one owner for each backend       compiled kernels in the CPU backend, CuPy in the GPU backend, both when first used
+    nobody asks for the device       outside engine.backend
+    compute passes the launch point  by reading the source, and by running it on a device whose kernels do nothing
+    nothing is forgotten             every op has a row, every kernel is launched, the stub is up to date
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import build_kernels
+import make_stubs
+import numpy as np
+import pytest
+
+import engine as eg
+import engine.testing.rows  # noqa: F401  (registers the rows)
+from engine import backend, optim
+from engine.backend import Array
+from engine.backend.cpu import CpuBackend, built_levels
+from engine.backend.numpy_rows import numpy_rows
+from engine.dtypes import DType
+from engine.ops import registry
+from engine.ops.registry import internal, op
+from engine.tensor import Tensor
+from engine.testing import OpSpec, Seeded, specs
+
+ROOT = Path(__file__).resolve().parent.parent
+compiled = pytest.mark.skipif(not built_levels(), reason="no kernels were compiled")
+
+Sources = dict[str, str]  # path from the root -> text
+parse = cache(ast.parse)  # of a text; a planted breach changes one file, and only that is read again
+
+
+def sources(*folders: str) -> Sources:
+    return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+            for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))}
+
+
+@pytest.fixture(scope="module")
+def tree() -> Sources:
+    return sources("engine")
+
+
+# ── imports point down ────────────────────────────────────────────────────────────────────────────────
+
+# Each room, from the bottom up, and what it may know besides itself.
+BOTTOM = ("engine.dtypes", "engine.backend")
+GRAPH = ("engine.autograd", "engine.tensor", "engine.random", "engine.checkpoint", "engine.functional")
+ROOMS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("engine.dtypes",): (),
+    ("engine.backend",): ("engine.dtypes",),
+    GRAPH: BOTTOM,
+    ("engine.ops",): (*GRAPH, *BOTTOM),
+    ("engine.debug",): (*GRAPH, *BOTTOM),
+    ("engine.nn",): ("engine.ops", *GRAPH, *BOTTOM),
+    ("engine.optim",): ("engine.ops", *GRAPH, *BOTTOM),
+    ("engine.models",): ("engine.nn", "engine.ops", *GRAPH, *BOTTOM),
+    ("engine.sharder",): ("engine.optim", *GRAPH, *BOTTOM),  # arrays and update rules: no modules, no models
+    ("engine.testing",): ("engine",),
+    ("engine.doctor", "engine.__main__"): ("engine",),
+    ("engine._kernels",): (),
+    ("engine",): ("engine",),  # the front: engine/__init__.py
+}
+
+
+def module_name(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def inside(module: str, room: str) -> bool:
+    return module == room or module.startswith(room + ".")
+
+
+@cache
+def import_nodes(text: str) -> list[ast.Import | ast.ImportFrom]:
+    """All imports but those under `if TYPE_CHECKING:`."""
+    found, stack = [], [parse(text)]
+    while stack:
+        node: Any = stack.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found.append(node)
+        stack += ast.iter_child_nodes(node)
+    return found
+
+
+def imported(path: str, tree: Sources) -> Iterator[str]:
+    """The modules that a file imports, at its top or inside a function: "from engine import ops" names engine.ops."""
+    modules = {module_name(p) for p in tree}
+    for node in import_nodes(tree[path]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module_name(path).split(".")[:None if path.endswith("__init__.py") else -1]
+                base = ".".join([*package[:len(package) - node.level + 1], *([base] if base else [])])
+            for alias in node.names:
+                yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base
+
+
+def upward_imports(tree: Sources) -> list[str]:
+    """Breaches of ROOMS: one line each."""
+    found = []
+    for path in tree:
+        own = module_name(path)
+        room, known = next((rooms, known) for rooms, known in ROOMS.items() if any(inside(own, r) for r in rooms))
+        if room == ("engine",) and own != "engine":
+            found.append(f"{path}: stands in no room; name one in ROOMS")
+            continue
+        allowed = (*room, *known)
+        for module in imported(path, tree):
+            if inside(module, "engine") and not any(inside(module, a) if a != "engine" or "engine" in known
+                                                    else module == a for a in allowed):
+                found.append(f"{path}: imports {module}")
+    return found
+
+
+def test_imports_point_down(tree: Sources) -> None:
+    assert upward_imports(tree) == []
+
+
+@pytest.mark.parametrize(("path", "text"), [
+    ("engine/dtypes.py", "from engine.backend import Array"),
+    ("engine/backend/pool.py", "import engine.tensor"),
+    ("engine/tensor.py", "def f():\n    from engine.ops import add"),
+    ("engine/ops/matmul.py", "from engine import nn"),
+    ("engine/ops/matmul.py", "from engine import __version__"),
+    ("engine/ops/matmul.py", "from ..nn import Linear"),
+    ("engine/nn/layers.py", "from engine.optim import SGD"),
+    ("engine/optim/rules.py", "import engine.nn.layers as layers"),
+    ("engine/models/transformer.py", "from engine.sharder import ParameterServer"),
+    ("engine/sharder/shard.py", "from engine.nn import Module"),
+    ("engine/sharder/shard.py", "import engine as eg"),
+    ("engine/backend/array.py", "from engine.testing import specs"),
+    ("engine/attic.py", "x = 1"),
+])
+def test_an_import_that_points_up_is_found(tree: Sources, path: str, text: str) -> None:
+    assert any(line.startswith(path) for line in upward_imports({**tree, path: text}))
+
+
+def test_what_only_the_type_checker_imports_does_not_count(tree: Sources) -> None:
+    text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from engine.ops import add\n"
+    assert upward_imports({**tree, "engine/tensor.py": text}) == []
+
+
+# ── what is imported lazily, and by whom ──────────────────────────────────────────────────────────────
+
+CORE = {"numpy", "cffi", "engine"}  # cffi is imported by the compiled modules themselves
+HYPOTHESIS_AT = "engine/testing/strategies.py"
+
+
+def early_imports(tree: Sources) -> list[str]:
+    """Imports of anything but the core and the standard library that run when their file is imported."""
+    found = []
+    for path, text in tree.items():
+        stack: list[Any] = [parse(text)]
+        while stack:
+            node = stack.pop()
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                continue
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
+                [node.module or "engine"] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                top = name.split(".")[0]
+                if top not in CORE | sys.stdlib_module_names and (top, path) != ("hypothesis", HYPOTHESIS_AT):
+                    found.append(f"{path}: imports {name} at once")
+            stack += ast.iter_child_nodes(node)
+    return found
+
+
+def strings_of(text: str) -> list[tuple[str, bool]]:
+    """(string, whether it stands in a function) for every string that is not a docstring."""
+    found, stack = [], [(parse(text), False)]
+    while stack:
+        node, within = cast("tuple[Any, bool]", stack.pop())
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append((node.value, within))
+        within = within or isinstance(node, (ast.FunctionDef, ast.Lambda))
+        stack += [(child, within) for child in ast.iter_child_nodes(node)]
+    return found
+
+
+def backend_secrets(tree: Sources) -> list[str]:
+    """Who else than the CPU backend names the compiled kernels, and who else than one file of engine.backend CuPy."""
+    found, cupy_at = [], set()
+    for path, text in tree.items():
+        for module in imported(path, tree):
+            if inside(module, "engine._kernels"):
+                found.append(f"{path}: imports {module}; the CPU backend does so by importlib")
+            if inside(module, "cupy"):
+                cupy_at.add(path)
+        for string, within in strings_of(text) if "engine._kernels" in text else []:
+            if "engine._kernels" in string and not (path == "engine/backend/cpu.py" and within):
+                found.append(f"{path}: names engine._kernels")
+    found += [f"{path}: imports cupy" for path in cupy_at if not path.startswith("engine/backend/") or len(cupy_at) > 1]
+    return found
+
+
+def test_only_the_core_is_imported_at_once(tree: Sources) -> None:
+    assert early_imports(tree) == []
+
+
+@pytest.mark.parametrize("text", ["import hypothesis", "from cupy import ndarray",
+                                  "try:\n    import torch\nexcept ImportError:\n    torch = None",
+                                  "class A:\n    import matplotlib.pyplot"])
+def test_an_early_import_is_found(tree: Sources, text: str) -> None:
+    assert len(early_imports({**tree, "engine/ops/matmul.py": text})) == 1
+
+
+def test_compiled_kernels_and_cupy_have_one_owner(tree: Sources) -> None:
+    assert backend_secrets(tree) == []
+
+
+@pytest.mark.parametrize(("path", "text"), [
+    ("engine/ops/matmul.py", "def f():\n    from engine._kernels import cpu_v4"),
+    ("engine/ops/matmul.py", "def f():\n    import importlib\n    importlib.import_module('engine._kernels.cpu_v4')"),
+    ("engine/backend/cpu.py", "import importlib\nm = importlib.import_module('engine._kernels.cpu_v4')"),
+    ("engine/backend/reference.py", "def f(n):\n    return __import__(f'engine._kernels.cpu_{n}')"),
+    ("engine/nn/layers.py", "def f():\n    import cupy"),
+])
+def test_a_second_owner_is_found(tree: Sources, path: str, text: str) -> None:
+    assert any(line.startswith(path) for line in backend_secrets({**tree, path: text}))
+
+
+# ── nobody asks what device it runs on ────────────────────────────────────────────────────────────────
+
+DEVICES = {*backend.devices(), "gpu", "cuda", "cupy"}
+# (file, function): why it may
+DEVICE_QUESTIONS = {
+    ("engine/tensor.py", "Tensor.__repr__"): "prints the device where it is not the usual one",
+    ("engine/doctor.py", "gpu"): "reports which devices there are",
+}
+
+
+@cache
+def functions_of(text: str) -> list[tuple[str, ast.AST]]:
+    """(qualified name, node) for each node, the name being that of the innermost function or class around it.
+
+    Not what stands in the `reference=` of a decorator: that is an oracle, which no call of an op runs.
+    """
+    found, stack = [], [("", parse(text))]
+    while stack:
+        name, node = cast("tuple[str, Any]", stack.pop())
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            name = f"{name}.{node.name}".lstrip(".")
+        found.append((name, node))
+        stack += [(name, child) for child in ast.iter_child_nodes(node)
+                  if not (isinstance(child, ast.keyword) and child.arg == "reference")]
+    return found
+
+
+def constants_of(node: ast.AST) -> list[Any]:
+    """What an operand or pattern names: a constant, or those of a tuple, list, set or alternative."""
+    parts = getattr(node, "elts", None) or getattr(node, "patterns", None)
+    if parts:
+        return [constant for part in parts for constant in constants_of(part)]
+    value = node.value if isinstance(node, ast.MatchValue) else node
+    return [value.value] if isinstance(value, ast.Constant) else []
+
+
+def device_questions(tree: Sources) -> list[str]:
+    """Comparisons of anything with a device's name, outside engine.backend."""
+    found = []
+    for path, text in tree.items():
+        if path.startswith("engine/backend/"):
+            continue
+        for where, node in functions_of(text):
+            cases: list[ast.AST] = []
+            if isinstance(node, ast.Compare):
+                cases = [node.left, *node.comparators]
+            elif isinstance(node, ast.match_case):
+                cases = [node.pattern]
+            named = {constant for case in cases for constant in constants_of(case)} & DEVICES
+            if named and (path, where) not in DEVICE_QUESTIONS:
+                found.append(f"{path}: {where or 'the module'} asks for {min(named)!r}")
+    return found
+
+
+def test_nobody_asks_for_the_device(tree: Sources) -> None:
+    assert device_questions(tree) == []
+
+
+@pytest.mark.parametrize("text", [
+    "def f(x):\n    if x.device == 'cpu':\n        return x",
+    "def f(k):\n    return 1 if 'reference' != k.device else 2",
+    "def f(x):\n    while x.device in ('cuda', 'cpu'):\n        pass",
+    "def f(x):\n    match x.device:\n        case 'cpu':\n            return 1",
+])
+def test_a_question_for_the_device_is_found(tree: Sources, text: str) -> None:
+    assert len(device_questions({**tree, "engine/ops/matmul.py": text})) == 1
+
+
+# ── no compute outside the launch point: by reading ───────────────────────────────────────────────────
+
+ABOVE_THE_BOUNDARY = ("ops", "nn", "optim", "models", "sharder", "autograd.py", "tensor.py", "checkpoint.py",
+                      "functional.py", "random.py")
+# What NumPy is called for without computing on elements: types, shapes, views, memory, conversion, printing.
+HARMLESS = {"array", "array2string", "asarray", "ascontiguousarray", "bool_", "broadcast_shapes", "broadcast_to", "dtype",
+            "empty", "errstate", "flip", "from_dlpack", "int8", "int64", "shape"}
+# (file, function): why NumPy may compute or move elements there. None of it is work that grows with a model.
+HOST_WORK = {
+    ("engine/ops/attention.py", "rope_table"): "a table of angles in float64, made once",
+    ("engine/ops/creation.py", "linspace"): "a small table, exact at both ends",
+    ("engine/ops/creation.py", "eye"): "a small table",
+    ("engine/ops/creation.py", "tril"): "prepares a mask, which a launch applies",
+    ("engine/ops/creation.py", "triu"): "prepares a mask, which a launch applies",
+    ("engine/ops/einsum.py", "_diagonal"): "prepares an index",
+    ("engine/ops/indexing.py", "unique_values"): "the result's shape depends on the data",
+    ("engine/ops/indexing.py", "nonzero"): "the result's shape depends on the data",
+    ("engine/ops/indexing.py", "searchsorted"): "a search on the host",
+    ("engine/ops/matmul.py", "conv1d"): "prepares an index",
+    ("engine/ops/elementwise.py", ""): "the reference of erf",
+    ("engine/ops/reductions.py", "_logsumexp"): "the reference of logsumexp",
+    ("engine/optim/clip.py", "clip_grad_norm_"): "joins the sums of blocks, one number each",
+    ("engine/models/transformer.py", "sinusoids"): "a table of angles in float64, made once",
+    ("engine/models/generation.py", "*"): "sampling: decisions on the host, in float64, about one row of logits",
+    ("engine/sharder/shard.py", "Shard._reduce"): "joins the sums of blocks, one number each",
+    ("engine/sharder/coordinator.py", "*"): "joins the sums of blocks, one number each",
+    ("engine/sharder/cluster.py", "*"): "copies parameters in and out",
+}
+METHODS = {"all", "any", "argmax", "argmin", "argsort", "clip", "cumprod", "cumsum", "dot", "fill", "max", "mean", "min",
+           "prod", "repeat", "round", "sort", "std", "sum", "take", "trace", "var"}
+
+
+def is_raw(node: ast.AST) -> bool:
+    """Whether an expression is the NumPy array behind an Array or a Tensor: x.data, x.data[...], x.numpy()."""
+    if isinstance(node, ast.Subscript):
+        return is_raw(node.value)
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Attribute) and node.func.attr in ("numpy", "to_numpy")
+    return isinstance(node, ast.Attribute) and node.attr == "data"
+
+
+def computes(node: ast.AST) -> str | None:
+    """What a node computes on elements, if anything."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        owner, name = node.func.value, node.func.attr
+        if isinstance(owner, ast.Name) and owner.id in ("np", "numpy") and name not in HARMLESS:
+            return f"np.{name}"
+        if name in METHODS and is_raw(owner):
+            return f"{ast.unparse(owner)}.{name}()"
+    if isinstance(node, ast.BinOp) and (is_raw(node.left) or is_raw(node.right)):
+        return ast.unparse(node)
+    if isinstance(node, ast.Assign) and any(isinstance(t, ast.Subscript) and is_raw(t) for t in node.targets):
+        return ast.unparse(node)
+    if isinstance(node, ast.AugAssign) and is_raw(node.target):
+        return ast.unparse(node)
+    return None
+
+
+@cache
+def computed_at(text: str) -> list[tuple[str, str]]:
+    """(function, what it computes) for a file."""
+    return [(where, what) for where, node in functions_of(text) for what in [computes(node)] if what]
+
+
+def compute_outside(tree: Sources) -> list[str]:
+    """Where elements are computed on, other than by a launch and other than in HOST_WORK."""
+    found = []
+    for path, text in tree.items():
+        if not any(path == f"engine/{room}" or path.startswith(f"engine/{room}/") for room in ABOVE_THE_BOUNDARY):
+            continue
+        for where, what in computed_at(text):
+            if (path, where) not in HOST_WORK and (path, "*") not in HOST_WORK:
+                found.append(f"{path}: {where or 'the module'}: {what}")
+    return found
+
+
+def test_no_compute_outside_the_launch_point(tree: Sources) -> None:
+    assert compute_outside(tree) == []
+
+
+def test_every_exception_is_still_needed(tree: Sources) -> None:
+    """An entry of the lists above that nothing uses any more would hide the next breach."""
+    for key in HOST_WORK:
+        reduced = {k: v for k, v in HOST_WORK.items() if k != key}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules[__name__], "HOST_WORK", reduced)
+            assert compute_outside({key[0]: tree[key[0]]}), f"{key}: no longer needed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "DEVICE_QUESTIONS", {})
+        for path, where in DEVICE_QUESTIONS:
+            assert device_questions({path: tree[path]}), f"{path} {where}: no longer needed"
+
+
+@pytest.mark.parametrize("body", ["return np.exp(x)", "return k.from_numpy(x.data * 2)", "return x.data.sum()",
+                                  "y.data[...] = x.data", "y.data += 1", "return (x.numpy() + 1)",
+                                  "return np.matmul(x.data, y.data)", "return np.linalg.norm(x) if 0 else np.dot(x, y)"])
+def test_compute_outside_the_launch_point_is_found(tree: Sources, body: str) -> None:
+    planted = {**tree, "engine/ops/matmul.py": f"import numpy as np\ndef f(k, x, y):\n    {body}\n"}
+    assert any(line.startswith("engine/ops/matmul.py: f:") for line in compute_outside(planted))
+
+
+# ── no compute outside the launch point: by running ───────────────────────────────────────────────────
+
+class Inert(CpuBackend):
+    """The CPU, with kernels that do nothing, in memory that holds NaN (floats) or 0."""
+
+    device = "inert"
+
+    def bind(self, name: str) -> Callable[..., None]:
+        super().bind(name)  # a kernel that does not exist is an error here too
+        return lambda *_: None
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
+        made = super().empty(shape, dtype)
+        made.data.fill(np.nan if dtype.is_floating else 0)
+        return made
+
+
+@pytest.fixture
+def inert(monkeypatch: pytest.MonkeyPatch) -> Iterator[Inert]:
+    monkeypatch.setitem(backend._MAKERS, "inert", Inert)
+    with eg.device("inert"):
+        yield cast(Inert, backend.get_backend("inert"))
+
+
+def on_inert(x: Any, requires_grad: bool = False) -> Any:
+    if isinstance(x, list):
+        return [on_inert(o, requires_grad) for o in x]
+    if not isinstance(x, np.ndarray):
+        return x
+    return Tensor(Array(x.copy()), "inert", requires_grad and x.dtype.kind == "f")
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [t for r in result for t in tensors_of(r)] \
+        if isinstance(result, (tuple, list)) else []
+
+
+def computed(result: Any, operands: list[np.ndarray]) -> list[str]:
+    """Which of the tensors hold something: neither views of the operands, nor memory as it was handed out."""
+    found = []
+    for t in tensors_of(result):
+        data = t.array.data
+        if any(np.shares_memory(data, x) for x in operands):
+            continue
+        untouched = np.isnan(data).all() if data.dtype.kind == "f" else not data.any()
+        if not untouched:
+            found.append(f"{data.dtype} {data.shape}")
+    return found
+
+
+def flat(operands: Any) -> list[Tensor]:
+    return tensors_of(list(operands))
+
+
+def run_inert(call: Callable[..., Any], operands: list[Any], attributes: dict[str, Any]) -> list[str]:
+    """What a call and its gradients compute on the inert device: nothing, if all compute is launched."""
+    moved = [on_inert(o, True) for o in operands]
+    result = call(*moved, **attributes)
+    arrays = [t.array.data for t in flat(moved)]
+    found = computed(result, arrays)
+    for y in tensors_of(result):
+        leaves = [t for t in flat(moved) if t.requires_grad]
+        if y.requires_grad and leaves:
+            g = on_inert(np.ones(y.shape, y.dtype.numpy))
+            grads = eg.grad(y, leaves, g, retain_graph=True, allow_unused=True)
+            found += [f"gradient {line}" for line in computed([d for d in grads if d is not None], arrays)]
+    return found
+
+
+@compiled
+@pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in specs.values()])
+def test_without_kernels_an_op_computes_nothing(inert: Inert, spec: OpSpec) -> None:
+    case = spec.example(Seeded(4, "float32", side=4))
+    attributes = {name: None if isinstance(value, Tensor) else value for name, value in case.attributes.items()}
+    assert run_inert(spec.call or registry[spec.op], case.operands, attributes) == []
+
+
+@compiled
+def test_without_kernels_nothing_is_made(inert: Inert) -> None:
+    made = [eg.zeros(2, 3), eg.ones(3), eg.full((2,), 4.0), eg.arange(1, 5, dtype="float32"), eg.linspace(0, 1, 5), eg.eye(3),
+            eg.rand(4), eg.randn(4), eg.one_hot(eg.tensor([1, 2]), 4), eg.tensor([1.0, 2.0]), *eg.ops.rope_table(4, 8),
+            eg.ones(3) + 2.5, eg.tensor([1.0]).to("float64")]
+    assert computed(made, []) == []
+
+
+@compiled
+def test_without_kernels_a_training_step_computes_nothing(inert: Inert) -> None:
+    model = eg.models.Transformer(vocab_size=11, width=8, heads=2, layers=1, context_length=6)
+    optimizer = optim.AdamW(model.parameters(), lr=0.1)
+    tokens = Tensor(Array(np.arange(12).reshape(2, 6) % 11), "inert")
+    loss = model.loss(tokens, tokens)
+    loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    optim.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    assert computed([loss, *gradients, *model.parameters()], []) == []
+
+
+@compiled
+def test_an_op_that_computes_by_itself_is_found(inert: Inert, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["engine.ops.registry"], "internal", dict(internal))
+
+    @op("... -> ...", public=False)
+    def own_square(k: Any, x: Array) -> Array:
+        y = k.empty_like(x)
+        np.multiply(x.data, x.data, out=y.data)
+        return y
+
+    @own_square.vjp
+    def _(g: Tensor, x: Tensor) -> Tensor:
+        return Tensor(Array(2 * x.numpy()), g.device)
+
+    assert run_inert(own_square, [np.ones(3, "float32")], {}) == ["float32 (3,)", "gradient float32 (3,)"]
+
+
+# ── nothing is forgotten ──────────────────────────────────────────────────────────────────────────────
+
+def without_row(ops: Any, rows: Any) -> set[str]:
+    return set(ops) - {spec.op for spec in rows}
+
+
+def test_every_public_op_has_a_row_and_is_exported() -> None:
+    assert without_row(registry, specs.values()) == set()
+    assert set(registry) <= set(eg.ops.__all__) <= set(eg.__all__)
+
+
+def test_an_op_without_a_row_is_found() -> None:
+    assert without_row([*registry, "wedge"], specs.values()) == {"wedge"}
+    assert "tanh" in without_row(registry, [s for s in specs.values() if s.op != "tanh"])
+
+
+def kernels_of(header: str) -> list[str]:
+    """The typed kernels that kernels.h declares."""
+    return sorted({line.split("(")[0].split()[-1].removesuffix("_f32")
+                   for line in build_kernels.declarations(header).splitlines() if "_f32(" in line})
+
+
+LAUNCHERS = {"map", "_reduce"}  # functions that are given a kernel's name
+
+
+@cache
+def launched(text: str) -> set[str]:
+    """The names by which a file launches kernels: k.name(...), k.map("name", ...)."""
+    names = set()
+    for _, node in functions_of(text):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        names.add(called if isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") != "np" else "")
+        if called in LAUNCHERS:
+            names |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+    return names
+
+
+def forgotten_kernels(header: str, tree: Sources, rows: set[str], fused: set[str]) -> list[str]:
+    """Kernels that nothing launches, and kernels without a NumPy row that belong to no fused op."""
+    names = {name for path, text in tree.items() if path != "engine/backend/numpy_rows.py" for name in launched(text)}
+    return [f"{kernel}: nothing launches it" for kernel in kernels_of(header) if kernel not in names] \
+        + [f"{kernel}: no NumPy row, and no fused op's" for kernel in kernels_of(header)
+           if kernel not in rows and kernel.removesuffix("_vjp") not in fused]
+
+
+def fused_kernels() -> set[str]:
+    return {made.kernel for made in (*registry.values(), *internal.values()) if made.fused}
+
+
+HEADER = (ROOT / "kernels" / "kernels.h").read_text(encoding="utf-8")
+
+
+def test_every_kernel_is_launched_and_has_a_row_or_a_composition(tree: Sources) -> None:
+    assert len(kernels_of(HEADER)) > 60
+    assert forgotten_kernels(HEADER, tree, set(numpy_rows(np)), fused_kernels()) == []
+
+
+def test_a_forgotten_kernel_is_found(tree: Sources) -> None:
+    header = HEADER + "\nKERNEL(wedge)(real *y, const real *x, int64_t n);\n"
+    rows = set(numpy_rows(np))
+    assert forgotten_kernels(header, tree, rows | {"wedge"}, fused_kernels()) == ["wedge: nothing launches it"]
+    launching = {**tree, "engine/ops/wedge.py": "def wedge(k, x):\n    return k.map('wedge', x)\n"}
+    assert forgotten_kernels(header, launching, rows, fused_kernels()) == ["wedge: no NumPy row, and no fused op's"]
+    assert forgotten_kernels(header, launching, rows | {"wedge"}, fused_kernels()) == []
+
+
+def test_every_fused_op_has_a_kernel_of_the_header() -> None:
+    assert fused_kernels() <= set(kernels_of(HEADER))
+
+
+def test_the_stub_is_up_to_date() -> None:
+    assert make_stubs.TARGET.read_text(encoding="utf-8") == make_stubs.stub(), "run python tools/make_stubs.py"
+
+
+def test_a_stale_stub_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    stale = tmp_path / "tensor.pyi"
+    stale.write_text(make_stubs.stub().replace("def exp(", "def expo("))
+    monkeypatch.setattr(make_stubs, "TARGET", stale)
+    monkeypatch.setattr(sys, "argv", ["make_stubs.py", "--check"])
+    assert make_stubs.main() == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,0 +1,136 @@
+"""The tool that plants bugs: its records fit the tree, and on a small tree it tells what is tested from what is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools.mutants import MUTANTS, Mutant
+from tools.mutate import Copy, MutationError, check_record, killer_of, run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("mutant", [pytest.param(m, id=m.name) for m in MUTANTS])
+def test_every_record_fits_the_tree(mutant: Mutant) -> None:
+    check_record(mutant, ROOT)
+    assert mutant.what and "\n" not in mutant.what
+
+
+def test_there_are_enough_and_half_are_in_c() -> None:
+    in_c = [m for m in MUTANTS if m.file.startswith("kernels/")]
+    assert len(in_c) >= 22 and len(MUTANTS) - len(in_c) >= 22
+    assert len({m.name for m in MUTANTS}) == len(MUTANTS)
+    assert len({(m.file, m.new) for m in MUTANTS}) == len(MUTANTS)
+
+
+# ── a tree of one function ────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    root = tmp_path / "tree"
+    (root / "engine").mkdir(parents=True)
+    (root / "tests").mkdir()
+    (root / "engine" / "__init__.py").write_text("")
+    (root / "engine" / "maths.py").write_text("def add(a, b):\n    return a + b\n\n\ndef sign(a):\n    return 1 if a > 0 else -1\n")
+    (root / "tests" / "test_maths.py").write_text("from engine.maths import add, sign\n\n\ndef test_add():\n"
+                                                  "    assert add(2, 3) == 5\n\n\ndef test_sign():\n    assert sign(4) == 1\n")
+    (root / "pyproject.toml").write_text("[tool.pytest.ini_options]\npythonpath = ['.']\naddopts = '-ra'\n")
+    return root
+
+
+def record(name: str, old: str, new: str, tests: str = "tests/test_maths.py::test_add") -> Mutant:
+    return Mutant(name, "engine/maths.py", old, new, "a mistake", tests)
+
+
+MINUS = record("minus", "a + b", "a - b")
+UNSEEN = record("unseen", "a > 0", "a >= 0")
+WIDER = record("only the wider suite", "a > 0", "a > 9")
+
+
+def test_what_is_tested_is_caught_and_what_is_not_survives(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = tree / "build" / "mutate.json"
+    before = (tree / "engine" / "maths.py").read_bytes()
+    assert run([MINUS, WIDER, UNSEEN], tree, ledger) == 1
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].startswith("killed") and "minus" in rows[0] and rows[0].endswith("tests/test_maths.py::test_add")
+    assert rows[1].startswith("killed") and rows[1].endswith("tests/test_maths.py::test_sign")
+    assert rows[2].startswith("SURVIVED") and "unseen" in rows[2]
+    assert rows[3] == "2 of 3 planted bugs caught; not: unseen"
+    assert (tree / "engine" / "maths.py").read_bytes() == before
+    assert len(json.loads(ledger.read_text())) == 3
+
+
+def test_verdicts_are_kept_until_something_changes(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = tree / "build" / "mutate.json"
+    ran: list[list[str]] = []
+    real = Copy.test
+
+    def counted(self: Copy, arguments: list[str], stop: bool = True) -> tuple[int, str]:
+        if stop:
+            ran.append(list(arguments))
+        return real(self, arguments, stop)
+
+    monkeypatch.setattr(Copy, "test", counted)
+    assert run([MINUS], tree, ledger) == 0 and len(ran) == 1
+    assert run([MINUS], tree, ledger) == 0 and len(ran) == 1
+    assert run([MINUS], tree, ledger, fresh=True) == 0 and len(ran) == 2
+    tests = tree / "tests" / "test_maths.py"
+    tests.write_text(tests.read_text() + "\n\ndef test_zero():\n    assert add(0, 0) == 0\n")
+    assert run([MINUS], tree, ledger) == 0 and len(ran) == 3
+
+
+def test_a_test_that_fails_anyway_catches_nothing(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tests = tree / "tests" / "test_maths.py"
+    tests.write_text(tests.read_text().replace("== 5", "== 6"))
+    assert run([MINUS], tree, tree / "build" / "mutate.json") == 1
+    assert "fails without the bug too" in capsys.readouterr().out
+
+
+def test_a_copy_is_as_it_was_after_a_bug(tree: Path, tmp_path: Path) -> None:
+    copy = Copy(tree, tmp_path / "copy")
+    path = copy.folder / "engine" / "maths.py"
+    before = path.stat().st_mtime_ns, path.read_bytes()
+    with copy.plant(MINUS):
+        assert "a - b" in path.read_text()
+    assert (path.stat().st_mtime_ns, path.read_bytes()) == before
+
+
+def test_the_sources_that_read_a_header(tree: Path, tmp_path: Path) -> None:
+    copy = Copy(tree, tmp_path / "copy")
+    folder = copy.folder / "kernels"
+    folder.mkdir()
+    for name, text in {"a.h": "", "b.h": '#include "a.h"\n', "one.c": '#include "b.h"\n', "two.c": '#include "a.h"\n',
+                       "three.c": "#include <math.h>\n"}.items():
+        (folder / name).write_text(text)
+    assert [p.name for p in copy.readers("kernels/a.h")] == ["one.c", "two.c"]
+    assert [p.name for p in copy.readers("kernels/b.h")] == ["one.c"]
+    assert [p.name for p in copy.readers("kernels/three.c")] == ["three.c"]
+
+
+@pytest.mark.parametrize(("mutant", "message"), [
+    (record("gone", "a * b", "a"), "stands 0 times"),
+    (record("twice", "return", "yield"), "stands 2 times"),
+    (record("same", "a + b", "a + b"), "are the same"),
+    (record("test", "a + b", "a", "tests/test_nothing.py"), "there is no test tests/test_nothing.py"),
+    (record("function", "a + b", "a", "tests/test_maths.py::test_nothing"), "there is no test"),
+    (MINUS._replace(file="engine/none.py"), "there is no file"),
+])
+def test_a_record_that_does_not_fit_is_refused_in_one_line(tree: Path, mutant: Mutant, message: str) -> None:
+    with pytest.raises(MutationError) as caught:
+        run([mutant], tree, tree / "ledger.json")
+    assert message in str(caught.value) and "\n" not in str(caught.value) and mutant.name in str(caught.value)
+
+
+def test_how_a_run_of_the_tests_is_read() -> None:
+    assert killer_of(0, "3 passed") is None
+    assert killer_of(1, "x\nFAILED tests/a.py::f[b: c] - Error: - d\n1 failed") == "tests/a.py::f[b: c]"
+    assert killer_of(2, "ERROR tests/a.py - ImportError: x") == "tests/a.py"
+    assert killer_of(-11, "") == "crash: SIGSEGV"
+    assert killer_of(134, "") == "crash: SIGABRT"
+    assert str(killer_of(-1, "")).startswith("time")
+    assert killer_of(4, "ImportError while loading conftest") == "import: the engine cannot be imported"
+    with pytest.raises(MutationError, match="status 5"):
+        killer_of(5, "no tests ran")
