@@ -14,8 +14,10 @@ from functools import cache
 from engine.backend.array import Array, walkable
 from engine.backend.launch import Backend, broadcast_shapes, finishers, observers
 
-__all__ = ["Array", "Backend", "broadcast_shapes", "devices", "finishers", "get_backend", "get_num_threads", "observers",
-           "set_num_threads", "walkable"]
+__all__ = [
+    "Array", "Backend", "broadcast_shapes", "devices", "finishers", "get_backend", "get_num_threads", "observers",
+    "set_num_threads", "walkable",
+]
 
 
 def _cpu() -> Backend:
