@@ -28,15 +28,32 @@ def test_there_are_enough_and_half_are_in_c() -> None:
 
 # ── a tree of one function ────────────────────────────────────────────────────────────────────────────
 
+MATHS = """
+def add(a, b):
+    return a + b
+
+def sign(a):
+    return 1 if a > 0 else -1
+"""
+TESTS = """
+from engine.maths import add, sign
+
+def test_add():
+    assert add(2, 3) == 5
+
+def test_sign():
+    assert sign(4) == 1
+"""
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     root = tmp_path / "tree"
     (root / "engine").mkdir(parents=True)
     (root / "tests").mkdir()
     (root / "engine" / "__init__.py").write_text("")
-    (root / "engine" / "maths.py").write_text("def add(a, b):\n    return a + b\n\n\ndef sign(a):\n    return 1 if a > 0 else -1\n")
-    (root / "tests" / "test_maths.py").write_text("from engine.maths import add, sign\n\n\ndef test_add():\n"
-                                                  "    assert add(2, 3) == 5\n\n\ndef test_sign():\n    assert sign(4) == 1\n")
+    (root / "engine" / "maths.py").write_text(MATHS)
+    (root / "tests" / "test_maths.py").write_text(TESTS)
     (root / "pyproject.toml").write_text("[tool.pytest.ini_options]\npythonpath = ['.']\naddopts = '-ra'\n")
     return root
 
@@ -87,6 +104,13 @@ def test_a_test_that_fails_anyway_catches_nothing(tree: Path, capsys: pytest.Cap
     tests.write_text(tests.read_text().replace("== 5", "== 6"))
     assert run([MINUS], tree, tree / "build" / "mutate.json") == 1
     assert "fails without the bug too" in capsys.readouterr().out
+
+
+def test_tests_that_cannot_run_decide_nothing(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mutant = record("case", "a + b", "a - b", "tests/test_maths.py::test_add[3]")
+    assert run([mutant, MINUS], tree, tree / "build" / "mutate.json") == 1
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].startswith("UNDECIDED") and rows[1].startswith("killed") and rows[2].endswith("not: case")
 
 
 def test_a_copy_is_as_it_was_after_a_bug(tree: Path, tmp_path: Path) -> None:

@@ -33,17 +33,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a checkout runs without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
 from tools.mutants import MUTANTS, Mutant
 
+ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("engine", "kernels", "tests", "tools", "pyproject.toml")
 # The wider suite: not what builds trees, runs programs, or looks at records and prose.
 WIDER = ["tests", *(f"--ignore-glob=tests/{name}" for name in (
     "test_packaging.py", "test_tools_*.py", "test_examples.py", "test_readme.py", "test_mutate.py"))]
 SECONDS_ALLOWED = 900  # a bug that makes the tests hang is caught by this
-KILLED, SURVIVED = "killed", "SURVIVED"
+KILLED, SURVIVED, UNDECIDED = "killed", "SURVIVED", "UNDECIDED"
 
 
 class MutationError(Exception):
@@ -221,19 +221,23 @@ def killer_of(status: int, output: str) -> str | None:
 def judge(copy: Copy, mutant: Mutant) -> dict[str, Any]:
     """Plant one bug and run the tests."""
     start = time.monotonic()
-    killer = None
-    with copy.plant(mutant):
-        for arguments in (shlex.split(mutant.tests), WIDER):
-            killer = killer_of(*copy.test(arguments))
-            if killer is not None:
-                break
-    return {"name": mutant.name, "file": mutant.file, "verdict": KILLED if killer else SURVIVED, "by": killer or "",
+    verdict, by = SURVIVED, ""
+    try:
+        with copy.plant(mutant):
+            for arguments in (shlex.split(mutant.tests), WIDER):
+                killer = killer_of(*copy.test(arguments))
+                if killer is not None:
+                    verdict, by = KILLED, killer
+                    break
+    except MutationError as error:  # it does not compile, or no test can run: the others are judged all the same
+        verdict, by = UNDECIDED, str(error)
+    return {"name": mutant.name, "file": mutant.file, "verdict": verdict, "by": by,
             "seconds": round(time.monotonic() - start, 1)}
 
 
 def confirm(copy: Copy, verdicts: Iterable[dict[str, Any]]) -> set[str]:
     """Which tests, of those that caught something, fail without any bug too."""
-    tests = sorted({v["by"] for v in verdicts if "::" in v["by"]})
+    tests = sorted({v["by"] for v in verdicts if v["verdict"] == KILLED and ".py" in v["by"]})
     if not tests:
         return set()
     status, output = copy.test(tests, stop=False)
@@ -245,7 +249,7 @@ def confirm(copy: Copy, verdicts: Iterable[dict[str, Any]]) -> set[str]:
 # ── the run ───────────────────────────────────────────────────────────────────────────────────────────
 
 def show(verdict: dict[str, Any]) -> None:
-    print(f"{verdict['verdict']:8}  {verdict['seconds']:6.1f} s  {verdict['name']:28}  {verdict['file']:32}  "
+    print(f"{verdict['verdict']:9}  {verdict['seconds']:6.1f} s  {verdict['name']:28}  {verdict['file']:32}  "
           f"{verdict['by']}", flush=True)
 
 
