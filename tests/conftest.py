@@ -1,7 +1,7 @@
 """What every test runs under: Hypothesis without surprises.
 
-`make test` must give the same verdict every time, so its examples are derandomized. The nightly profile draws new ones, many
-more, and prints what reproduces a failure:  HYPOTHESIS_PROFILE=nightly pytest tests/ops
+`make test` must give the same verdict every time, so its examples are derandomized. The nightly profile draws new ones,
+many more, and prints what reproduces a failure:  HYPOTHESIS_PROFILE=nightly pytest tests/ops
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import os
 from hypothesis import HealthCheck, Phase, settings
 
 _PHASES = [phase for phase in Phase if phase is not Phase.explain]  # which is slow, and our failures say what they mean
-_COMMON = {"phases": _PHASES, "deadline": None, "database": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
+_COMMON = {"phases": _PHASES, "deadline": None, "database": None, "print_blob": True,
+           "suppress_health_check": list(HealthCheck)}
 settings.register_profile("test", derandomize=True, max_examples=25, **_COMMON)
 settings.register_profile("quick", derandomize=True, max_examples=8, **_COMMON)
 settings.register_profile("nightly", derandomize=False, max_examples=10_000, **_COMMON)

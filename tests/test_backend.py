@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_small_blocks_are_cut_from_slabs_without_overlap() -> None:
     blocks = [pool.allocate(100) for _ in range(1000)]
     assert len(asked) == 1, "one slab serves them"
     places = sorted(block.pointer for block in blocks)
-    assert all(b - a >= 128 for a, b in zip(places, places[1:])) and all(p % ALIGNMENT == 0 for p in places)
+    assert all(b - a >= 128 for a, b in itertools.pairwise(places)) and all(p % ALIGNMENT == 0 for p in places)
 
 
 def test_a_block_lives_as_long_as_its_last_view() -> None:

@@ -1,5 +1,5 @@
-"""Graphs of several ops: sums over paths in a fixed order, several outputs, higher orders, checkpoints; against differences
-and by hand. The single ops are in tests/ops/test_gradients.py, the tape itself in test_autograd.py."""
+"""Graphs of several ops: sums over paths in a fixed order, several outputs, higher orders, checkpoints; against
+differences and by hand. The single ops are in tests/ops/test_gradients.py, the tape itself in test_autograd.py."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def test_a_transformer_block_against_differences() -> None:
 
     def f(x: eg.Tensor, w: eg.Tensor, scale: eg.Tensor, v: eg.Tensor) -> eg.Tensor:
         h = eg.rms_norm(x, scale)
-        q, k, values = (eg.linear(h, w[i * 4:(i + 1) * 4]).reshape(1, 3, 2, 2).permute_dims((0, 2, 1, 3)) for i in range(3))
+        heads = (eg.linear(h, part).reshape(1, 3, 2, 2).permute_dims((0, 2, 1, 3)) for part in eg.split(w, 3))
+        q, k, values = heads
         a = eg.scaled_dot_product_attention(q, k, values, causal=True).permute_dims((0, 2, 1, 3)).reshape(3, 4)
         h = x + a
         return h + eg.silu(eg.linear(eg.layer_norm(h, scale, scale), v))

@@ -1,4 +1,4 @@
-"""Writing in place, and views: what shares memory, what advances the version, and what raises instead of being wrong."""
+"""Writing in place, and views: what shares memory, what advances the version, what raises instead of being wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors: construction, types and their promotion, indexing as NumPy has it, and what goes in and out of the engine."""
+"""Tensors: construction, types and their promotion, indexing as NumPy has it, ways in and out of the engine."""
 
 from __future__ import annotations
 

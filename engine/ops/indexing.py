@@ -208,7 +208,7 @@ def argsort_values(k: Any, x: Array, axis: int, descending: bool) -> Array:
 
 @composite("... -> ...", reference=lambda x, axis=-1: np.argsort(x, axis, kind="stable"), method="argsort")
 def argsort(x: Tensor, axis: int = -1, descending: bool = False) -> Tensor:
-    """The indices (int64) that sort x along `axis`; equal elements keep their order, NaN comes last."""
+    """The indices (int64) that sort x along `axis`; equal elements keep their order, NaN is the largest."""
     with autograd.no_grad():
         return argsort_values(x, axis_index("argsort", axis, x.ndim), descending)
 

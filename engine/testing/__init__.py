@@ -12,11 +12,32 @@ source.py       how examples are drawn; layouts.py the ways an array can lie in 
 
 from __future__ import annotations
 
-from engine.testing.bounds import (assert_ulp, dot_bound, gamma, matmul_bound, smallest_subnormal, sum_bound, ulp_distance,
-                                   ulp_error, unit_roundoff)
-from engine.testing.checks import (check_adjoint, check_backends, check_bits, check_close, check_errors, check_grads,
-                                   check_inputs_unmutated, check_layouts, check_linear_vjp, check_no_alias,
-                                   check_second_order, check_threads, engine_vjp)
+from engine.testing.bounds import (
+                                   assert_ulp,
+                                   dot_bound,
+                                   gamma,
+                                   matmul_bound,
+                                   smallest_subnormal,
+                                   sum_bound,
+                                   ulp_distance,
+                                   ulp_error,
+                                   unit_roundoff,
+)
+from engine.testing.checks import (
+                                   check_adjoint,
+                                   check_backends,
+                                   check_bits,
+                                   check_close,
+                                   check_errors,
+                                   check_grads,
+                                   check_inputs_unmutated,
+                                   check_layouts,
+                                   check_linear_vjp,
+                                   check_no_alias,
+                                   check_second_order,
+                                   check_threads,
+                                   engine_vjp,
+)
 from engine.testing.failure import CheckFailure
 from engine.testing.opspec import Case, ErrorCase, OpSpec, register, specs
 from engine.testing.rounded import Rounded
@@ -25,5 +46,5 @@ from engine.testing.source import Seeded, Source
 __all__ = ["Case", "CheckFailure", "ErrorCase", "OpSpec", "Rounded", "Seeded", "Source", "assert_ulp", "check_adjoint",
            "check_backends", "check_bits", "check_close", "check_errors", "check_grads", "check_inputs_unmutated",
            "check_layouts", "check_linear_vjp", "check_no_alias", "check_second_order", "check_threads", "dot_bound",
-           "engine_vjp", "gamma", "matmul_bound", "register", "smallest_subnormal", "specs", "sum_bound", "ulp_distance",
-           "ulp_error", "unit_roundoff"]
+           "engine_vjp", "gamma", "matmul_bound", "register", "smallest_subnormal", "specs", "sum_bound",
+           "ulp_distance", "ulp_error", "unit_roundoff"]

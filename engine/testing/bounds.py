@@ -34,7 +34,7 @@ def gamma(k: float, u: float) -> float:
 
 
 def sum_bound(x: np.ndarray, dtype: Any, axis: Any = None) -> np.ndarray:
-    """|fl(Σx) − Σx| ≤ γ_(n−1) Σ|x| for any order of the n − 1 additions (Higham 4.4). No underflow: sums are exact there."""
+    """|fl(Σx) − Σx| ≤ γ_(n−1) Σ|x| for any order of the n − 1 additions (Higham 4.4); sums do not underflow."""
     size = np.abs(np.asarray(x, np.float64))
     total = size.sum(axis=axis)
     n = size.size // max(total.size, 1)
@@ -83,8 +83,8 @@ def ulp_error(got: Any, want: Any, dtype: Any = None) -> np.ndarray:
 def ulp_distance(a: Any, b: Any) -> np.ndarray:
     """How many floats lie between a and b, of one floating type: 0 if equal (−0 = +0), 1 for neighbours.
 
-    Two NaNs are 0 apart, a NaN and a number the largest int64. Measured on the line of all floats in order, on which the
-    integers behind the bits, mirrored for negative numbers, count them.
+    Two NaNs are 0 apart, a NaN and a number the largest int64. Measured on the line of all floats in order, which the
+    integers behind the bits count, mirrored for negative numbers.
     """
     x, y = np.asarray(a), np.asarray(b)
     if x.dtype != y.dtype or x.dtype.kind != "f":

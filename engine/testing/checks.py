@@ -5,7 +5,8 @@ The gradient checks ask for float64 and for points away from kinks: central diff
 
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,8 +37,9 @@ def as_numpy(y: Any) -> np.ndarray:
 
 def check_close(got: Any, want: Any, bound: Any, *, check: str = "check_close", origin: str = "",
                 reproduction: str = "") -> None:
-    """|got − want| ≤ bound elementwise, want and bound in float64. NaN must meet NaN, and an infinity an equal one;
-    a number whose bound reaches beyond the largest float may be infinite, or the other way round. A zero in want has a sign: got's must agree."""
+    """|got − want| ≤ bound elementwise, want and bound in float64. NaN must meet NaN, and an infinity an equal one; a
+    number whose bound reaches beyond the largest float may be infinite, or the other way round. Where the bound is 0,
+    zeros must agree in their signs."""
     got = as_numpy(got)
     want = np.asarray(want, np.float64)
     if got.shape != want.shape:
@@ -59,8 +61,8 @@ def check_close(got: Any, want: Any, bound: Any, *, check: str = "check_close", 
             excess = np.where(holds, -1.0, np.nan_to_num(np.abs(got.astype(np.float64) - want) - bound, nan=np.inf))
         at = np.unravel_index(int(np.argmax(excess)), want.shape)
         ulps = float(ulp_error(got[at], want[at])) if got.dtype.kind == "f" else None
-        raise CheckFailure(check, index=at, got=got[at], want=want[at], ulps=ulps, bound=float(bound[at]), origin=origin,
-                           reproduction=reproduction)
+        raise CheckFailure(check, index=at, got=got[at], want=want[at], ulps=ulps, bound=float(bound[at]),
+                           origin=origin, reproduction=reproduction)
 
 
 def check_bits(got: Any, want: Any, *, check: str, origin: str = "", reproduction: str = "") -> None:
@@ -86,8 +88,8 @@ def _float64(check: str, xs: Sequence[Any]) -> list[np.ndarray]:
     arrays = [as_numpy(x) for x in xs]
     for i, x in enumerate(arrays):
         if x.dtype != np.float64:
-            raise TypeError(f"{check}: input {i} is {x.dtype}, expected float64; a difference of two float32 results keeps "
-                            "3 or 4 digits at best, which hides wrong gradients")
+            raise TypeError(f"{check}: input {i} is {x.dtype}, expected float64; a difference of two float32 results "
+                            "keeps 3 or 4 digits at best, which hides wrong gradients")
     snapped = [np.round(x * 2.0**30) / 2.0**30 for x in arrays]
     return [x if np.array_equal(x, s) else np.asarray(s) for x, s in zip(arrays, snapped)]
 

@@ -5,13 +5,14 @@
 
 |D₆ − D₄| is D₄'s error but for terms smaller by h², so it bounds that of D₆, which is what is returned. Beside
 truncation there is rounding: an error ε in each f(x) is amplified by Σ|weights|/h = 11/6h, and the displaced values,
-which differ from f(x) by i h J v, are rounded in proportion to that as well: some 64 roundings of J v. Fornberg 1988, "Generation of
-finite difference formulas on arbitrarily spaced grids", table 1.
+which differ from f(x) by i h J v, are rounded in proportion to that as well: some 64 roundings of J v.
+
+Fornberg 1988, "Generation of finite difference formulas on arbitrarily spaced grids", table 1.
 """
 
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 

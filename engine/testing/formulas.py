@@ -1,8 +1,8 @@
 """The equations of the fused ops and their gradients, in plain array notation: each op's oracle, beside the engine.
 
-They are written once more here, not taken from the ops' compositions, so that a wrong composition is found as well. Every
-function takes float64 arrays, or Rounded ones, and then gives its error bound too (rounded.py). Gradients are those
-of the textbooks: for y = f(x) and cotangent g, gᵀ ∂f/∂x.
+They are written once more here, not taken from the ops' compositions, so that a wrong composition is found as well.
+Every function takes float64 arrays, or Rounded ones, and then gives its error bound too (rounded.py). Gradients are
+those of the textbooks: for y = f(x) and cotangent g, gᵀ ∂f/∂x.
 """
 
 from __future__ import annotations
@@ -12,8 +12,29 @@ from typing import Any
 
 import numpy as np
 
-from engine.testing.rounded import (Number, Rounded, absolute, exp, gather, join, largest, log, matmul, maximum, mean, minimum,
-                                    normal_cdf, plain, rsqrt, sigmoid, softplus, sqrt, swap, total, where)
+from engine.testing.rounded import (
+    Number,
+    Rounded,
+    absolute,
+    exp,
+    gather,
+    join,
+    largest,
+    log,
+    matmul,
+    maximum,
+    mean,
+    minimum,
+    normal_cdf,
+    plain,
+    rsqrt,
+    sigmoid,
+    softplus,
+    sqrt,
+    swap,
+    total,
+    where,
+)
 
 # ── activations ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -229,15 +250,15 @@ def rope(x: Number, cosine: Number, sine: Number, interleaved: bool = False) -> 
     return join([t.reshape(*t.shape, 1) for t in turned], -1).reshape(*x.shape)
 
 
-def rope_vjp(g: Number, x: Number, cosine: Number, sine: Number, interleaved: bool = False) -> tuple[Number, None, None]:
+def rope_vjp(g: Number, x: Number, cosine: Number, sine: Number, interleaved: bool = False) -> tuple[Number, ...]:
     return rope(g, cosine, -sine, interleaved), None, None
 
 
 def dropout_scale(shape: tuple[int, ...], p: float, seed: int, dtype: str) -> np.ndarray:
     """What dropout multiplies by in the first draw of Generator(seed): 1/(1 − p) where u ≥ p, else 0.
 
-    u has 24 bits of one word for float32, 53 of two for float64; the words are Philox's (tests/test_random.py holds them
-    against the published answers).
+    u has 24 bits of one word for float32, 53 of two for float64; the words are Philox's (tests/test_random.py holds
+    them against the published answers).
     """
     from engine.backend.numpy_rows import random_words
 

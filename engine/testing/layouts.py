@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,8 @@ def _inside(x: np.ndarray, steps: list[int]) -> np.ndarray:
     """x in a larger block, of which an axis with step s takes every s-th element; the rest is NaN or a large number."""
     block = np.empty([n * s for n, s in zip(x.shape, steps)], x.dtype)
     block[...] = np.nan if x.dtype.kind == "f" else np.iinfo(x.dtype).max if x.dtype.kind in "iu" else True
-    view = block[(..., *(slice(s - 1, None, s) for s in steps))]
+    index: Any = (..., *[slice(s - 1, None, s) for s in steps])  # the ellipsis keeps a 0-d view an array
+    view = block[index]
     view[...] = x
     return view
 

@@ -2,15 +2,16 @@
 
     OpSpec("tanh", lambda s: ([s.array(s.shape())], {}), reference=np.tanh, ulps="tanh")
 
-A row says how an example is drawn (in terms of a Source, so that Hypothesis, a seed and a benchmark can all draw one), what
-the op is (a reference in NumPy, or a formula whose error bound comes with it), how exact it must be, and what is special
-about it. `register` makes it known; the engine's own rows are in engine/testing/rows.
+A row says how an example is drawn (in terms of a Source, so that Hypothesis, a seed and a benchmark can all draw one),
+what the op is (a reference in NumPy, or a formula whose error bound comes with it), how exact it must be, and what is
+special about it. `register` makes it known; the engine's own rows are in engine/testing/rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -62,8 +63,8 @@ class OpSpec:
     integers:   also takes integer operands; compared with the reference on the same integers
     special:    whether ±0, ±∞, NaN and subnormals are part of its examples
     signed_zero: whether the sign of a zero result is part of the definition; max(−0, +0) may be either, as in NumPy
-    cancels:    roundings of size 1 that the op's composition, by which it is differentiated twice, loses to cancellation
-                where the reference does not
+    cancels:    roundings of size 1 that the op's composition, by which it is differentiated twice, loses to
+                cancellation where the reference does not
     view:       whether the result may share memory with an operand
     errors:     calls that must fail
     """
@@ -159,7 +160,7 @@ class OpSpec:
             value = np.asarray(self._oracle(wide, case.attributes))
             if value.dtype.kind != "f":
                 return value, np.zeros(value.shape)
-            if self.ulps is None:  # round the reference once: for + − × ÷ √ that is what one rounding gives (Figueroa 1995)
+            if self.ulps is None:  # round the reference once: + − × ÷ √ round so in their own type (Figueroa 1995)
                 least = 0.0 if self.signed_zero else smallest_subnormal(str(case.dtype)) / 2
                 return value.astype(case.dtype).astype(np.float64), np.full(value.shape, least)
             allowed = function_ulps(self.ulps, str(case.dtype)) + (SEVERAL if case.dtype.itemsize == 8 else 0)
@@ -167,7 +168,7 @@ class OpSpec:
             return value, allowed * scale
 
     def gradient_expected(self, case: Case, g: np.ndarray) -> list[Any]:
-        """For each operand, its gradient as a Rounded, from the row's own equation of the vjp; None where there is none."""
+        """For each operand, its gradient as a Rounded, from the row's equation of the vjp; None where there is none."""
         assert self.gradient is not None
         with np.errstate(all="ignore"):
             found = self.gradient(*[_rounded(_wide(o), case.dtype) for o in (g, *case.operands)], **case.attributes)

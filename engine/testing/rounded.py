@@ -23,8 +23,9 @@ The functions below take plain arrays as well, so the formula is also the plain 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 
@@ -33,8 +34,9 @@ from engine.testing.bounds import gamma, smallest_subnormal, unit_roundoff
 # ULPs that a library function may be wrong by. float32: what kernels/README.md states for the C kernels (goal of the
 # exponentials' kin 1, others 2), and 4 for NumPy's own, which run where no kernels were compiled. float64: the C
 # library's (glibc manual, "Known Maximum Errors in Math Functions": at most 2) and NumPy's, which is the reference.
+# erf: over all floats in [0.25, 4) the largest error is 1.113 (v2, at 1.0036235) and 1.082 (v4, at 1.0147535);
 # tanh: over all floats the largest error is 1.053 (v2, at 0.91339076) and 1.028 (v3 and v4, at 1.0000459).
-FLOAT32_ULPS = {"exp": 1.0, "log": 1.0, "tanh": 1.06, "sigmoid": 1.0, "erf": 1.0, "rsqrt": 1.0, "expm1": 2.0,
+FLOAT32_ULPS = {"exp": 1.0, "log": 1.0, "tanh": 1.06, "sigmoid": 1.0, "erf": 1.12, "rsqrt": 1.0, "expm1": 2.0,
                 "log1p": 2.0, "sin": 2.0, "cos": 2.0, "softplus": 2.0, "pow": 2.0}
 NUMPY_ULPS = 4.0
 FLOAT64_ULPS = 4.0
@@ -191,7 +193,7 @@ _normal_cdf_function = _function("erf", _normal_cdf, lambda x, y: np.exp(-x * x 
 
 
 def normal_cdf(x: Number) -> Number:
-    """Φ(x). The float64 kernel takes erfc of a rounded argument, which counts x² times in the tail; the float32 one not."""
+    """Φ(x). The float64 kernel takes erfc of a rounded argument, which counts x² times in the tail."""
     if isinstance(x, Rounded) and np.dtype(str(x.dtype)).itemsize == 8:
         return _erfc_function(x * -math.sqrt(0.5)) * 0.5
     return _normal_cdf_function(x)

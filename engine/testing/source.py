@@ -1,13 +1,14 @@
 """Where the inputs of an op's examples come from: Hypothesis, or a seeded generator.
 
 A row of the op table (opspec.py) says once how an example of the op is drawn, in terms of a Source. Under Hypothesis
-(strategies.py) the examples are small, varied and shrink; `Seeded` gives one example for a number, of a chosen size, for
-the checks that need large inputs and for benchmarks.
+(strategies.py) the examples are small, varied and shrink; `Seeded` gives one example for a number, of a chosen size,
+for the checks that need large inputs and for benchmarks.
 """
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 

@@ -5,13 +5,14 @@
     @given(st_eg.tensors(dtype="float32"))
     def test_exp(x): ...
 
-Values come from a seed that Hypothesis draws, not element by element: an example of a thousand elements costs as much as
-one of three, and what shrinks is what matters here, the shape, the layout, the attributes, and then the seed.
+Values come from a seed that Hypothesis draws, not element by element: an example of a thousand elements costs as much
+as one of three, and what shrinks is what matters here, the shape, the layout, the attributes, and then the seed.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -21,7 +22,8 @@ from engine.backend import Array
 from engine.testing.layouts import LAYOUTS
 from engine.testing.source import Source, special_values
 
-__all__ = ["Drawn", "arrays", "broadcastable", "cases", "dtypes", "exact_tensors", "floats", "layouts", "shapes", "tensors"]
+__all__ = ["Drawn", "arrays", "broadcastable", "cases", "dtypes", "exact_tensors", "floats", "layouts", "shapes",
+           "tensors"]
 
 
 class Drawn(Source):
@@ -75,7 +77,7 @@ def broadcastable(count: int, most: int = 3, largest_side: int = 6) -> Any:
 def floats(dtype: str = "float32", special: bool = True) -> Any:
     """Numbers that `dtype` holds. With `special` also ±0, subnormals, ±∞, NaN, the edges of exp, and the neighbours of
     powers of two; shrinks towards 0."""
-    width = np.dtype(dtype).itemsize * 8
+    width: Any = np.dtype(dtype).itemsize * 8
     plain = st.floats(-1e4, 1e4, width=width)
     if not special:
         return plain

@@ -92,7 +92,7 @@ def test_batch_invariance(spec: OpSpec, data: Any) -> None:
 @rows(lambda spec: spec.large and not spec.batch and ":" not in spec.name)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_position(spec: OpSpec, dtype: str) -> None:
-    """An element's bits do not depend on where in a vector or its tail it stands: any end of an array, alone and strided."""
+    """An element's bits do not depend on where in a vector or tail it stands: ends of arrays alone, and strided."""
     source = Seeded(2, dtype, side=77, ndim=1, special=spec.special)
     case = spec.example(source)
     operands = [np.array(np.broadcast_to(x, (77,))) for x in case.operands]

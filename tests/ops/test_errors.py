@@ -31,7 +31,7 @@ def test_unknown_argument(spec: OpSpec) -> None:
 
 @rows(lambda spec: ":" not in spec.name)
 def test_operand_is_no_tensor(spec: OpSpec) -> None:
-    """An operand that is no tensor and no number: the line says so, and names the op where the op itself looks at it."""
+    """An operand that is no tensor and no number: the line says so, and names the op if that looks at it itself."""
     op = registry[spec.op]
     operands: list[object] = ["no tensor" for name in op.inputs if name not in op.optional]
     if op.variadic:

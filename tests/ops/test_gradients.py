@@ -1,7 +1,7 @@
 """Every op's gradient, first and second order, against central differences of its float64 reference.
 
-The references are NumPy (engine/testing/rows, formulas.py), never the engine's own jvp: that is made from the vjp, and so
-agrees with any wrong vjp that is linear. Examples keep away from kinks by more than the differences reach.
+The references are NumPy (engine/testing/rows, formulas.py), never the engine's own jvp: that is made from the vjp, and
+so agrees with any wrong vjp that is linear. Examples keep away from kinks by more than the differences reach.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def test_adjoint(spec: OpSpec, data: Any) -> None:
     case = smooth_case(spec, data)
     f, points = spec.function(case), spec.points(case)
     create_graph = bool(data.draw(st.integers(0, 2)) == 2)
-    check_adjoint(f, *points, reference=spec.numpy_function(case), rounding=spec.rounding(case), create_graph=create_graph,
-                  seed=data.draw(st.integers(0, 99)))
+    check_adjoint(f, *points, reference=spec.numpy_function(case), rounding=spec.rounding(case),
+                  create_graph=create_graph, seed=data.draw(st.integers(0, 99)))
 
 
 @rows(differentiable)
@@ -55,7 +55,7 @@ def test_second_order(spec: OpSpec, data: Any) -> None:
 @rows(lambda spec: spec.gradient is not None)
 @given(data=st.data())
 def test_kernel_vjp(spec: OpSpec, data: Any) -> None:
-    """A kernel's gradient in either type against the textbook's equation, element by element, within its error bound."""
+    """A kernel's gradient in either type against the textbook's equation, within its error bound."""
     case = data.draw(cases(spec, arrange=True))
     y, _ = spec.expected(case)
     g = data.draw(st.builds(lambda n: np.random.default_rng(n).uniform(-1, 1, y.shape).astype(case.dtype),
@@ -65,7 +65,8 @@ def test_kernel_vjp(spec: OpSpec, data: Any) -> None:
     wanted = [w for i, w in enumerate(spec.gradient_expected(case, g)) if i in spec.differentiable(case)]
     for i, (got, want) in enumerate(zip(found, wanted)):
         assert isinstance(want, Rounded) and got is not None and got.dtype.name == str(case.dtype)
-        check_close(got, want.value, want.tolerance, check=f"{spec.name}: gradient {i}", origin="the bound of its equation")
+        check_close(got, want.value, want.tolerance, check=f"{spec.name}: gradient {i}",
+                    origin="the bound of its equation")
 
 
 @rows(lambda spec: bool(spec.linear))
@@ -86,8 +87,8 @@ def test_linear(spec: OpSpec, data: Any) -> None:
 
     y, zero = run(1.0), run(0.0)  # with a bias, or another summand, f is affine
     size = np.abs(run(2.0)) + np.abs(y) + 2 * np.abs(zero)
-    check_close(run(2.0) - zero, 2 * (y - zero), 4 * unit_roundoff("float64") * size, check=f"{spec.name}: f(2a) = 2f(a)",
-                origin="the four roundings of this test's own sums")
+    check_close(run(2.0) - zero, 2 * (y - zero), 4 * unit_roundoff("float64") * size,
+                check=f"{spec.name}: f(2a) = 2f(a)", origin="the four roundings of this test's own sums")
 
 
 @rows(differentiable)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -74,13 +75,13 @@ binary("pow", lambda s: ([s.array(x, 0.25, 3.0) for x in s.broadcastable(2)], {}
 
 
 def _quotients(s: Source) -> Draw:
-    """Dividends and divisors of both signs; where the quotient is decided by rounding, NumPy decides it in that type."""
+    """Dividends and divisors of both signs, whole numbers, so that the quotients' floors are decided exactly."""
     a, b = s.broadcastable(2)
     return [s.whole(a, -40, 40, str(s.dtype)), s.whole(b, 1, 9, str(s.dtype))], {}
 
 
 binary("floor_divide", _quotients, wrt=(), integers=True,
-       errors=(ErrorCase(lambda: eg.floor_divide(eg.tensor([2]), eg.tensor([0])), ZeroDivisionError, ("floor_divide",)),))
+       errors=(ErrorCase(lambda: eg.tensor([2]) // eg.tensor([0]), ZeroDivisionError, ("floor_divide",)),))
 binary("remainder", _quotients, wrt=(), integers=True)
 binary("maximum", apart(), signed_zero=False, integers=True)
 binary("minimum", apart(), signed_zero=False, integers=True)
@@ -145,8 +146,11 @@ def _clip(s: Source) -> Draw:
     return [s.array(s.shape(), -3, 3, kinks=kinks)], {"low": low, "high": high}
 
 
-register(OpSpec("clip", _clip, special=True, view=True, signed_zero=False, reference=lambda x, low, high: np.minimum(np.maximum(
-    x, -math.inf if low is None else low), math.inf if high is None else high)))
+def _clipped(x: np.ndarray, low: float | None, high: float | None) -> np.ndarray:
+    return np.minimum(np.maximum(x, -math.inf if low is None else low), math.inf if high is None else high)
+
+
+register(OpSpec("clip", _clip, special=True, view=True, signed_zero=False, reference=_clipped))
 
 for _name in ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal"):
     binary(_name, apart(), wrt=(), integers=True)
@@ -155,14 +159,20 @@ for _name in ("isnan", "isfinite", "isinf", "logical_not"):
 for _name in ("logical_and", "logical_or", "logical_xor"):
     binary(_name, apart(), wrt=(), integers=True)
 
-_BITWISE = {"bitwise_and": np.bitwise_and, "bitwise_or": np.bitwise_or, "bitwise_xor": np.bitwise_xor}
-for _name, _reference in _BITWISE.items():
-    _call = getattr(eg, _name)
-    binary(_name, whole_two(), wrt=(), special=False, large=whole_two(), reference=_reference, errors=(
-        ErrorCase(lambda f=_call: f(eg.ones(2), eg.ones(2)), TypeError, (_name, "float32")),))
-for _name, _reference in {"bitwise_left_shift": np.left_shift, "bitwise_right_shift": np.right_shift}.items():
-    _call = getattr(eg, _name)
-    binary(_name, whole_two(0, 9), wrt=(), special=False, large=whole_two(0, 9), reference=_reference, errors=(
-        ErrorCase(lambda f=_call: f(eg.ones(2), eg.ones(2)), TypeError, (_name, "float32")),))
-register(OpSpec("bitwise_not", lambda s: ([s.whole(s.shape(), -9, 9)], {}), wrt=(), reference=np.invert, errors=(
-    ErrorCase(lambda: eg.bitwise_not(eg.ones(2)), TypeError, ("bitwise_not", "float32")),)))
+def not_integer(name: str, operands: int) -> ErrorCase:
+    function = getattr(eg, name)
+    return ErrorCase(lambda: function(*[eg.ones(2)] * operands), TypeError, (name, "float32"))
+
+
+def bitwise(name: str, reference: Callable[..., Any], low: int = -9) -> None:
+    binary(name, whole_two(low), wrt=(), special=False, large=whole_two(low), reference=reference,
+           errors=(not_integer(name, 2),))
+
+
+bitwise("bitwise_and", np.bitwise_and)
+bitwise("bitwise_or", np.bitwise_or)
+bitwise("bitwise_xor", np.bitwise_xor)
+bitwise("bitwise_left_shift", np.left_shift, low=0)
+bitwise("bitwise_right_shift", np.right_shift, low=0)
+register(OpSpec("bitwise_not", lambda s: ([s.whole(s.shape(), -9, 9)], {}), wrt=(), reference=np.invert,
+                errors=(not_integer("bitwise_not", 1),)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,8 @@ from engine.testing.source import Source
 Draw = tuple[list[Any], dict[str, Any]]
 
 
-def moving(name: str, draw: Drawing, reference: Callable[..., Any] | None = None, view: bool = True, **row: Any) -> OpSpec:
+def moving(name: str, draw: Drawing, reference: Callable[..., Any] | None = None, view: bool = True,
+           **row: Any) -> OpSpec:
     return register(OpSpec(name, draw, reference=reference, view=view, linear=(0,), special=True, **row))
 
 
@@ -100,15 +102,20 @@ def _pieces(x: np.ndarray, sections: Any, axis: int) -> np.ndarray:
     return np.concatenate([p.reshape(-1) for p in np.split(x, cuts, axis)])
 
 
-moving("split", operand(_cut, least=1), _pieces, view=False,
-       call=lambda x, sections, axis: eg.concat([p.reshape(-1) for p in eg.split(x, sections, axis)]), errors=(
+def _split(x: Any, sections: Any, axis: int) -> Any:
+    parts: Any = eg.split(x, sections, axis)
+    return eg.concat([p.reshape(-1) for p in parts])
+
+
+moving("split", operand(_cut, least=1), _pieces, view=False, call=_split, errors=(
     ErrorCase(lambda: eg.split(eg.zeros(5), 2), ValueError, ("split", "5", "2")),
     ErrorCase(lambda: eg.split(eg.zeros(5), (2, 2)), ValueError, ("split", "[2, 2]", "5"))))
 moving("repeat", operand(lambda s, x: {"repeats": s.integer(0, 3), "axis": s.axis(x.ndim)}, least=1),
        lambda x, repeats, axis: np.repeat(x, repeats, axis), view=True)
-moving("roll", operand(lambda s, x: {"shift": s.integer(-7, 7), "axis": s.axis(x.ndim) if x.ndim and s.boolean() else None}),
-       errors=(ErrorCase(lambda: eg.roll(eg.zeros(2, 2), (1, 2)), ValueError, ("roll", "(1, 2)")),
-               ErrorCase(lambda: eg.roll(eg.zeros(2, 2), (1, 2), 0), ValueError, ("roll", "(1, 2)"))))
+moving("roll", operand(lambda s, x: {"shift": s.integer(-7, 7),
+                                     "axis": s.axis(x.ndim) if x.ndim and s.boolean() else None}), errors=(
+    ErrorCase(lambda: eg.roll(eg.zeros(2, 2), (1, 2)), ValueError, ("roll", "(1, 2)")),
+    ErrorCase(lambda: eg.roll(eg.zeros(2, 2), (1, 2), 0), ValueError, ("roll", "(1, 2)"))))
 moving("tile", operand(lambda s, x: {"repetitions": tuple(s.integer(0, 2) for _ in range(s.integer(1, 3)))}),
        lambda x, repetitions: np.tile(x, repetitions))
 moving("pad", operand(lambda s, x: {"widths": [(s.integer(0, 2), s.integer(0, 2)) for _ in x.shape],
@@ -140,13 +147,15 @@ def _alike(s: Source) -> Draw:
 moving("concat", _several, view=False, errors=(
     ErrorCase(lambda: eg.concat([]), ValueError, ("concat", "no tensors")),
     ErrorCase(lambda: eg.concat(eg.zeros(2)), TypeError, ("concat", "list or tuple")),
-    ErrorCase(lambda: eg.concat([eg.zeros(2, 3), eg.zeros(2, 4)]), ValueError, ("concat", "tensor 1", "(2, 4)", "(2, 3)")),
+    ErrorCase(lambda: eg.concat([eg.zeros(2, 3), eg.zeros(2, 4)]), ValueError,
+              ("concat", "tensor 1", "(2, 4)", "(2, 3)")),
     ErrorCase(lambda: eg.concat([eg.tensor(1.0)]), ValueError, ("concat", "0-d"))))
 moving("stack", _alike, lambda arrays, axis: np.stack(arrays, axis), view=False, errors=(
     ErrorCase(lambda: eg.stack([eg.zeros(2), eg.zeros(3)]), ValueError, ("concat", "tensor 1")),))
 
-register(OpSpec("astype", lambda s: ([s.array(s.shape(), special=False)], {"dtype": s.choice(["float64", "float32", "int32"])}),
-                wrt=(), view=True, reference=lambda x, dtype: x.astype(dtype), errors=(
+register(OpSpec("astype", lambda s: ([s.array(s.shape(), special=False)],
+                                     {"dtype": s.choice(["float64", "float32", "int32"])}), wrt=(), view=True,
+                reference=lambda x, dtype: x.astype(dtype), errors=(
     ErrorCase(lambda: eg.astype(eg.zeros(2), "float31"), TypeError, ("dtype", "'float31'", "float32")),)))
 register(OpSpec("astype: float64", lambda s: ([s.array(s.shape())], {"dtype": "float64"}), linear=(0,), view=True,
                 special=True, reference=lambda x, dtype: x))

@@ -48,8 +48,8 @@ def _no_tensor() -> eg.Tensor:
     return eg.tensor(1.0)
 
 
-register(OpSpec("matmul", _matmul, formula=formulas.matrix_product, wrt=(0, 1), linear=(0, 1), batch=(_matmul_rows, (0,)),
-                large=_matmul_large, integers=True, errors=(
+register(OpSpec("matmul", _matmul, formula=formulas.matrix_product, wrt=(0, 1), linear=(0, 1),
+                batch=(_matmul_rows, (0,)), large=_matmul_large, integers=True, errors=(
     ErrorCase(lambda: eg.matmul(eg.zeros(2, 3), eg.zeros(4, 5)), ValueError, ("matmul", "(2, 3)", "(4, 5)")),
     ErrorCase(lambda: eg.matmul(_no_tensor(), eg.zeros(2)), ValueError, ("matmul", "()", "1 axis")),
     ErrorCase(lambda: eg.matmul(eg.zeros(2, 2, 3), eg.zeros(3, 3, 4)), ValueError, ("matmul", "(2,)", "(3,)")))))
@@ -77,8 +77,8 @@ def _linear_rows(s: Source) -> Draw:
 
 
 register(OpSpec("linear", _linear, formula=formulas.linear, gradient=formulas.linear_vjp, wrt=(0, 1, 2), linear=(0, 1),
-                batch=(_linear_rows, (0,)), large=lambda s: ([s.array((150, 300)), s.array((130, 300)), s.array((130,))], {}),
-                errors=(
+                batch=(_linear_rows, (0,)),
+                large=lambda s: ([s.array((150, 300)), s.array((130, 300)), s.array((130,))], {}), errors=(
     ErrorCase(lambda: eg.linear(eg.zeros(2, 3), eg.zeros(4, 5)), ValueError, ("linear", "weight", "(4, 5)", "(2, 3)")),
     ErrorCase(lambda: eg.linear(eg.zeros(2, 3), eg.zeros(4, 3), eg.zeros(3)), ValueError, ("linear", "bias", "(3,)")),
     ErrorCase(lambda: eg.linear(eg.tensor([[1, 2]]), eg.tensor([[1, 2]])), TypeError, ("linear", "int64")))))
@@ -166,8 +166,9 @@ def _conv1d_formula(x: Any, weight: Any, bias: Any, stride: int, padding: int, d
         value = _conv1d_formula(x.value, weight.value, None, *parts)
         size = _conv1d_formula(np.abs(x.value), np.abs(weight.value), None, *parts)
         terms = weight.shape[1] * weight.shape[2]
-        y = Rounded(value, rounded.gamma(terms, x.unit) * size + terms * rounded.smallest_subnormal(x.dtype), dtype=x.dtype)
-        return y if bias is None else y + bias.reshape(-1, 1)
+        error = rounded.gamma(terms, x.unit) * size + terms * rounded.smallest_subnormal(x.dtype)
+        sums = Rounded(value, error, dtype=x.dtype)
+        return sums if bias is None else sums + bias.reshape(-1, 1)
     outputs, per_group, width = weight.shape
     wide = np.pad(x, ((0, 0), (0, 0), (padding, padding)))
     steps = (wide.shape[2] - dilation * (width - 1) - 1) // stride + 1
@@ -185,8 +186,10 @@ def _conv1d_call(x: Any, weight: Any, bias: Any, **attributes: Any) -> Any:
 
 
 register(OpSpec("conv1d", _conv1d, formula=_conv1d_formula, wrt=(0, 1, 2), linear=(0, 1), call=_conv1d_call, errors=(
-    ErrorCase(lambda: eg.conv1d(eg.zeros(1, 2, 5), eg.zeros(3, 3, 2)), ValueError, ("conv1d", "(1, 2, 5)", "(3, 3, 2)")),
-    ErrorCase(lambda: eg.conv1d(eg.zeros(1, 2, 1), eg.zeros(3, 2, 2)), ValueError, ("conv1d", "window of 2", "length 1")))))
+    ErrorCase(lambda: eg.conv1d(eg.zeros(1, 2, 5), eg.zeros(3, 3, 2)), ValueError,
+              ("conv1d", "(1, 2, 5)", "(3, 3, 2)")),
+    ErrorCase(lambda: eg.conv1d(eg.zeros(1, 2, 1), eg.zeros(3, 2, 2)), ValueError,
+              ("conv1d", "window of 2", "length 1")))))
 
 # ── attention ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -226,7 +229,8 @@ def _keep(query: Any, key: Any, dropout: float, seed: int, dtype: str) -> Any:
     return formulas.dropout_scale(shape, dropout, seed, dtype) if dropout else np.ones(shape)
 
 
-def _attention_call(query: Any, key: Any, value: Any, mask: Any, *, seed: int, dtype: str, lengths: Any, **rest: Any) -> Any:
+def _attention_call(query: Any, key: Any, value: Any, mask: Any, *, seed: int, dtype: str, lengths: Any,
+                    **rest: Any) -> Any:
     return eg.scaled_dot_product_attention(query, key, value, mask, generator=eg.Generator(seed),
                                            lengths=None if lengths is None else eg.from_numpy(lengths), **rest)
 
@@ -241,7 +245,8 @@ def _attention_vjp(g: Any, query: Any, key: Any, value: Any, mask: Any, *, dropo
     return formulas.attention_vjp(g, query, key, value, mask, keep=_keep(query, key, dropout, seed, dtype), **rest)
 
 
-def _attend(query: tuple[int, ...], key: tuple[int, ...], dropout: float = 0.0, mask: tuple[int, ...] | None = None) -> Any:
+def _attend(query: tuple[int, ...], key: tuple[int, ...], dropout: float = 0.0,
+            mask: tuple[int, ...] | None = None) -> Any:
     return lambda: eg.scaled_dot_product_attention(eg.zeros(query), eg.zeros(key), eg.zeros(key),
                                                    None if mask is None else eg.zeros(mask), dropout=dropout)
 
@@ -275,13 +280,17 @@ def _rope(s: Source) -> Draw:
 
 def _rope_rows(s: Source) -> Draw:
     t, half = s.integer(1, 9), s.integer(1, 20)
-    return [s.array((3, t, 2 * half)), s.array((t, half), -1, 1), s.array((t, half), -1, 1)], {"interleaved": s.boolean()}
+    operands = [s.array((3, t, 2 * half)), s.array((t, half), -1, 1), s.array((t, half), -1, 1)]
+    return operands, {"interleaved": s.boolean()}
+
+
+def _rope_large(s: Source) -> Draw:
+    return [s.array((40, 60, 64)), s.array((60, 32)), s.array((60, 32))], {"interleaved": s.boolean()}
 
 
 register(OpSpec("rope", _rope, formula=formulas.rope, gradient=formulas.rope_vjp, wrt=(0,), linear=(0,),
-                batch=(_rope_rows, (0,)),
-                large=lambda s: ([s.array((40, 60, 64)), s.array((60, 32)), s.array((60, 32))], {"interleaved": s.boolean()}),
-                errors=(
+                batch=(_rope_rows, (0,)), large=_rope_large, errors=(
     ErrorCase(lambda: eg.rope(eg.zeros(2, 3), eg.zeros(2, 1), eg.zeros(2, 1)), ValueError, ("rope", "(2, 3)", "even")),
-    ErrorCase(lambda: eg.rope(eg.zeros(2, 4), eg.zeros(2, 1), eg.zeros(2, 1)), ValueError, ("rope", "(2, 1)", "(2, 2)")))))
+    ErrorCase(lambda: eg.rope(eg.zeros(2, 4), eg.zeros(2, 1), eg.zeros(2, 1)), ValueError,
+              ("rope", "(2, 1)", "(2, 2)")))))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,7 @@ def exactly(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _prod(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
-    """Π x: n − 1 roundings in any order, |fl − y| ≤ γ_n |y|, and each may underflow, by at most η times what multiplies it."""
+    """Π x: n − 1 roundings in any order, |fl − y| ≤ γ_n |y|; each may lose η to underflow, times what multiplies it."""
     if not isinstance(x, Rounded):
         return np.prod(x, axis=axis, keepdims=keepdims)
     value = np.prod(x.value, axis=axis, keepdims=keepdims)
@@ -77,8 +78,10 @@ reduction("prod", over_axes(0.5, 2.0), formula=_prod, integers=True, batch=rows(
 reduction("mean", over_axes(least=1), formula=rounded.mean, linear=(0,))
 reduction("max", ranked(), special=True, signed_zero=False, reference=exactly(np.max), errors=(empty_axis("max"),))
 reduction("min", ranked(), special=True, signed_zero=False, reference=exactly(np.min), errors=(empty_axis("min"),))
-reduction("argmax", ranked(several=False), special=True, wrt=(), reference=exactly(np.argmax), errors=(empty_axis("argmax"),))
-reduction("argmin", ranked(several=False), special=True, wrt=(), reference=exactly(np.argmin), errors=(empty_axis("argmin"),))
+reduction("argmax", ranked(several=False), special=True, wrt=(), reference=exactly(np.argmax),
+          errors=(empty_axis("argmax"),))
+reduction("argmin", ranked(several=False), special=True, wrt=(), reference=exactly(np.argmin),
+          errors=(empty_axis("argmin"),))
 reduction("any", ranked(least=0), wrt=(), special=True, reference=exactly(np.any))
 reduction("all", ranked(least=0), wrt=(), special=True, reference=exactly(np.all))
 reduction("logsumexp", over_axes(-30, 30, least=1), formula=formulas.logsumexp, batch=rows(-30, 30))
@@ -125,15 +128,14 @@ def _sortable(s: Source) -> Draw:
 
 
 def _argsort(x: np.ndarray, axis: int = -1, descending: bool = False) -> np.ndarray:
-    """Stable in both directions, by insertion: an element stands behind those that are before it and not after it."""
+    """Element by element, by Python's own sort."""
     y = np.empty(x.shape, np.int64)
     rows_in, rows_out = np.moveaxis(x, axis, -1), np.moveaxis(y, axis, -1)
     for place in np.ndindex(rows_in.shape[:-1]):
         row = [float(v) for v in rows_in[place]]
-        key = [(v != v, 0.0 if v != v else -v if descending else v) for v in row]
-        if descending:  # flipping a sort that puts NaN last puts it first
-            key = [(not nan, v) for nan, v in key]
-        rows_out[place] = sorted(range(len(row)), key=lambda i, key=key: key[i])  # Python's sort is stable
+        keys = [(not v != v, -v) if descending else (v != v, v) for v in row]  # NaN counts as the largest
+        keys = [(last, 0.0 if v != v else v) for last, v in keys]
+        rows_out[place] = sorted(range(len(row)), key=keys.__getitem__)  # Python's sort is stable
     return y
 
 
@@ -183,6 +185,10 @@ def _medians(s: Source) -> Draw:
     return operands, attributes
 
 
+def _searched(s: Source) -> Draw:
+    return [np.sort(s.distinct((s.side(),))), s.distinct(s.shape())], {"side": s.choice(["left", "right"])}
+
+
 register(OpSpec("quantile", _quantiles, formula=_quantile, errors=(
     ErrorCase(lambda: eg.quantile(eg.zeros(3), 1.5), ValueError, ("quantile", "1.5", "[0, 1]")),
     ErrorCase(lambda: eg.quantile(eg.zeros(0), 0.5), ValueError, ("quantile", "empty")))))
@@ -191,7 +197,6 @@ register(OpSpec("median", _medians, formula=lambda x, **a: _quantile(x, 0.5, **a
 register(OpSpec("unique_values", lambda s: ([s.distinct(s.shape())], {}), wrt=(), reference=np.unique))
 register(OpSpec("nonzero", lambda s: ([s.distinct(s.shape(1))], {}), wrt=(),
                 call=lambda x: eg.stack(eg.nonzero(x)), reference=lambda x: np.stack(np.nonzero(x))))
-register(OpSpec("searchsorted", lambda s: ([np.sort(s.distinct((s.side(),))), s.distinct(s.shape())],
-                                           {"side": s.choice(["left", "right"])}), wrt=(), reference=np.searchsorted, errors=(
+register(OpSpec("searchsorted", _searched, wrt=(), reference=np.searchsorted, errors=(
     ErrorCase(lambda: eg.searchsorted(eg.zeros(2, 2), eg.zeros(1)), ValueError, ("searchsorted", "(2, 2)")),
     ErrorCase(lambda: eg.searchsorted(eg.zeros(2), eg.zeros(1), "middle"), ValueError, ("searchsorted", "'middle'")))))
