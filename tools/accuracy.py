@@ -26,7 +26,7 @@ from engine.backend import get_backend
 _erf, _erfc = np.vectorize(math.erf, otypes=[float]), np.vectorize(math.erfc, otypes=[float])
 Function = Callable[[np.ndarray], np.ndarray]
 CHUNK = 1 << 20
-TAIL = {"silu": 1e-36, "gelu": 1e-36}  # below, x multiplies the rounding of a subnormal: only 10⁻⁴³ absolute is promised
+TAIL = {"silu": 1e-36, "gelu": 1e-36}  # below, x multiplies the rounding of a subnormal: 10⁻⁴³ absolute
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
