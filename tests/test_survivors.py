@@ -32,3 +32,13 @@ def test_leaves_of_one_sum_get_memory_of_their_own() -> None:
     (a + b).backward(g)
     found = [a.grad.numpy(), b.grad.numpy(), g.numpy()]
     assert not any(np.shares_memory(one, other) for i, one in enumerate(found) for other in found[i + 1:])
+
+
+def test_a_matrix_times_a_column_in_any_layout() -> None:
+    """Exact: products of small whole numbers. The kernel turns A b into bᵀ Aᵀ, and their strides with them."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-4, 5, shape).astype("float32") for shape in ((5, 7), (7, 3)))
+    for left in (a, np.asfortranarray(a), a[::-1], np.repeat(a, 2, axis=1)[:, ::2]):
+        for column in (b[:, :1], b[:, 2:], np.asfortranarray(b)[:, 1:2], b[::-1, :1], np.ascontiguousarray(b[:, :1])):
+            got = eg.from_numpy(left) @ eg.from_numpy(column)
+            np.testing.assert_array_equal(got.numpy(), left @ column)

@@ -57,7 +57,7 @@ KERNELS = [
            "x->a = old.b, x->a_row = old.b_col, x->a_col = old.b_row;",
            "x->a = old.b, x->a_row = old.b_row, x->a_col = old.b_col;",
            "the strides of a column B are swapped",
-           f"{forward('matmul')} {BITS}::test_layouts[matmul]"),
+           "tests/test_survivors.py::test_a_matrix_times_a_column_in_any_layout"),
     Mutant("gemm batch step", "kernels/gemm.c",
            "x.b += t * batch->b_batch;",
            "x.b += t * batch->a_batch;",
