@@ -18,6 +18,7 @@ import numpy as np
 from tools.training.corpus import open_corpus, read_file
 from tools.training.errors import ProgramError, run_program
 from tools.training.evaluation import score
+from tools.training.progress import show_percent
 from tools.training.tokens import Tokenizer
 from tools.training.trained import load_model
 
@@ -57,12 +58,7 @@ def main() -> int:
     model, tokenizer, facts = load_model(arguments.checkpoint)
     tokens = text_tokens(arguments, tokenizer, facts)
     context = model.config.context_length
-
-    def progress(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{100 * done // total} %", end="" if done < total else "\r     \r", file=sys.stderr, flush=True)
-
-    result = score(model, tokens, tokenizer.byte_lengths(), context, arguments.stride, arguments.batch, progress)
+    result = score(model, tokens, tokenizer.byte_lengths(), context, arguments.stride, arguments.batch, show_percent)
     if arguments.json:
         print(json.dumps({"bits_per_byte": result.bits_per_byte, "perplexity": result.perplexity,
                           "tokens": result.tokens, "bytes": result.bytes, "stride": arguments.stride or context}))

@@ -153,6 +153,7 @@ def train(session: Session, arguments: argparse.Namespace) -> tuple[float, bool]
                 arguments.minutes is not None and time.monotonic() - start > 60 * arguments.minutes)
             if step % settings.validation_interval == 0:
                 record["validation_bits_per_byte"] = session.validate().bits_per_byte
+                progress.measured(measured_peak())
                 progress.say(f"step {step}: {record['validation_bits_per_byte']:.3f} bits per byte on validation text")
             metrics.write(step, **record)
             if last or step % settings.checkpoint_interval == 0:

@@ -13,7 +13,7 @@ from tools.training.evaluation import Score, score
 from tools.training.generation import generate_text, visible
 from tools.training.metrics import read_metrics
 from tools.training.plot import plot_losses
-from tools.training.progress import duration
+from tools.training.progress import duration, show_percent
 from tools.training.report import comparison, write_report
 from tools.training.session import Session, kernels
 
@@ -25,7 +25,8 @@ def finish(session: Session, run: Path, baselines: dict[str, float], seconds: fl
     settings = session.settings
     print(f"training took {duration(seconds)}; scoring the validation text", file=sys.stderr, flush=True)
     stride = max(1, settings.context // 2)  # every prediction but the first few looks back on half a context
-    result = score(session.current_model(), session.cache.validation, session.byte_lengths, settings.context, stride)
+    result = score(session.current_model(), session.cache.validation, session.byte_lengths, settings.context, stride,
+                   progress=show_percent)
     samples = [sample(session, number) for number in range(settings.samples)]
     facts = collect(session, baselines, result, samples, seconds, command, stride)
     records = read_metrics(run / "metrics.jsonl")

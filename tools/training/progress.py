@@ -19,6 +19,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"
 
 
+def show_percent(done: int, total: int) -> None:
+    """A running figure on a terminal, gone when it reaches the end; nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r{100 * done // total} %" if done < total else "\r     \r", end="", file=sys.stderr, flush=True)
+
+
 @dataclass
 class Progress:
     """Loss, tokens/s, GFLOP/s and its share of the measured peak, and the time left.
@@ -69,6 +75,11 @@ class Progress:
             self.bar.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr, flush=True)
+
+    def measured(self, peak_flops: float | None) -> None:
+        """Another measurement of the peak: the highest counts, since other programs can only lower it."""
+        if peak_flops is not None:
+            self.peak_flops = max(peak_flops, self.peak_flops or 0.0)
 
     def pause(self) -> None:
         """Time until now was not spent on steps (validation, a checkpoint): leave it out of the rates."""
