@@ -1,0 +1,337 @@
+"""The laboratory itself: its bounds against known numbers, and each check against something that is wrong."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import find, given
+from hypothesis import strategies as st
+
+import engine as eg
+import engine.testing.rows
+from engine.backend import get_backend
+from engine.backend.cpu import CpuBackend
+from engine.testing import (
+    CheckFailure,
+    OpSpec,
+    Rounded,
+    Seeded,
+    assert_ulp,
+    check_adjoint,
+    check_backends,
+    check_bits,
+    check_close,
+    check_errors,
+    check_grads,
+    check_inputs_unmutated,
+    check_layouts,
+    check_linear_vjp,
+    check_no_alias,
+    check_second_order,
+    check_threads,
+    dot_bound,
+    gamma,
+    matmul_bound,
+    register,
+    specs,
+    sum_bound,
+    ulp_distance,
+    ulp_error,
+)
+from engine.testing import strategies as st_eg
+from engine.testing.layouts import LAYOUTS
+from engine.testing.rounded import exp, matmul, total
+
+
+def fails(check: Any, *words: str) -> CheckFailure:
+    """check() raises CheckFailure, whose text contains the words."""
+    with pytest.raises(CheckFailure) as caught:
+        check()
+    for word in words:
+        assert word in str(caught.value)
+    return caught.value
+
+
+# ── ULPs and bounds ───────────────────────────────────────────────────────────────────────────────────
+
+def test_ulp_distance_counts_floats() -> None:
+    one = np.float32(1)
+    assert ulp_distance(one, np.nextafter(one, np.float32(2))) == 1
+    assert ulp_distance(np.float32(-0.0), np.float32(0.0)) == 0
+    tiny = np.float32(1.4e-45)
+    assert ulp_distance(tiny, -tiny) == 2 and ulp_distance(np.float64(1), np.float64(2)) == 2**52
+    assert ulp_distance(np.float32(np.nan), np.float32(np.nan)) == 0
+    assert ulp_distance(np.float32(np.nan), one) == np.iinfo(np.int64).max
+    assert ulp_distance(np.float32(np.inf), np.finfo(np.float32).max) == 1
+    assert ulp_distance(np.float32(-np.inf), np.float32(np.inf)) == 2 * 0x7F800000
+    with pytest.raises(TypeError):
+        ulp_distance(one, np.float64(1))
+
+
+@given(x=st_eg.floats("float32"), y=st_eg.floats("float32"))
+def test_ulp_distance_is_a_metric_with_neighbours_one_apart(x: float, y: float) -> None:
+    a, b = np.float32(x), np.float32(y)
+    assert ulp_distance(a, b) == ulp_distance(b, a) and ulp_distance(a, a) == 0
+    if np.isfinite(a):
+        assert ulp_distance(a, np.nextafter(a, np.float32(np.inf))) == 1
+
+
+def test_ulp_error_is_in_units_of_the_exact_result() -> None:
+    assert ulp_error(np.float32(1), 1 + 2.0**-24) == 0.5
+    assert ulp_error(np.float32(0), 2.0**-149) == 1.0, "subnormals are as far apart as the smallest ones"
+    assert ulp_error(np.float32(np.inf), 1e39) == 0.0 and ulp_error(np.float32(np.inf), 1.0) == np.inf
+    assert_ulp(np.float32([1, np.nan, np.inf]), [1, np.nan, np.inf], 0)
+    failure = fails(lambda: assert_ulp(np.float32([1, 1]), [1, 1 + 2.0**-22], 1), "assert_ulp at (1,)", "2 ULP apart")
+    assert failure.index == (1,) and failure.ulps == 2.0
+
+
+def exact_sum(x: np.ndarray) -> Fraction:
+    return sum((Fraction(float(v)) for v in x), Fraction(0))
+
+
+@given(seed=st.integers(0, 2**16), n=st.integers(1, 200))
+def test_bounds_hold_for_every_order(seed: int, n: int) -> None:
+    """A float32 sum and dot product, one element at a time, against exact rational arithmetic."""
+    rng = np.random.default_rng(seed)
+    x, y = ((rng.uniform(-1, 1, n) * 10.0 ** rng.integers(-3, 4, n)).astype(np.float32) for _ in range(2))
+    s = np.float32(0)
+    for v in x:
+        s = np.float32(s + v)
+    assert abs(Fraction(float(s)) - exact_sum(x)) <= Fraction(float(sum_bound(x, "float32"))) * Fraction(1 + 2**-40)
+    d = np.float32(0)
+    for a, b in zip(x, y):
+        d = np.float32(d + np.float32(a * b))
+    exact = sum((Fraction(float(a)) * Fraction(float(b)) for a, b in zip(x, y)), Fraction(0))
+    assert abs(Fraction(float(d)) - exact) <= Fraction(float(dot_bound(x, y, "float32"))) * Fraction(1 + 2**-40)
+
+
+def test_gamma() -> None:
+    assert gamma(1, 2.0**-24) == 2.0**-24 / (1 - 2.0**-24)
+    with pytest.raises(ValueError):
+        gamma(2**24, 2.0**-24)
+    a, b = np.ones((2, 3)), np.ones((3, 4))
+    assert matmul_bound(a, b, "float64").shape == (2, 4)
+
+
+@given(seed=st.integers(0, 2**16))
+def test_rounded_bounds_what_float32_does(seed: int) -> None:
+    """A formula in float32 NumPy, against the same over Rounded: inside the bound, and the bound is not absurd."""
+    rng = np.random.default_rng(seed)
+    x, w = rng.uniform(-2, 2, (3, 7)).astype(np.float32), rng.uniform(-2, 2, (7, 4)).astype(np.float32)
+
+    def f(a: Any, b: Any) -> Any:
+        z = matmul(a, b)
+        e = exp(z * 0.3 - 0.1)
+        return e / total(e, -1, True) + z * z
+
+    y = f(Rounded(x, dtype="float32"), Rounded(w, dtype="float32"))
+    got = f(x, w)
+    assert got.dtype == np.float32
+    check_close(got, y.value, y.tolerance)
+    assert np.all(y.tolerance <= 1e-4 * (1 + np.abs(y.value)))
+
+
+# ── each check finds what it is for ───────────────────────────────────────────────────────────────────
+
+def cube(x: np.ndarray) -> np.ndarray:
+    return x * x * x
+
+
+def cube_vjp(factor: float) -> Any:
+    return lambda xs, g: (cube(xs[0]), [factor * g * xs[0] ** 2])
+
+
+def test_a_subtly_wrong_gradient_of_a_foreign_function_is_found() -> None:
+    """A NumPy function with a hand-written gradient: right, wrong by 1 in 10⁶, transposed, and not summed."""
+    x = np.array([0.3, -1.5, 2.0])
+    check_adjoint(cube, x, vjp=cube_vjp(3.0))
+    failure = fails(lambda: check_adjoint(cube, x, vjp=cube_vjp(3.000003)), "check_adjoint", "central differences")
+    assert failure.bound is not None and failure.bound < 1e-8
+
+    def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return a @ b
+
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 3))
+    check_adjoint(product, a, b, vjp=lambda xs, g: (None, [g @ xs[1].T, xs[0].T @ g]))
+    fails(lambda: check_adjoint(product, a, b, vjp=lambda xs, g: (None, [g @ xs[1], xs[0].T @ g])))
+    fails(lambda: check_adjoint(lambda p, q: p + q, a, a[0], vjp=lambda xs, g: (None, [g, g])), "shape (3, 3)")
+
+
+def test_gradient_checks_refuse_float32_with_a_reason() -> None:
+    check_errors(lambda: check_grads(lambda x: x * x, np.ones(2, np.float32)), TypeError, "float64", "3 or 4 digits")
+
+
+def planted(rule: Any) -> Any:
+    """y = x² as an op with a vjp of one's choice."""
+    from engine.ops.registry import op
+
+    @op("... -> ...", public=False)
+    def planted_square(k: Any, x: Any) -> Any:
+        return k.map("square", x)
+
+    planted_square.vjp(rule)
+    return planted_square
+
+
+def right_rule(g: Any, x: Any) -> Any:
+    return g * (x * 2.0)
+
+
+def detached_rule(g: Any, x: Any) -> Any:
+    return g * (x.detach() * 2.0)
+
+
+def test_first_and_second_order_are_checked_apart() -> None:
+    x = np.array([0.5, -2.0])
+    check_grads(planted(right_rule), x)
+    wrong_once = planted(lambda g, x: g * (x * 2.0000001))
+    fails(lambda: check_grads(wrong_once, x), "check_adjoint")
+    detached = planted(detached_rule)
+    check_adjoint(detached, x)
+    fails(lambda: check_second_order(detached, x), "check_second_order")
+
+
+def test_a_vjp_that_is_not_linear_is_found() -> None:
+    x = np.array([0.5, -2.0])
+    check_linear_vjp(cube_vjp(3.0), [x], x.shape)
+    fails(lambda: check_linear_vjp(lambda xs, g: (None, [g * g]), [x], x.shape), "check_linear_vjp")
+
+
+def test_aliased_gradients_are_found() -> None:
+    x, y = np.ones(2), np.ones(2)
+    check_no_alias(lambda a, b: a + b, x, y)
+
+    class Same:
+        """A result whose backward puts one tensor into both gradients."""
+
+        def __init__(self, leaves: tuple[eg.Tensor, ...]):
+            self.leaves, self.shape = leaves, leaves[0].shape
+
+        def numpy(self) -> np.ndarray:
+            return self.leaves[0].numpy()
+
+        def backward(self, g: eg.Tensor) -> None:
+            for leaf in self.leaves:
+                leaf.grad = g
+
+    fails(lambda: check_no_alias(lambda a, b: Same((a, b)), x, y), "share memory")
+
+
+def test_layout_dependence_is_found() -> None:
+    x = np.random.default_rng(0).normal(size=(3, 4))
+    check_layouts(lambda t: t * 2.0, x)
+    fails(lambda: check_layouts(lambda t: t * float(t.numpy().strides[0]), x), "check_layouts")
+
+
+def test_thread_dependence_is_found() -> None:
+    if not isinstance(get_backend("cpu"), CpuBackend):
+        pytest.skip("no compiled kernels, so no threads")
+    check_threads(lambda: eg.ones(3))
+    fails(lambda: check_threads(lambda: eg.ones(3) * float(eg.get_num_threads())), "2 threads against 1")
+    calls: list[int] = []
+
+    def fickle() -> eg.Tensor:
+        calls.append(1)
+        return eg.ones(1) * float(len(calls) // 5)
+
+    fails(lambda: check_threads(fickle), "1 threads against 1")
+
+
+def test_backends_that_differ_and_inputs_that_change_are_found() -> None:
+    check_backends(lambda t: t * 2.0, np.ones(3), bound=0.0)
+    fails(lambda: check_backends(lambda t: t * (2.0 if t.device == "cpu" else 3.0), np.ones(3), bound=0.5))
+    check_inputs_unmutated(lambda a: a * 2, np.ones(3))
+
+    def spoil(a: np.ndarray) -> None:
+        a[0] = 5.0
+
+    fails(lambda: check_inputs_unmutated(spoil, np.ones(3)), "input 0 changed")
+
+
+def test_errors_are_checked_for_kind_words_and_length() -> None:
+    def fail(text: str) -> Any:
+        raise ValueError(text)
+
+    check_errors(lambda: fail("op: x is 1, expected 2"), ValueError, "op", "expected 2")
+    fails(lambda: check_errors(lambda: fail("op: bad"), ValueError, "expected"), "one line with 'expected'")
+    fails(lambda: check_errors(lambda: fail("op\nbad"), ValueError, "op"))
+    fails(lambda: check_errors(lambda: fail("op"), TypeError), "ValueError: op")
+    fails(lambda: check_errors(lambda: None, TypeError), "no error")
+
+
+@pytest.mark.parametrize(("got", "want", "bound"), [
+    (1.0, np.nan, 1.0), (np.nan, 1.0, 1.0), (np.inf, 1.0, 1.0), (-np.inf, np.inf, 1.0), (0.0, -0.0, 0.0),
+    (1.0, 1.5, 0.4), (np.inf, 3.0e38, 1.0), (1.0, np.inf, 1.0)])
+def test_check_close_and_check_bits_tell_special_values_apart(got: float, want: float, bound: float) -> None:
+    fails(lambda: check_close(np.float32([got]), [want], bound))
+    fails(lambda: check_bits(np.float32([got]), np.float32([want]), check="bits"))
+
+
+def test_check_close_accepts_what_rounds_so() -> None:
+    got = np.float32([np.inf, 3.4028235e38, np.nan, -0.0])
+    check_close(got, [3.5e38, 3.4028236e38, np.nan, -0.0], [1e37, 1e32, 0, 0])
+    fails(lambda: check_close(np.float32([1]), [[1.0]], 1.0), "equal shapes")
+
+
+# ── examples ──────────────────────────────────────────────────────────────────────────────────────────
+
+@given(data=st.data())
+def test_layouts_keep_shape_and_values(data: Any) -> None:
+    x = data.draw(st_eg.arrays("float32", arrange=False))
+    for name, layout in LAYOUTS.items():
+        y = layout(x, np.random.default_rng(0))
+        assert isinstance(y, np.ndarray) and np.array_equal(x, y) and x.shape == y.shape, name
+        assert name == "read-only" or y.flags.writeable
+        assert not any(s % y.itemsize for s in y.strides)
+
+
+def test_layouts_are_what_they_say() -> None:
+    x, rng = np.arange(24.0).reshape(2, 3, 4), np.random.default_rng(0)
+    assert LAYOUTS["F"](x, rng).flags.f_contiguous and not LAYOUTS["strided"](x, rng).flags.forc
+    assert LAYOUTS["negative"](x, rng).strides[-1] < 0 and LAYOUTS["offset"](x, rng).ctypes.data % 64
+    assert np.isnan(LAYOUTS["rows"](x, rng).base).any(), "what lies between the elements is poison"
+
+
+def test_examples_shrink_to_the_small_and_plain() -> None:
+    x = find(st_eg.arrays("float32"), lambda a: a.size >= 3)
+    assert x.size == 3 and x.flags.c_contiguous
+    case = find(st_eg.cases(specs["softmax"], "float32", arrange=True), lambda c: c.operands[0].ndim == 2)
+    assert case.operands[0].size <= 1 and case.operands[0].flags.c_contiguous
+
+
+@given(data=st.data())
+def test_strategies_give_what_they_promise(data: Any) -> None:
+    shapes = data.draw(st_eg.broadcastable(3))
+    np.broadcast_shapes(*shapes)
+    whole = data.draw(st_eg.exact_tensors())
+    assert np.array_equal(whole.numpy(), np.round(whole.numpy())) and np.all(np.abs(whole.numpy()) <= 8)
+    x = data.draw(st_eg.tensors("float64", requires_grad=True))
+    assert x.requires_grad and x.dtype is eg.float64
+    assert eg.ops.registry and data.draw(st_eg.dtypes("fi")) in {t.name for t in eg.dtypes.ALL}
+    value = data.draw(st_eg.floats("float32"))
+    assert math.isnan(value) or float(np.float32(value)) == value
+    assert len(data.draw(st_eg.shapes(2, 2, 1))) == 2
+
+
+def test_smooth_examples_keep_away_from_kinks_and_ties() -> None:
+    for seed in range(20):
+        source = Seeded(seed, smooth=True)
+        assert np.all(np.abs(source.array((50,), kinks=(0.0, 1.0))) >= 0.05)
+        assert np.min(np.diff(np.sort(source.distinct((50,))))) >= 0.1
+
+
+def test_a_users_own_op_gets_the_same_checks() -> None:
+    row = OpSpec("wave", lambda s: ([s.array(s.shape())], {}), reference=np.sin, ulps="sin", call=eg.sin)
+    try:
+        register(row)
+        case = row.example(Seeded(0, "float32"))
+        want, bound = row.expected(case)
+        check_close(row.run(case.operands, case.attributes), want, bound)
+        with pytest.raises(ValueError, match="wave"):
+            register(row)
+    finally:
+        specs.pop("wave")
