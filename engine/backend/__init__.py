@@ -2,6 +2,7 @@
 
     k = get_backend("cpu")        "cpu": C kernels, or the NumPy rows where none were compiled
                                   "reference": NumPy
+                                  "cuda": CuPy and the CUDA kernels
 
 Nothing above this package asks what device it runs on.
 """
@@ -40,7 +41,13 @@ def _reference() -> Backend:
     return ReferenceBackend()
 
 
-_MAKERS = {"cpu": _cpu, "reference": _reference}
+def _cuda() -> Backend:
+    from engine.backend.cupy import CupyBackend
+
+    return CupyBackend()
+
+
+_MAKERS = {"cpu": _cpu, "reference": _reference, "cuda": _cuda}
 
 
 def devices() -> tuple[str, ...]:

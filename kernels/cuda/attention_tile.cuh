@@ -6,8 +6,9 @@
  *     tile_dot:          score[i] = Σ_e a[OWN·w + i][e] · b[j][e]                     (scores of queries with keys)
  *     tile_accumulate:   o[i][c] += Σ_j weight_j[i] · b[j][first + 32c + lane]         (weighted sums of values)
  *
- * Both bring 32 columns at a time of their operands to shared memory, where every number is then used 32 times, and keep
- * their sums in registers. Rows of shared memory are 33 wide, so that the 32 lanes reading a column meet 32 banks. */
+ * Both bring 32 columns at a time of their operands to shared memory, where every number is then used 32 times, and
+ * keep their sums in registers. Rows of shared memory are 33 wide, so that the 32 lanes reading a column meet 32
+ * banks. */
 #define TILE 32
 #define OWN (TILE / WARPS)
 #define PARTS 4               /* 32-column parts of the sums that a thread holds: 16 registers for each sum */
@@ -21,7 +22,8 @@ struct tile_rows {
     int64_t count, stride;
 };
 
-/* Columns column … column + 31 of the rows, zeros beyond row `count` and column d. A warp reads 32 neighbours of a row. */
+/* Columns column … column + 31 of the rows, zeros beyond row `count` and column d. A warp reads 32 neighbours of a
+ * row. */
 static __device__ inline void load_chunk(chunk to, tile_rows rows, int64_t column, int64_t d) {
     for (int i = 0; i < OWN; i++) {
         int row = i * WARPS + warp_index();
@@ -45,7 +47,8 @@ static __device__ inline void tile_dot(real score[OWN], tile_rows a, tile_rows b
 }
 
 /* o[i][c] += Σ_j weight[i] of lane j · b[j][first + 32c + lane], one ascending chain. */
-static __device__ inline void tile_accumulate(real o[OWN][PARTS], const real weight[OWN], tile_rows b, int64_t first, int64_t d, chunk right) {
+static __device__ inline void tile_accumulate(real o[OWN][PARTS], const real weight[OWN], tile_rows b, int64_t first,
+                                              int64_t d, chunk right) {
 #pragma unroll
     for (int c = 0; c < PARTS; c++) {
         if (first + c * TILE >= d) continue; /* the same for all threads */
@@ -59,7 +62,8 @@ static __device__ inline void tile_accumulate(real o[OWN][PARTS], const real wei
 }
 
 /* to[OWN·warp + i][first + 32c + lane] = o[i][c] / divisor[i], for the first `count` rows; dense rows of d. */
-static __device__ inline void store_tile(real *to, const real o[OWN][PARTS], const real divisor[OWN], int64_t count, int64_t first, int64_t d) {
+static __device__ inline void store_tile(real *to, const real o[OWN][PARTS], const real divisor[OWN], int64_t count,
+                                         int64_t first, int64_t d) {
 #pragma unroll
     for (int c = 0; c < PARTS; c++)
         for (int i = 0; i < OWN; i++) {
@@ -76,7 +80,10 @@ static __device__ inline void clear_tile(real o[OWN][PARTS]) {
 
 /* ── the arguments, and what they say about one query and one key ───────────────────────────────── */
 
-enum { Q_BATCH, Q_HEAD, Q_TIME, K_BATCH, K_HEAD, K_KEY, V_BATCH, V_HEAD, V_KEY, MASK_BATCH, MASK_HEAD, MASK_TIME, MASK_KEY };
+enum {
+    Q_BATCH, Q_HEAD, Q_TIME, K_BATCH, K_HEAD, K_KEY, V_BATCH, V_HEAD, V_KEY,
+    MASK_BATCH, MASK_HEAD, MASK_TIME, MASK_KEY
+};
 
 struct attention {
     const real *q, *k, *v, *mask;
@@ -104,7 +111,8 @@ static __device__ inline tile_rows values_of(const attention &x, int64_t b, int6
     return {first, x.s - key, x.strides[V_KEY]};
 }
 /* The same rows of an operand that is dense like the output: (batch, heads, T, D). */
-static __device__ inline tile_rows dense_rows(const attention &x, const real *operand, int64_t b, int64_t head, int64_t query) {
+static __device__ inline tile_rows dense_rows(const attention &x, const real *operand, int64_t b, int64_t head,
+                                              int64_t query) {
     return {operand + ((b * x.heads + head) * x.t + query) * x.d, x.t - query, x.d};
 }
 
@@ -117,7 +125,8 @@ static __device__ inline int64_t visible_keys(const attention &x, int64_t b, int
 }
 
 /* scale · qᵀk + mask, −∞ where hidden. */
-static __device__ inline real masked_score(const attention &x, real dot, int64_t b, int64_t head, int64_t query, int64_t key) {
+static __device__ inline real masked_score(const attention &x, real dot, int64_t b, int64_t head, int64_t query,
+                                           int64_t key) {
     if (key >= visible_keys(x, b, query)) return -INFINITY;
     const int64_t *n = x.strides;
     real score = dot * x.scale;

@@ -6,9 +6,10 @@
  *     P = exp(scale · Q Kᵀ + mask − lse)      dS = scale · P ∘ (z ∘ (g Vᵀ) − δ)
  *     dq = dS K                               dk = dSᵀ Q          dv = (P ∘ z)ᵀ g
  *
- * Two kinds of task, so that every sum has one owner: a tile of 32 queries computes its dq over ascending tiles of keys, a
- * tile of 32 keys its dk and dv over ascending heads of its group and tiles of queries. Each computes the probabilities for
- * itself: 14·T·S·D flops a head instead of 10 (half when causal), and no atomic addition. Bound by shared memory. */
+ * Two kinds of task, so that every sum has one owner: a tile of 32 queries computes its dq over ascending tiles of
+ * keys, a tile of 32 keys its dk and dv over ascending heads of its group and tiles of queries. Each computes the
+ * probabilities for itself: 14·T·S·D flops a head instead of 10 (half when causal), and no atomic addition. Bound by
+ * shared memory. */
 #include "common.cuh"
 #include "philox.cuh"
 #include "attention_tile.cuh"
@@ -30,7 +31,8 @@ static __device__ inline real row_product(const real *g, const real *out, int64_
 
 /* ── a tile of queries: dq ──────────────────────────────────────────────────────────────────────── */
 
-static __device__ inline void query_gradient(const gradient &y, const attention &x, int64_t b, int64_t head, int64_t query, int64_t first, chunk left, chunk right) {
+static __device__ inline void query_gradient(const gradient &y, const attention &x, int64_t b, int64_t head,
+                                             int64_t query, int64_t first, chunk left, chunk right) {
     const int64_t own = query + warp_index() * OWN, kv_head = kv_head_of(x, head), row = (b * x.heads + head) * x.t;
     const tile_rows q = queries_of(x, b, head, query), g = dense_rows(x, y.g, b, head, query);
     real delta[OWN], lse[OWN], one[OWN], p[OWN], dp[OWN], dq[OWN][PARTS];
@@ -59,8 +61,11 @@ static __device__ inline void query_gradient(const gradient &y, const attention 
 
 /* ── a tile of keys: dk and dv ──────────────────────────────────────────────────────────────────── */
 
-/* Adds what the TILE queries from `query` on of one head give. Here a warp owns 4 keys, and a lane stands for a query. */
-static __device__ inline void add_queries(real dk[OWN][PARTS], real dv[OWN][PARTS], const gradient &y, const attention &x, int64_t b, int64_t head, int64_t tile, int64_t query, int64_t first, chunk left, chunk right, real delta[TILE]) {
+/* Adds what the TILE queries from `query` on of one head give. Here a warp owns 4 keys, and a lane stands for a
+ * query. */
+static __device__ inline void add_queries(real dk[OWN][PARTS], real dv[OWN][PARTS], const gradient &y,
+                                          const attention &x, int64_t b, int64_t head, int64_t tile, int64_t query,
+                                          int64_t first, chunk left, chunk right, real delta[TILE]) {
     const int64_t own = tile + warp_index() * OWN, kv_head = kv_head_of(x, head), row = (b * x.heads + head) * x.t;
     const int64_t mine = query + lane_index();
     const tile_rows q = queries_of(x, b, head, query), g = dense_rows(x, y.g, b, head, query);
@@ -84,7 +89,8 @@ static __device__ inline void add_queries(real dk[OWN][PARTS], real dv[OWN][PART
     tile_accumulate(dk, dp, q, first, x.d, right);
 }
 
-static __device__ inline void key_gradient(const gradient &y, const attention &x, int64_t b, int64_t kv_head, int64_t tile, int64_t first, chunk left, chunk right, real delta[TILE]) {
+static __device__ inline void key_gradient(const gradient &y, const attention &x, int64_t b, int64_t kv_head,
+                                           int64_t tile, int64_t first, chunk left, chunk right, real delta[TILE]) {
     real dk[OWN][PARTS], dv[OWN][PARTS];
     const real one[OWN] = {1, 1, 1, 1};
     const int64_t group = x.heads / x.kv_heads;
@@ -99,7 +105,11 @@ static __device__ inline void key_gradient(const gradient &y, const attention &x
     store_tile(y.dv + at, dv, one, x.s - tile, first, x.d);
 }
 
-KERNEL(attention_vjp)(real *dq, real *dk, real *dv, real *delta, const real *g, const real *q, const real *k, const real *v, const real *out, const real *lse, const real *mask, const int64_t *lengths, int64_t batch, int64_t heads, int64_t kv_heads, int64_t t, int64_t s, int64_t d, const int64_t *strides, double scale, int causal, double dropout, uint64_t seed, uint32_t step, uint32_t microbatch, uint32_t site) {
+KERNEL(attention_vjp)(real *dq, real *dk, real *dv, real *delta, const real *g, const real *q, const real *k,
+                      const real *v, const real *out, const real *lse, const real *mask, const int64_t *lengths,
+                      int64_t batch, int64_t heads, int64_t kv_heads, int64_t t, int64_t s, int64_t d,
+                      const int64_t *strides, double scale, int causal, double dropout, uint64_t seed, uint32_t step,
+                      uint32_t microbatch, uint32_t site) {
     __shared__ chunk left, right;
     __shared__ real tile_delta[TILE];
     const attention x = {q, k, v, mask, lengths, strides, batch, heads, kv_heads, t, s, d,

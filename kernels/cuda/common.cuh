@@ -1,16 +1,17 @@
 /* common.cuh: what the CUDA kernels share; read this first.
  *
- * KERNEL(softmax)(real *y, …) is the kernel softmax of kernels.h, word for word: outputs, inputs, sizes, scalars. Each
- * file is compiled twice, with REAL_BITS = 32 and 64, into softmax_f32 and softmax_f64. Pointers are addresses on the GPU.
+ * KERNEL(softmax)(real *y, …) is the kernel softmax of kernels.h, word for word: outputs, inputs, sizes, scalars.
+ * Each file is compiled twice, with REAL_BITS = 32 and 64, into softmax_f32 and softmax_f64. Pointers are addresses
+ * on the GPU.
  *
  * The grid. A block has THREADS threads, eight warps of 32. The work of a kernel is a number of tasks (a row, a tile, a
  * block of elements), and block b of the grid does tasks b, b + gridDim.x, b + 2 gridDim.x, … So a launch needs no
  * sizes of its own, and any grid gives the same result.
  *
  * The same bits every time. An output element belongs to one thread or one block; sums within a block are fixed trees
- * over threads, sums within a thread ascend; nothing is added atomically. So a result depends on the operands and on the
- * sizes, not on the grid, the GPU's occupancy or the order in which its blocks happen to run. Compiled with -fmad=false, so
- * a multiply-add is rounded once where the source says fma, and twice elsewhere.
+ * over threads, sums within a thread ascend; nothing is added atomically. So a result depends on the operands and on
+ * the sizes, not on the grid, the GPU's occupancy or the order in which its blocks happen to run. Compiled with
+ * -fmad=false, so a multiply-add is rounded once where the source says fma, and twice elsewhere.
  *
  * Shared memory is read by other threads only after __syncthreads(), and overwritten only after another one: tests take
  * out each of them, one at a time, and see the race found (tests/cuda_emulation). */

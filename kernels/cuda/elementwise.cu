@@ -1,8 +1,8 @@
 /* elementwise.cu: the activations and their derivatives, each in one pass; the other elementwise kernels are CuPy's.
  *
- * A thread does an element at a time, and finds its operands by the layout (kernels.h). Bytes an element (float): 8, the
- * derivatives 12. Flops: relu 1, silu 15, gelu 30 to 60. What bounds it: memory; that is why a fused pass (gelu_vjp in place
- * of the dozen passes of its composition) pays. */
+ * A thread does an element at a time, and finds its operands by the layout (kernels.h). Bytes an element (float): 8,
+ * the derivatives 12. Flops: relu 1, silu 15, gelu 30 to 60. What bounds it: memory; that is why a fused pass
+ * (gelu_vjp in place of the dozen passes of its composition) pays. */
 #include "common.cuh"
 
 /* ── where the operands of element i are ────────────────────────────────────────────────────────── */
@@ -25,16 +25,17 @@ static __device__ inline void locate(int64_t at[OPERANDS], const int64_t *layout
     }
 }
 
-#define UNARY(name, f) \
-    KERNEL(name)(real *y, const real *x, const int64_t *layout) { \
+/* The bodies of y = f(x) and dx = f(g, x). */
+#define UNARY(f) \
+    { \
         FOR_ELEMENTS(i, layout_size(layout)) { \
             int64_t at[2]; \
             locate<2>(at, layout, i); \
             y[at[0]] = f(x[at[1]]); \
         } \
     }
-#define SLOPE(name, f) \
-    KERNEL(name)(real *dx, const real *g, const real *x, const int64_t *layout) { \
+#define SLOPE(f) \
+    { \
         FOR_ELEMENTS(i, layout_size(layout)) { \
             int64_t at[3]; \
             locate<3>(at, layout, i); \
@@ -64,10 +65,10 @@ static __device__ inline real gelu_of(real x) { return x * normcdf(x); }
 #define TANH_3 ((real)0.07135481627260025) /* 2 √(2/π) · 0.044715 */
 static __device__ inline real gelu_tanh_of(real x) { return x * sigmoid_of(x * fma(x * x, TANH_3, TANH_1)); }
 
-UNARY(relu, relu_of)
-UNARY(silu, silu_of)
-UNARY(gelu, gelu_of)
-UNARY(gelu_tanh, gelu_tanh_of)
+KERNEL(relu)(real *y, const real *x, const int64_t *layout) UNARY(relu_of)
+KERNEL(silu)(real *y, const real *x, const int64_t *layout) UNARY(silu_of)
+KERNEL(gelu)(real *y, const real *x, const int64_t *layout) UNARY(gelu_of)
+KERNEL(gelu_tanh)(real *y, const real *x, const int64_t *layout) UNARY(gelu_tanh_of)
 
 /* ── dx = g f′(x) ───────────────────────────────────────────────────────────────────────────────── */
 
@@ -93,7 +94,7 @@ static __device__ inline real gelu_tanh_slope(real g, real x) {
     return g * (sigmoid_of(v) * fma(near * sigmoid_of(-v), fma(square, 3 * TANH_3, TANH_1), (real)1));
 }
 
-SLOPE(relu_vjp, relu_slope)
-SLOPE(silu_vjp, silu_slope)
-SLOPE(gelu_vjp, gelu_slope)
-SLOPE(gelu_tanh_vjp, gelu_tanh_slope)
+KERNEL(relu_vjp)(real *dx, const real *g, const real *x, const int64_t *layout) SLOPE(relu_slope)
+KERNEL(silu_vjp)(real *dx, const real *g, const real *x, const int64_t *layout) SLOPE(silu_slope)
+KERNEL(gelu_vjp)(real *dx, const real *g, const real *x, const int64_t *layout) SLOPE(gelu_slope)
+KERNEL(gelu_tanh_vjp)(real *dx, const real *g, const real *x, const int64_t *layout) SLOPE(gelu_tanh_slope)

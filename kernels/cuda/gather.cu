@@ -1,8 +1,8 @@
 /* gather.cu: embedding lookup and its gradient, rotary position embedding.
  *
- * Bytes (float): embedding reads and writes 4n a token; its vjp writes the whole table once and then reads 8n and writes 4n
- * a token, and reads the indices once for every THREADS rows of the table (from the second cache); rope reads and
- * writes 4d a row. Flops: none, 1 an element, 3 an element. What bounds it: memory. */
+ * Bytes (float): embedding reads and writes 4n a token; its vjp writes the whole table once and then reads 8n and
+ * writes 4n a token, and reads the indices once for every THREADS rows of the table (from the second cache); rope
+ * reads and writes 4d a row. Flops: none, 1 an element, 3 an element. What bounds it: memory. */
 #include "common.cuh"
 
 /* y[i] = weight[index[i]]; an index outside the table gives a row of NaN. A warp does a token. */
@@ -43,11 +43,12 @@ static __device__ inline int gather_tokens(found_tokens *found, bool mine, int r
     return total;
 }
 
-/* dweight[index[i]] += g[i] for ascending i. A block owns THREADS rows of the table and looks at all tokens, THREADS at a
- * time. Element e of the block's rows belongs to thread e mod THREADS, which zeroes it and adds every token's share to
- * it: so each sum has one owner and an ascending order, for long rows (all threads work on one token) as for short ones
- * (each on its own). */
-KERNEL(embedding_vjp)(real *dweight, const real *g, const int64_t *index, int64_t count, int64_t vocabulary, int64_t n) {
+/* dweight[index[i]] += g[i] for ascending i. A block owns THREADS rows of the table and looks at all tokens, THREADS
+ * at a time. Element e of the block's rows belongs to thread e mod THREADS, which zeroes it and adds every token's
+ * share to it: so each sum has one owner and an ascending order, for long rows (all threads work on one token) as for
+ * short ones (each on its own). */
+KERNEL(embedding_vjp)(real *dweight, const real *g, const int64_t *index, int64_t count, int64_t vocabulary,
+                      int64_t n) {
     __shared__ found_tokens found;
     FOR_TASKS(task, divide_up(vocabulary, THREADS)) {
         const int64_t first = task * THREADS, rows = at_most(vocabulary - first, THREADS);
@@ -67,9 +68,10 @@ KERNEL(embedding_vjp)(real *dweight, const real *g, const int64_t *index, int64_
 
 /* ── rope ───────────────────────────────────────────────────────────────────────────────────────── */
 
-/* Each pair (a, b) of a row turns by its position's angle: a cos − b sin, b cos + a sin. Su et al. 2021, arXiv:2104.09864,
- * eq. 34. The gradient is the same with −sine. A warp does a row. */
-KERNEL(rope)(real *y, const real *x, const real *cosine, const real *sine, int64_t outer, int64_t t, int64_t d, int interleaved) {
+/* Each pair (a, b) of a row turns by its position's angle: a cos − b sin, b cos + a sin. Su et al. 2021,
+ * arXiv:2104.09864, eq. 34. The gradient is the same with −sine. A warp does a row. */
+KERNEL(rope)(real *y, const real *x, const real *cosine, const real *sine, int64_t outer, int64_t t, int64_t d,
+             int interleaved) {
     const int64_t half = d / 2, apart = interleaved ? 2 : 1, partner = interleaved ? 1 : half;
     FOR_TASKS(task, divide_up(outer * t, WARPS)) {
         int64_t row = task * WARPS + warp_index();

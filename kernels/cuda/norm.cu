@@ -11,7 +11,8 @@
 #define COLUMNS 8
 #define LANES (THREADS / COLUMNS)
 
-static __device__ inline real inverse_root(real variance, double eps) { return (real)(1 / sqrt((double)variance + eps)); }
+static __device__ inline real inverse_root(real variance,
+                                           double eps) { return (real)(1 / sqrt((double)variance + eps)); }
 
 /* The sums of LANES partial sums for each of COLUMNS columns, in a tree; sums[0] holds them at the end. */
 static __device__ inline void add_lanes(real sums[LANES][COLUMNS], int lane, int column) {
@@ -26,7 +27,8 @@ static __device__ inline void add_lanes(real sums[LANES][COLUMNS], int lane, int
 
 /* μ = Σ x / n, σ² = Σ (x − μ)² / n, y = weight (x − μ) / √(σ² + ε) + bias.
  * Ba, Kiros, Hinton 2016, arXiv:1607.06450, eq. 3. */
-KERNEL(layer_norm)(real *y, real *mean, real *rstd, const real *x, const real *weight, const real *bias, int64_t rows, int64_t n, double eps) {
+KERNEL(layer_norm)(real *y, real *mean, real *rstd, const real *x, const real *weight, const real *bias, int64_t rows,
+                   int64_t n, double eps) {
     FOR_TASKS(task, divide_up(rows, WARPS)) {
         int64_t row = task * WARPS + warp_index();
         if (row >= rows) continue; /* the whole warp: nobody waits for it */
@@ -45,7 +47,8 @@ KERNEL(layer_norm)(real *y, real *mean, real *rstd, const real *x, const real *w
 }
 
 /* With h = (x − μ) rstd and p = g weight: dx = rstd (p − mean(p) − h mean(p h)). */
-static __device__ inline void layer_norm_row_vjp(real *dx, const real *g, const real *x, const real *weight, real center, real scale, int64_t n) {
+static __device__ inline void layer_norm_row_vjp(real *dx, const real *g, const real *x, const real *weight,
+                                                 real center, real scale, int64_t n) {
     real sum_p = 0, sum_ph = 0;
     FOR_ROW_IN_WARP(i, n) {
         real p = g[i] * weight[i];
@@ -59,8 +62,10 @@ static __device__ inline void layer_norm_row_vjp(real *dx, const real *g, const 
     }
 }
 
-/* dweight = Σ g h and dbias = Σ g over the rows. The first tasks are eight rows of dx each, the others a tile of columns. */
-KERNEL(layer_norm_vjp)(real *dx, real *dweight, real *dbias, const real *g, const real *x, const real *weight, const real *mean, const real *rstd, int64_t rows, int64_t n) {
+/* dweight = Σ g h and dbias = Σ g over the rows. The first tasks are eight rows of dx each, the others a tile of
+ * columns. */
+KERNEL(layer_norm_vjp)(real *dx, real *dweight, real *dbias, const real *g, const real *x, const real *weight,
+                       const real *mean, const real *rstd, int64_t rows, int64_t n) {
     __shared__ real of_weight[LANES][COLUMNS], of_bias[LANES][COLUMNS];
     const int64_t row_tasks = divide_up(rows, WARPS);
     FOR_TASKS(task, row_tasks + divide_up(n, COLUMNS)) {
@@ -105,7 +110,8 @@ KERNEL(rms_norm)(real *y, real *rstd, const real *x, const real *weight, int64_t
 }
 
 /* With h = x rstd and p = g weight: dx = rstd (p − h mean(p h)). */
-static __device__ inline void rms_norm_row_vjp(real *dx, const real *g, const real *x, const real *weight, real scale, int64_t n) {
+static __device__ inline void rms_norm_row_vjp(real *dx, const real *g, const real *x, const real *weight, real scale,
+                                               int64_t n) {
     real sum_ph = 0;
     FOR_ROW_IN_WARP(i, n) sum_ph = fma(g[i] * weight[i], x[i] * scale, sum_ph);
     real mean_ph = warp_sum(sum_ph) / (real)n;
@@ -113,7 +119,8 @@ static __device__ inline void rms_norm_row_vjp(real *dx, const real *g, const re
 }
 
 /* dweight = Σ g h over the rows; tasks as in layer_norm_vjp. */
-KERNEL(rms_norm_vjp)(real *dx, real *dweight, const real *g, const real *x, const real *weight, const real *rstd, int64_t rows, int64_t n) {
+KERNEL(rms_norm_vjp)(real *dx, real *dweight, const real *g, const real *x, const real *weight, const real *rstd,
+                     int64_t rows, int64_t n) {
     __shared__ real of_weight[LANES][COLUMNS];
     const int64_t row_tasks = divide_up(rows, WARPS);
     FOR_TASKS(task, row_tasks + divide_up(n, COLUMNS)) {

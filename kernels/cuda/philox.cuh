@@ -1,5 +1,6 @@
-/* philox.cuh: the counter-based random generator Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers:
- * as easy as 1, 2, 3"), the same words as on the CPU: kernels/philox.h explains it. Which word belongs to which element:
+/* philox.cuh: the counter-based random generator Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random
+ * numbers: as easy as 1, 2, 3"), the same words as on the CPU: kernels/philox.h explains it. Which word belongs to
+ * which element:
  *
  *     raw bits and float   element i takes word i mod 4 of block i / 4:   u = (w >> 8) · 2⁻²⁴
  *     double               element i takes words 2 (i mod 2) and 2 (i mod 2) + 1 of block i / 2, the high half first:

@@ -8,7 +8,8 @@
 #define TWO_PI 6.283185307179586
 
 /* low + u (high − low) */
-KERNEL(random_uniform)(real *y, int64_t n, double low, double high, uint64_t seed, uint32_t step, uint32_t microbatch, uint32_t site) {
+KERNEL(random_uniform)(real *y, int64_t n, double low, double high, uint64_t seed, uint32_t step, uint32_t microbatch,
+                       uint32_t site) {
     const random_key key = {seed, step, microbatch, site};
     const real width = (real)(high - low);
     FOR_ELEMENTS(block, divide_up(n, EACH)) {
@@ -20,7 +21,8 @@ KERNEL(random_uniform)(real *y, int64_t n, double low, double high, uint64_t see
 }
 
 /* mean + std · √(−2 log(1 − u₁)) · { cos 2πu₂, sin 2πu₂ } for elements 2j and 2j + 1. Box, Muller 1958. */
-KERNEL(random_normal)(real *y, int64_t n, double mean, double std, uint64_t seed, uint32_t step, uint32_t microbatch, uint32_t site) {
+KERNEL(random_normal)(real *y, int64_t n, double mean, double std, uint64_t seed, uint32_t step, uint32_t microbatch,
+                      uint32_t site) {
     const random_key key = {seed, step, microbatch, site};
     FOR_ELEMENTS(block, divide_up(n, EACH)) {
         real u[EACH];
@@ -35,7 +37,8 @@ KERNEL(random_normal)(real *y, int64_t n, double mean, double std, uint64_t seed
 }
 
 /* y = u ≥ p ? x/(1 − p) : 0.  Srivastava et al. 2014, in the inverted form, so evaluation needs no scale. */
-KERNEL(dropout)(real *y, const real *x, int64_t n, double p, uint64_t seed, uint32_t step, uint32_t microbatch, uint32_t site) {
+KERNEL(dropout)(real *y, const real *x, int64_t n, double p, uint64_t seed, uint32_t step, uint32_t microbatch,
+                uint32_t site) {
     const random_key key = {seed, step, microbatch, site};
     const real scale = (real)(1 / (1 - p));
     FOR_ELEMENTS(block, divide_up(n, EACH)) {

@@ -1,11 +1,12 @@
 /* softmax.cu: softmax, its logarithm, and cross entropy, row by row; rows × n, dense. A block does a row.
  *
- * Bytes: softmax and its logarithm 8n a row, cross_entropy 4n, the vjps 12n (float), as long as a row stays in the caches
- * between the passes over it: up to some 30,000 floats in a multiprocessor's first, beyond in the second. Flops: about 20
- * an element, most of them exp. What bounds it: memory. A row of fewer than 256 elements leaves threads idle.
+ * Bytes: softmax and its logarithm 8n a row, cross_entropy 4n, the vjps 12n (float), as long as a row stays in the
+ * caches between the passes over it: up to some 30,000 floats in a multiprocessor's first, beyond in the second.
+ * Flops: about 20 an element, most of them exp. What bounds it: memory. A row of fewer than 256 elements leaves
+ * threads idle.
  *
- * m = max of the row is subtracted first, so no exp overflows: softmax(x) = softmax(x − m). A row that is −∞ throughout, or
- * that holds +∞ or NaN, has no softmax, and comes out as NaN. */
+ * m = max of the row is subtracted first, so no exp overflows: softmax(x) = softmax(x − m). A row that is −∞
+ * throughout, or that holds +∞ or NaN, has no softmax, and comes out as NaN. */
 #include "common.cuh"
 
 /* The largest of a row, NaN if there is one; −∞ for n = 0. */
@@ -70,10 +71,11 @@ KERNEL(log_softmax_vjp)(real *dx, const real *g, const real *y, int64_t rows, in
 
 /* ── cross entropy ──────────────────────────────────────────────────────────────────────────────── */
 
-/* loss = log Σ e^(x − m) − (1 − smoothing)(x[target] − m) − smoothing · mean(x − m): the equation of kernels.h with m taken
- * out of every term, so that a small loss among large logits keeps its digits. smoothing = 0 must not touch the mean, since
- * 0 · ∞ is NaN where logits are masked by −∞. A target outside the row gives NaN. */
-KERNEL(cross_entropy)(real *loss, real *lse, const real *x, const int64_t *target, int64_t rows, int64_t n, int64_t ignore, double smoothing) {
+/* loss = log Σ e^(x − m) − (1 − smoothing)(x[target] − m) − smoothing · mean(x − m): the equation of kernels.h with m
+ * taken out of every term, so that a small loss among large logits keeps its digits. smoothing = 0 must not touch the
+ * mean, since 0 · ∞ is NaN where logits are masked by −∞. A target outside the row gives NaN. */
+KERNEL(cross_entropy)(real *loss, real *lse, const real *x, const int64_t *target, int64_t rows, int64_t n,
+                      int64_t ignore, double smoothing) {
     __shared__ real of_warp[WARPS];
     const real uniform = (real)smoothing;
     FOR_TASKS(row, rows) {
@@ -101,7 +103,8 @@ KERNEL(cross_entropy)(real *loss, real *lse, const real *x, const int64_t *targe
 }
 
 /* dx = g (e^(x − lse) − (1 − smoothing)[i = target] − smoothing / n) */
-KERNEL(cross_entropy_vjp)(real *dx, const real *g, const real *x, const real *lse, const int64_t *target, int64_t rows, int64_t n, int64_t ignore, double smoothing) {
+KERNEL(cross_entropy_vjp)(real *dx, const real *g, const real *x, const real *lse, const int64_t *target, int64_t rows,
+                          int64_t n, int64_t ignore, double smoothing) {
     const real share = (real)smoothing / (real)n, whole = 1 - (real)smoothing;
     FOR_TASKS(row, rows) {
         int64_t hit = target[row];

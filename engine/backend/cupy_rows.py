@@ -1,0 +1,112 @@
+"""One row a kernel, in CuPy: what the GPU backend runs where there is no CUDA kernel.
+
+Most are the NumPy rows, which hold for any module with NumPy's interface. Here is what differs: functions that CuPy
+writes into the output by itself, and operations that CuPy does by atomic additions, or in no particular order, where
+the engine promises the same bits every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+
+from engine.backend.numpy_rows import Rows, numpy_rows
+
+# f(*inputs, out=y): one launch, no temporary. Where the names differ: kernel=function.
+UFUNCS = """
+    negative abs=absolute sign floor ceil round=rint square sqrt reciprocal exp expm1 log log1p sin cos tanh
+    add subtract multiply divide maximum minimum equal not_equal less less_equal remainder
+    logical_and logical_or logical_xor logical_not
+    bitwise_and bitwise_or bitwise_xor bitwise_not=invert bitwise_left_shift=left_shift bitwise_right_shift=right_shift
+    isnan isinf isfinite
+"""
+
+
+def cupy_rows(cp: Any, scatter_sums: Callable[[Any, Any, Any], None]) -> Rows:
+    """The table over `cp`, which is CuPy. scatter_sums(sums, g, index) adds floats by index in a fixed order."""
+    def ufunc(function: Any) -> Callable[..., None]:
+        def run(y: Any, *inputs_and_layout: Any) -> None:
+            function(*inputs_and_layout[:-1], out=y)
+        return run
+
+    rows = numpy_rows(cp)
+    for word in UFUNCS.split():
+        kernel, _, function = word.partition("=")
+        rows[kernel] = ufunc(getattr(cp, function or kernel))
+    rows["round"] = rounded(cp)
+    return {**rows, "erf": ufunc(error_function), "gemm": lambda *a: gemm(cp, *a), **scattering_rows(cp, scatter_sums)}
+
+
+def rounded(cp: Any) -> Callable[..., None]:
+    def run(y: Any, x: Any, _layout: Any) -> None:
+        if x.dtype.kind == "f":
+            cp.rint(x, out=y)
+        else:  # rint of integers is a float
+            y[...] = x
+    return run
+
+
+def error_function(x: Any, out: Any) -> None:
+    from cupyx.scipy.special import erf
+
+    erf(x, out=out)
+
+
+def gemm(cp: Any, c: Any, a: Any, b: Any, bias: Any, batch: int, m: int, n: int, k: int,
+         a_batch: int, a_row: int, a_col: int, b_batch: int, b_row: int, b_col: int,
+         c_batch: int, c_row: int, accumulate: int) -> None:
+    """cuBLAS, on views that walk the operands by their strides; the product is written in place where it can be."""
+    strided = cp.lib.stride_tricks.as_strided
+
+    def walk(x: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+        return strided(x, shape, [s * x.dtype.itemsize for s in strides])
+
+    target = walk(c, (batch, m, n), (c_batch, c_row, 1))
+    if not k and not accumulate:
+        target[...] = 0
+    elif k:
+        left, right = walk(a, (batch, m, k), (a_batch, a_row, a_col)), walk(b, (batch, k, n), (b_batch, b_row, b_col))
+        if accumulate or not target.flags.c_contiguous:
+            product = cp.matmul(left, right)
+            target[...] = target + product if accumulate else product
+        else:
+            cp.matmul(left, right, out=target)
+    if bias is not None:
+        target += bias
+
+
+def scattering_rows(cp: Any, scatter_sums: Callable[[Any, Any, Any], None]) -> Rows:
+    """Writing by index. An index names positions; the same position may be named twice."""
+    def positions(y: Any, index: Any) -> Any:
+        """The flat position in y of each element that the index names. Raises IndexError outside y, which CuPy wraps."""
+        numpy.broadcast_to(numpy.int8(0), y.shape)[index]
+        return cp.arange(y.size).reshape(y.shape)[index]
+
+    def scatter_add(y: Any, g: Any, index: Any) -> None:
+        at = positions(y, index)
+        g = cp.ascontiguousarray(cp.broadcast_to(g, at.shape)).reshape(-1)
+        if y.dtype.kind == "f":
+            sums = cp.empty(y.size, y.dtype)
+            scatter_sums(sums, g, at.reshape(-1))
+        else:  # integers: any order gives the same sum; unsigned ones, which CuPy can add atomically, wrap alike
+            sums = cp.zeros(y.size, "uint64")
+            cp.add.at(sums, at.reshape(-1), g.astype("int64").view("uint64"))
+        y += sums.reshape(y.shape).astype(y.dtype)
+
+    def scatter(y: Any, value: Any, index: Any) -> None:
+        if not any(isinstance(part, numpy.ndarray) for part in index):
+            y[index] = value  # no element twice
+            return
+        at = positions(y, index)
+        value = cp.broadcast_to(value, at.shape).reshape(-1)
+        order = cp.argsort(at.reshape(-1))  # stable: of the values for one position, the last stands last
+        place = at.reshape(-1)[order]
+        last = cp.ones(place.shape, bool)
+        last[:-1] = place[1:] != place[:-1]
+        flat = cp.ascontiguousarray(y).reshape(-1)
+        flat[place[last]] = value[order[last]].astype(y.dtype)
+        y[...] = flat.reshape(y.shape)
+
+    return {"scatter_add": scatter_add, "scatter": scatter}
