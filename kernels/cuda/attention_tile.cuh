@@ -39,6 +39,7 @@ static __device__ inline void tile_dot(real score[OWN], tile_rows a, tile_rows b
         load_chunk(left, a, column, d);
         load_chunk(right, b, column, d);
         __syncthreads(); /* both chunks are there */
+#pragma unroll 4
         for (int e = 0; e < TILE; e++)
             for (int i = 0; i < OWN; i++)
                 score[i] = fma(left[warp_index() * OWN + i][e], right[lane_index()][e], score[i]);
@@ -54,6 +55,7 @@ static __device__ inline void tile_accumulate(real o[OWN][PARTS], const real wei
         if (first + c * TILE >= d) continue; /* the same for all threads */
         load_chunk(right, b, first + c * TILE, d);
         __syncthreads();
+#pragma unroll 4
         for (int j = 0; j < TILE; j++)
             for (int i = 0; i < OWN; i++)
                 o[i][c] = fma(__shfl_sync(WHOLE_WARP, weight[i], j), right[j][lane_index()], o[i][c]);

@@ -1,0 +1,216 @@
+/* fibers.cpp: the threads of a block as fibers, their schedule, barriers and shuffles. See cuda_emulation.h. */
+#include "emulation.h"
+#include <algorithm>
+#include <numeric>
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <vector>
+
+emulated_index threadIdx, blockIdx, gridDim, blockDim;
+char *stacks;
+int current = -1;
+
+enum schedule { FORWARD, BACKWARD, RANDOM }; /* who runs next: the first thread that can, the last, any */
+enum state { RUNNABLE, AT_BARRIER, AT_SHUFFLE, DONE };
+
+struct fiber {
+    jmp_buf place;
+    bool begun;
+    state now;
+    const char *file; /* of the barrier or shuffle that it waits at */
+    int line;
+};
+
+struct warp {
+    uint64_t slots[2][WARP]; /* what the lanes show each other; two, since a lane may be one shuffle ahead */
+    int turn[WARP], waiting;
+};
+
+static fiber fibers[THREADS];
+static warp warps[WARPS];
+static jmp_buf scheduler;
+static int at_barrier, done;
+static void (*kernel)(void *);
+static void *kernel_context;
+
+/* ── what a test sets and reads ─────────────────────────────────────────────────────────────────── */
+
+static int order;
+static uint64_t random_state;
+static std::string skipped; /* "file:line" of a barrier that is left out */
+static std::string reports, reached;
+static int report_count;
+
+void report(const std::string &text) {
+    if (++report_count <= 4) reports += (reports.empty() ? "" : "; ") + text;
+}
+
+static std::string site(const char *file, int line) { return std::string(file) + ":" + std::to_string(line); }
+
+std::string thread_name(int block, int thread) {
+    return "thread " + std::to_string(thread) + " of block " + std::to_string(block);
+}
+
+extern "C" void emulation_start(int grid, int how, uint64_t seed, int watch, const char *skip) {
+    gridDim.x = (unsigned)grid;
+    blockDim.x = THREADS;
+    order = how;
+    random_state = seed * 2 + 1;
+    skipped = skip;
+    reports = reached = "";
+    report_count = 0;
+    begin_watch(watch);
+}
+
+/* What was wrong, empty if nothing; the barriers that were reached, a line each. */
+extern "C" const char *emulation_report() { return reports.c_str(); }
+extern "C" const char *emulation_barriers() { return reached.c_str(); }
+
+static uint64_t random_number() { /* xorshift64*: Marsaglia 2003, Vigna 2016 */
+    random_state ^= random_state >> 12;
+    random_state ^= random_state << 25;
+    random_state ^= random_state >> 27;
+    return random_state * 2685821657736338717u;
+}
+
+/* ── fibers ─────────────────────────────────────────────────────────────────────────────────────── */
+
+static void run_fiber() {
+    kernel(kernel_context);
+    fibers[current].now = DONE;
+    done++;
+    _longjmp(scheduler, 1);
+}
+
+/* A new stack is made with ucontext; from then on setjmp and longjmp, which ask nothing of the system, switch. */
+static void begin_fiber(int thread) {
+    static ucontext_t fresh, here;
+    getcontext(&fresh);
+    fresh.uc_stack.ss_sp = stacks + (size_t)thread * STACK;
+    fresh.uc_stack.ss_size = STACK;
+    fresh.uc_link = nullptr;
+    makecontext(&fresh, run_fiber, 0);
+    swapcontext(&here, &fresh);
+}
+
+static void resume(int thread) {
+    current = thread;
+    threadIdx.x = (unsigned)thread;
+    if (_setjmp(scheduler) == 0) {
+        if (fibers[thread].begun) _longjmp(fibers[thread].place, 1);
+        fibers[thread].begun = true;
+        begin_fiber(thread);
+    }
+    current = -1;
+}
+
+static void wait_at(state why, const char *file, int line) {
+    fiber &self = fibers[current];
+    self.now = why;
+    self.file = file;
+    self.line = line;
+    if (_setjmp(self.place) == 0) _longjmp(scheduler, 1);
+}
+
+/* ── barriers, shuffles and votes ───────────────────────────────────────────────────────────────── */
+
+void emulated_barrier(const char *file, int line) {
+    std::string name = site(file, line) + "\n";
+    if (reached.find(name) == std::string::npos) reached += name;
+    if (name == skipped + "\n") return;
+    at_barrier++;
+    wait_at(AT_BARRIER, file, line);
+}
+
+int emulated_lane() { return current % WARP; }
+
+/* Shows `mine` to the other lanes; returns what all of them show. A shuffle orders no accesses to memory. */
+static const uint64_t *show(unsigned mask, uint64_t mine, const char *file, int line) {
+    warp &w = warps[current / WARP];
+    int turn = w.turn[current % WARP]++ % 2;
+    if (mask != 0xffffffffu) report("shuffle at " + site(file, line) + " names part of a warp");
+    w.slots[turn][current % WARP] = mine;
+    w.waiting++;
+    wait_at(AT_SHUFFLE, file, line);
+    return w.slots[turn];
+}
+
+uint64_t emulated_shuffle(unsigned mask, uint64_t mine, int source, const char *file, int line) {
+    return show(mask, mine, file, line)[source];
+}
+
+unsigned emulated_ballot(unsigned mask, bool vote, const char *file, int line) {
+    const uint64_t *votes = show(mask, vote, file, line);
+    unsigned word = 0;
+    for (int lane = 0; lane < WARP; lane++) word |= (unsigned)votes[lane] << lane;
+    return word;
+}
+
+/* Lets threads first … first + count − 1 go on, which wait for each other; they must wait at the same line. */
+static void release(int first, int count) {
+    for (int i = first; i < first + count; i++) {
+        if (fibers[i].line != fibers[first].line || std::string(fibers[i].file) != fibers[first].file)
+            report(thread_name((int)blockIdx.x, i) + " waits at " + site(fibers[i].file, fibers[i].line) + ", thread " +
+                   std::to_string(first) + " at " + site(fibers[first].file, fibers[first].line));
+        fibers[i].now = RUNNABLE;
+    }
+}
+
+static void release_those_who_met(int thread) {
+    warp &w = warps[thread / WARP];
+    if (w.waiting == WARP) {
+        w.waiting = 0;
+        release(thread / WARP * WARP, WARP);
+    }
+    if (at_barrier == THREADS) {
+        at_barrier = 0;
+        watch_barrier();
+        release(0, THREADS);
+    }
+}
+
+/* ── the schedule ───────────────────────────────────────────────────────────────────────────────── */
+
+static int choose() {
+    int start = order == RANDOM ? (int)(random_number() % THREADS) : 0;
+    for (int i = 0; i < THREADS; i++) {
+        int thread = order == BACKWARD ? THREADS - 1 - i : (start + i) % THREADS;
+        if (fibers[thread].now == RUNNABLE) return thread;
+    }
+    return -1;
+}
+
+static void report_who_waits() {
+    for (int i = 0; i < THREADS; i++)
+        if (fibers[i].now == AT_BARRIER || fibers[i].now == AT_SHUFFLE)
+            return report("divergence: " + thread_name((int)blockIdx.x, i) + " waits for ever at " +
+                          site(fibers[i].file, fibers[i].line));
+}
+
+static void run_block(int block) {
+    blockIdx.x = (unsigned)block;
+    at_barrier = done = 0;
+    memset(warps, 0, sizeof warps);
+    for (fiber &f : fibers) f.now = RUNNABLE, f.begun = false;
+    watch_block();
+    while (done < THREADS) {
+        int thread = choose();
+        if (thread < 0) return report_who_waits();
+        resume(thread);
+        release_those_who_met(thread);
+    }
+}
+
+void emulated_grid(void (*body)(void *), void *context) {
+    if (!stacks)
+        stacks = (char *)mmap(nullptr, (size_t)THREADS * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    kernel = body;
+    kernel_context = context;
+    std::vector<int> blocks(gridDim.x);
+    std::iota(blocks.begin(), blocks.end(), 0);
+    if (order == BACKWARD) std::reverse(blocks.begin(), blocks.end());
+    if (order == RANDOM)
+        for (size_t i = blocks.size(); i > 1; i--) std::swap(blocks[i - 1], blocks[random_number() % i]);
+    for (int block : blocks) run_block(block);
+}
