@@ -60,10 +60,10 @@ def prototypes(text: str) -> dict[str, Prototype]:
 
 def parameter(text: str) -> Parameter:
     """`const real *x` as Parameter("real*", "x")."""
-    match = re.fullmatch(r"\s*(?:const\s+)?(\w+)\s*(\*?)\s*(\w+)\s*", text)
+    match = re.fullmatch(r"\s*(?:const\s+)?(\w+)(\s*\*\s*|\s+)(\w+)\s*", text)
     if match is None:
         raise ValueError(f"CUDA source: cannot read the parameter {text.strip()!r}")
-    return Parameter(match[1] + match[2], match[3])
+    return Parameter(match[1] + match[2].strip(), match[3])
 
 
 @cache

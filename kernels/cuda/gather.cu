@@ -60,8 +60,7 @@ KERNEL(embedding_vjp)(real *dweight, const real *g, const int64_t *index, int64_
             for (int k = 0; k < total; k++) {
                 int64_t at = found.row[k] * n, skip = (threadIdx.x + THREADS - at % THREADS) % THREADS;
                 for (int64_t j = skip; j < n; j += THREADS) table[at + j] += g[found.token[k] * n + j];
-            }
-            __syncthreads(); /* all are done with the list */
+            } /* the counting of the next tokens keeps their list from being written before all are done with this one */
         }
     }
 }

@@ -72,8 +72,9 @@ class Program:
         kernel = self.kernels[name]
         if len(arguments) != len(kernel.parameters):
             raise TypeError(f"{name}: got {len(arguments)} arguments, expected {len(kernel.parameters)}")
+        file, _, line = schedule.skip.partition(":")
         self.library.emulation_start(schedule.grid, ORDERS[schedule.order], ctypes.c_uint64(schedule.seed),
-                                     int(schedule.watch), schedule.skip.encode())
+                                     int(schedule.watch), file.encode(), int(line or 0))
         passed = []
         for parameter, value in zip(kernel.parameters, arguments):
             if not parameter.is_pointer:

@@ -29,6 +29,7 @@ struct warp {
 
 static fiber fibers[THREADS];
 static warp warps[WARPS];
+static uint32_t runnable[WARPS]; /* a bit for each thread that can go on */
 static jmp_buf scheduler;
 static int at_barrier, done;
 static void (*kernel)(void *);
@@ -38,12 +39,16 @@ static void *kernel_context;
 
 static int order;
 static uint64_t random_state;
-static std::string skipped; /* "file:line" of a barrier that is left out */
-static std::string reports, reached;
-static int report_count;
+static std::string skipped_file; /* the barrier that is left out */
+static int skipped_line;
+static std::string fault;
+static std::vector<std::pair<const char *, int>> reached; /* barriers */
 
+/* The first fault ends the launch: what a kernel does after it, such as following a pointer made of garbage, means
+ * nothing. */
 void report(const std::string &text) {
-    if (++report_count <= 4) reports += (reports.empty() ? "" : "; ") + text;
+    if (fault.empty()) fault = text;
+    if (current >= 0) _longjmp(scheduler, 1);
 }
 
 static std::string site(const char *file, int line) { return std::string(file) + ":" + std::to_string(line); }
@@ -52,20 +57,26 @@ std::string thread_name(int block, int thread) {
     return "thread " + std::to_string(thread) + " of block " + std::to_string(block);
 }
 
-extern "C" void emulation_start(int grid, int how, uint64_t seed, int watch, const char *skip) {
+extern "C" void emulation_start(int grid, int how, uint64_t seed, int watch, const char *skip_file, int skip_line) {
     gridDim.x = (unsigned)grid;
     blockDim.x = THREADS;
     order = how;
     random_state = seed * 2 + 1;
-    skipped = skip;
-    reports = reached = "";
-    report_count = 0;
+    skipped_file = skip_file;
+    skipped_line = skip_line;
+    fault = "";
+    reached.clear();
     begin_watch(watch);
 }
 
 /* What was wrong, empty if nothing; the barriers that were reached, a line each. */
-extern "C" const char *emulation_report() { return reports.c_str(); }
-extern "C" const char *emulation_barriers() { return reached.c_str(); }
+extern "C" const char *emulation_report() { return fault.c_str(); }
+extern "C" const char *emulation_barriers() {
+    static std::string lines;
+    lines = "";
+    for (const auto &place : reached) lines += site(place.first, place.second) + "\n";
+    return lines.c_str();
+}
 
 static uint64_t random_number() { /* xorshift64*: Marsaglia 2003, Vigna 2016 */
     random_state ^= random_state >> 12;
@@ -79,6 +90,7 @@ static uint64_t random_number() { /* xorshift64*: Marsaglia 2003, Vigna 2016 */
 static void run_fiber() {
     kernel(kernel_context);
     fibers[current].now = DONE;
+    runnable[current / WARP] &= ~(1u << current % WARP);
     done++;
     _longjmp(scheduler, 1);
 }
@@ -107,6 +119,7 @@ static void resume(int thread) {
 
 static void wait_at(state why, const char *file, int line) {
     fiber &self = fibers[current];
+    runnable[current / WARP] &= ~(1u << current % WARP);
     self.now = why;
     self.file = file;
     self.line = line;
@@ -116,9 +129,9 @@ static void wait_at(state why, const char *file, int line) {
 /* ── barriers, shuffles and votes ───────────────────────────────────────────────────────────────── */
 
 void emulated_barrier(const char *file, int line) {
-    std::string name = site(file, line) + "\n";
-    if (reached.find(name) == std::string::npos) reached += name;
-    if (name == skipped + "\n") return;
+    std::pair<const char *, int> place(file, line);
+    if (std::find(reached.begin(), reached.end(), place) == reached.end()) reached.push_back(place);
+    if (line == skipped_line && skipped_file == file) return;
     at_barrier++;
     wait_at(AT_BARRIER, file, line);
 }
@@ -150,10 +163,11 @@ unsigned emulated_ballot(unsigned mask, bool vote, const char *file, int line) {
 /* Lets threads first … first + count − 1 go on, which wait for each other; they must wait at the same line. */
 static void release(int first, int count) {
     for (int i = first; i < first + count; i++) {
-        if (fibers[i].line != fibers[first].line || std::string(fibers[i].file) != fibers[first].file)
+        if (fibers[i].line != fibers[first].line || strcmp(fibers[i].file, fibers[first].file) != 0)
             report(thread_name((int)blockIdx.x, i) + " waits at " + site(fibers[i].file, fibers[i].line) + ", thread " +
                    std::to_string(first) + " at " + site(fibers[first].file, fibers[first].line));
         fibers[i].now = RUNNABLE;
+        runnable[i / WARP] |= 1u << i % WARP;
     }
 }
 
@@ -174,9 +188,10 @@ static void release_those_who_met(int thread) {
 
 static int choose() {
     int start = order == RANDOM ? (int)(random_number() % THREADS) : 0;
-    for (int i = 0; i < THREADS; i++) {
-        int thread = order == BACKWARD ? THREADS - 1 - i : (start + i) % THREADS;
-        if (fibers[thread].now == RUNNABLE) return thread;
+    for (int i = 0; i <= WARPS; i++) { /* the warp where the search began comes last once more, for its lower lanes */
+        int w = order == BACKWARD ? (WARPS - 1 - i) & (WARPS - 1) : (start / WARP + i) % WARPS;
+        uint32_t bits = runnable[w] & (i == 0 ? ~0u << start % WARP : ~0u);
+        if (bits) return w * WARP + (order == BACKWARD ? 31 - __builtin_clz(bits) : __builtin_ctz(bits));
     }
     return -1;
 }
@@ -192,9 +207,10 @@ static void run_block(int block) {
     blockIdx.x = (unsigned)block;
     at_barrier = done = 0;
     memset(warps, 0, sizeof warps);
+    memset(runnable, 0xff, sizeof runnable);
     for (fiber &f : fibers) f.now = RUNNABLE, f.begun = false;
     watch_block();
-    while (done < THREADS) {
+    while (done < THREADS && fault.empty()) {
         int thread = choose();
         if (thread < 0) return report_who_waits();
         resume(thread);
@@ -212,5 +228,6 @@ void emulated_grid(void (*body)(void *), void *context) {
     if (order == BACKWARD) std::reverse(blocks.begin(), blocks.end());
     if (order == RANDOM)
         for (size_t i = blocks.size(); i > 1; i--) std::swap(blocks[i - 1], blocks[random_number() % i]);
-    for (int block : blocks) run_block(block);
+    for (int block : blocks)
+        if (fault.empty()) run_block(block);
 }
