@@ -34,17 +34,18 @@ def load_cupy() -> Any:
     except ImportError as error:
         raise RuntimeError(f"cuda: CuPy cannot be imported ({error}); pip install 'shardgrad[gpu]' for CUDA 12, "
                            "cupy-cuda13x for CUDA 13") from None
+    runtime = cupy.cuda.runtime
+    if not runtime.driverGetVersion():
+        raise RuntimeError("cuda: no NVIDIA driver (libcuda.so.1); install one, `nvidia-smi` then shows the devices")
     try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        if "NoDevice" in str(error):
-            count = 0
-        else:  # CuPy says cudaErrorInsufficientDriver also where there is none
-            raise RuntimeError(f"cuda: no NVIDIA driver that fits this CuPy ({error}); install or update the "
-                               "driver, or a CuPy wheel of its CUDA version") from None
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        if "InsufficientDriver" in str(error):
+            raise RuntimeError("cuda: the NVIDIA driver is older than this CuPy's CUDA; update it, or install the "
+                               "CuPy wheel of its CUDA version") from None
+        count = 0
     if not count:
-        raise RuntimeError("cuda: the NVIDIA driver shows no device (nvidia-smi lists them; CUDA_VISIBLE_DEVICES "
-                           "hides them)")
+        raise RuntimeError("cuda: the NVIDIA driver shows no device; nvidia-smi lists them, CUDA_VISIBLE_DEVICES hides them")
     return cupy
 
 

@@ -87,12 +87,19 @@ static uint64_t random_number() { /* xorshift64*: Marsaglia 2003, Vigna 2016 */
 
 /* ── fibers ─────────────────────────────────────────────────────────────────────────────────────── */
 
-static void run_fiber() {
-    kernel(kernel_context);
-    fibers[current].now = DONE;
+static void leave() {
     runnable[current / WARP] &= ~(1u << current % WARP);
-    done++;
-    _longjmp(scheduler, 1);
+    if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
+}
+
+/* A fiber lives on after its thread is done: the same thread of the next block goes on in it. */
+static void run_fiber() {
+    for (;;) {
+        kernel(kernel_context);
+        fibers[current].now = DONE;
+        done++;
+        leave();
+    }
 }
 
 /* A new stack is made with ucontext; from then on setjmp and longjmp, which ask nothing of the system, switch. */
@@ -119,11 +126,10 @@ static void resume(int thread) {
 
 static void wait_at(state why, const char *file, int line) {
     fiber &self = fibers[current];
-    runnable[current / WARP] &= ~(1u << current % WARP);
     self.now = why;
     self.file = file;
     self.line = line;
-    if (_setjmp(self.place) == 0) _longjmp(scheduler, 1);
+    leave();
 }
 
 /* ── barriers, shuffles and votes ───────────────────────────────────────────────────────────────── */
@@ -208,7 +214,10 @@ static void run_block(int block) {
     at_barrier = done = 0;
     memset(warps, 0, sizeof warps);
     memset(runnable, 0xff, sizeof runnable);
-    for (fiber &f : fibers) f.now = RUNNABLE, f.begun = false;
+    for (fiber &f : fibers) {
+        f.begun = f.begun && f.now == DONE; /* not one that a fault stopped half-way */
+        f.now = RUNNABLE;
+    }
     watch_block();
     while (done < THREADS && fault.empty()) {
         int thread = choose();
