@@ -52,6 +52,11 @@ class Array:
     def size(self) -> int:
         return self.data.size
 
+    @property
+    def writeable(self) -> bool:
+        """Whether elements may be written in place. NumPy marks arrays as read-only, CuPy knows no such mark."""
+        return getattr(self.data.flags, "writeable", True)
+
     def view(self, data: Any) -> Array:
         """An Array over `data`, which must be a view of this one's memory."""
         self.storage.has_views = True
@@ -63,4 +68,5 @@ class Array:
         return Array(self.data.reshape(shape), self.dtype, self.ptr, self.storage)
 
     def __repr__(self) -> str:
-        return f"Array({np.array2string(np.asarray(self.data), threshold=8)}, {self.dtype})"
+        data = self.data if isinstance(self.data, np.ndarray) else self.data.get()
+        return f"Array({np.array2string(data, threshold=8)}, {self.dtype})"

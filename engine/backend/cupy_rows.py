@@ -101,7 +101,7 @@ def scattering_rows(cp: Any, scatter_sums: Callable[[Any, Any, Any], None]) -> R
             return
         at = positions(y, index)
         value = cp.broadcast_to(value, at.shape).reshape(-1)
-        order = cp.argsort(at.reshape(-1))  # stable: of the values for one position, the last stands last
+        order = cp.argsort(at.reshape(-1), kind="stable")  # of the values for one position, the last stands last
         place = at.reshape(-1)[order]
         last = cp.ones(place.shape, bool)
         last[:-1] = place[1:] != place[:-1]

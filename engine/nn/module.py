@@ -189,7 +189,7 @@ class Module:
         unexpected = [name for name in state if name not in targets]
         misshapen = [f"{name} is {np.shape(state[name])}, expected {value.shape}" for name, value in targets.items()
                      if name in state and np.shape(state[name]) != value.shape]
-        read_only = [name for name, value in targets.items() if not value.array.data.flags.writeable]
+        read_only = [name for name, value in targets.items() if not value.array.writeable]
         problems = [("missing", missing if strict else []), ("unexpected", unexpected if strict else []),
                     ("of another shape", misshapen), ("read-only here", read_only)]
         if any(names for _, names in problems):

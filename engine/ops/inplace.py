@@ -37,7 +37,7 @@ def rebind_or_write(name: str, x: Tensor, value: Any, functional: Callable[[Tens
             result = result.to(dtype=x.dtype)
         x.array, x.node, x.requires_grad = result.array, result.node, result.requires_grad
         return
-    if not x.array.data.flags.writeable:
+    if not x.array.writeable:
         raise ValueError(f"{name}: x is read-only (a broadcast view or a read-only array)")
     k = get_backend(x.device)
     with autograd.no_grad():

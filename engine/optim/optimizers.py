@@ -81,7 +81,7 @@ class Optimizer:
         if grad.shape != p.shape or grad.dtype is not p.dtype or grad.device != p.device:
             raise ValueError(f"{self.name}.step: the gradient is {grad.dtype} {grad.shape} on {grad.device}, "
                              f"expected {p.dtype} {p.shape} on {p.device} as its parameter")
-        if not p.array.data.flags.writeable:
+        if not p.array.writeable:
             raise ValueError(f"{self.name}.step: a parameter of shape {p.shape} is read-only; if it belongs to a "
                              "parameter server, that updates it")
         k = get_backend(p.device)
@@ -114,9 +114,10 @@ class Optimizer:
 
         Parameters are numbered from 0 in the order of the groups. The arrays are copies.
         """
-        number = {id(p): i for i, p in enumerate(self._parameters())}
-        state = {number[key]: {name: np.array(value.data) if isinstance(value, Array) else value
-                               for name, value in entry.items()}
+        parameters = {id(p): p for p in self._parameters()}
+        number = {key: i for i, key in enumerate(parameters)}
+        state = {number[key]: {name: np.array(get_backend(parameters[key].device).to_numpy(value))
+                               if isinstance(value, Array) else value for name, value in entry.items()}
                  for key, entry in self.state.items()}
         groups = [{**group, "params": [number[id(p)] for p in group["params"]]} for group in self.param_groups]
         return {"state": state, "param_groups": groups}

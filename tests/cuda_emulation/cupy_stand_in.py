@@ -207,7 +207,7 @@ FUNCTIONS = """negative abs absolute sign floor ceil rint round square sqrt reci
                add subtract multiply divide power floor_divide remainder maximum minimum where
                equal not_equal less less_equal logical_and logical_or logical_xor logical_not
                bitwise_and bitwise_or bitwise_xor invert left_shift right_shift isnan isinf isfinite
-               any all cumsum flip sort argsort matmul broadcast_to ascontiguousarray moveaxis transpose""".split()
+               any all cumsum flip matmul broadcast_to ascontiguousarray moveaxis transpose""".split()
 MAKERS = "empty zeros ones arange".split()
 
 
@@ -234,6 +234,15 @@ def _copyto(to: ndarray, source: Any, casting: str = "same_kind") -> None:
 
 def _as_strided(x: ndarray, shape: Any, strides: Any) -> ndarray:
     return ndarray(np.lib.stride_tricks.as_strided(x._host, shape, strides))
+
+
+def _stable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """CuPy sorts stably, and takes no other kind."""
+    def run(x: ndarray, axis: int = -1, kind: str | None = None) -> ndarray:
+        if kind not in (None, "stable"):
+            raise ValueError("kind can only be None or 'stable'")
+        return ndarray(function(x._host, axis, kind="stable"))
+    return run
 
 
 def _erf(x: ndarray, out: ndarray) -> None:
@@ -278,7 +287,8 @@ def make(device_count: Callable[[], int] = lambda: 1, driver: int = 13000) -> di
                                    ("cupy", "cupyx", "cupyx.scipy", "cupyx.scipy.special"))
     members: dict[str, Any] = {name: on_device(getattr(np, name)) for name in FUNCTIONS}
     members |= {name: lambda *a, _f=getattr(np, name), **o: ndarray(_f(*a, **o)) for name in MAKERS}
-    members |= {"ndarray": ndarray, "add": _Add(), "copyto": _copyto, "RawModule": RawModule, "nan": np.nan, "inf": np.inf,
+    members |= {"ndarray": ndarray, "add": _Add(), "copyto": _copyto, "sort": _stable(np.sort), "argsort": _stable(np.argsort),
+                 "RawModule": RawModule, "nan": np.nan, "inf": np.inf,
                 "asarray": lambda x, dtype=None: ndarray(np.array(_device_if(x), dtype=dtype)),
                 "asnumpy": lambda x: x.get(),
                 "lib": types.SimpleNamespace(stride_tricks=types.SimpleNamespace(as_strided=_as_strided)),

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import engine as eg
 import engine.testing.rows  # noqa: F401  (registers the engine's rows)
 from engine.backend import cuda_source, get_backend, observers
+from engine.backend.numpy_rows import random_words
 from engine.testing import OpSpec, check_bits, check_close, specs
 from engine.testing.opspec import Case
 from engine.testing.strategies import cases
@@ -74,3 +75,118 @@ def gradients(spec: OpSpec, case: Case, name: str) -> list[np.ndarray]:
         g = np.random.default_rng(5).uniform(-1, 1, y.shape)
         grads = eg.grad(y, leaves, eg.tensor(g), allow_unused=True)
         return [y.numpy()] + [np.zeros(x.shape) if d is None else d.numpy() for x, d in zip(leaves, grads)]
+
+
+# ── training ──────────────────────────────────────────────────────────────────────────────────────────
+
+OPTIMIZERS = {"sgd": lambda p: eg.optim.SGD(p, lr=0.05, momentum=0.9), "adam": lambda p: eg.optim.AdamW(p, lr=0.01),
+              "adagrad": lambda p: eg.optim.Adagrad(p, lr=0.05), "rmsprop": lambda p: eg.optim.RMSprop(p, lr=0.01)}
+
+
+def trained(name: str, optimizer: str) -> tuple[list[float], dict[str, np.ndarray]]:
+    """The losses of a small Transformer, and its parameters after the last step."""
+    # No biases: the gradient of a key's is 0 but for rounding errors, which Adam divides by their own size.
+    config = eg.models.TransformerConfig(vocab_size=23, context_length=8, layers=1, heads=2, width=8, hidden=16,
+                                         dropout=0.1, bias=False)
+    with eg.device("reference"), eg.seed(1):
+        start = {key: value.numpy() for key, value in eg.models.Transformer(config).state_dict().items()}
+    tokens = np.random.default_rng(0).integers(0, 23, (4, 9))
+    with eg.device(name), eg.seed(3):
+        model = eg.models.Transformer(config).to("float64")
+        model.load_state_dict(start)
+        optim = OPTIMIZERS[optimizer](model.parameters())
+        losses = []
+        for _ in range(4):
+            loss = eg.cross_entropy(model(eg.tensor(tokens[:, :-1])), eg.tensor(tokens[:, 1:]))
+            optim.zero_grad()
+            loss.backward()
+            eg.optim.clip_grad_norm_(model.parameters(), 1.0)
+            optim.step()
+            losses.append(loss.item())
+        optim.load_state_dict(optim.state_dict())
+        return losses, {key: value.numpy() for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_is_that_of_the_reference(optimizer: str) -> None:
+    """The same draws and, in float64, the same losses and parameters as on the reference device, dropout included."""
+    (losses, parameters), (wanted, exact) = trained("cuda", optimizer), trained("reference", optimizer)
+    assert losses[-1] < losses[0]
+    np.testing.assert_allclose(losses, wanted, rtol=2.0**-30)
+    for key, value in exact.items():
+        check_close(parameters[key], value, 2.0**-24 * np.abs(value).max(), check=f"{optimizer}: {key}")
+
+
+def test_random_draws_are_those_of_the_reference() -> None:
+    """The same words on every device; a normal number differs by the roundings of its functions at most."""
+    for draw, close in ((eg.rand, 0), (eg.randn, 2.0**-45)):
+        found = []
+        for name in ("cuda", "reference"):
+            with eg.seed(5):
+                found.append(draw(1001, dtype="float64", device=name).numpy())
+        check_close(found[0], found[1], close * 8, check=draw.__name__)
+
+
+# ── what a GPU would do in an order of its own ────────────────────────────────────────────────────────
+
+def test_gathering_twice_adds_in_order() -> None:
+    """Rows named many times: the gradient is the sum in ascending order, the same bits every time."""
+    index, g = np.array([3, 1, 3, 3, 0, 3]), np.random.default_rng(0).uniform(-1, 1, (6, 5)).astype("float32")
+    x = eg.tensor(np.zeros((4, 5), "float32"), requires_grad=True)
+    x[index].backward(eg.tensor(g))
+    want = np.zeros((4, 5), "float32")
+    np.add.at(want, index, g)
+    check_bits(x.grad, want, check="rows named many times")
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint8", "float64"])
+def test_index_assignment_and_addition(dtype: str) -> None:
+    """The last of several values for one position stays; sums of integers are exact."""
+    x, index = np.arange(12).reshape(3, 4).astype(dtype), np.array([2, 0, 2])
+    y, want = eg.tensor(x), x.copy()
+    y[index] = eg.tensor(np.arange(12).reshape(3, 4).astype(dtype))
+    want[index] = np.arange(12).reshape(3, 4)
+    check_bits(y, want, check="index assignment")
+    added = x.copy()
+    np.add.at(added, index, x)
+    k = get_backend("cuda")
+    target = k.array(x)
+    k.scatter_add(target, k.array(x), (index,))
+    check_bits(k.to_numpy(target), added, check="scatter_add")
+
+
+def test_indices_outside_are_errors() -> None:
+    """CuPy wraps them round; the engine says so before."""
+    x = eg.zeros(3, 4)
+    with pytest.raises(IndexError, match="index 3 is out of bounds"):
+        x[eg.tensor([3])]
+    with pytest.raises(IndexError, match="index 3 is out of bounds"):
+        x[eg.tensor([3])] = 1.0
+    with pytest.raises(IndexError, match="index holds 3"):
+        eg.embedding(x, eg.tensor([3]))
+
+
+def test_transfers() -> None:
+    """Only .to moves elements between devices; it is differentiable; mixing devices is an error."""
+    x = eg.tensor([1.0, 2.0], device="cpu", requires_grad=True)
+    y = x.to("cuda")
+    assert (y.device, y.to("cpu").device) == ("cuda", "cpu")
+    (y * y).sum().backward()
+    assert x.grad.device == "cpu" and x.grad.tolist() == [2.0, 4.0]
+    with pytest.raises(ValueError, match="different devices"):
+        x + y
+    assert repr(y.detach()) == "tensor([1., 2.], device='cuda')"
+    assert "1" in repr(y.array)
+
+
+def test_every_cuda_kernel_ran() -> None:
+    """This file comes to every kernel, so that a run of it on a GPU is a run of all of them."""
+    k = get_backend("cuda")
+    bits = k.empty((10,), eg.uint32)
+    k.random_bits(bits, 10, 1, 2, 3, 4)
+    check_bits(k.to_numpy(bits), random_words(10, 1, 2, 3, 4), check="random_bits")
+    x = eg.tensor(np.ones((2, 3)), requires_grad=True)
+    for f in (eg.relu, eg.silu, eg.gelu, eg.gelu_tanh, eg.softmax, eg.log_softmax, lambda x: eg.rms_norm(x, x[0]),
+              lambda x: eg.rope(x[:, :2], x[:, :1], x[:, 1:2])):
+        f(x).sum().backward()
+    assert launched >= set(cuda_source.kernels())
