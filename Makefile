@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := build
-.PHONY: build help venv train test test-isa test-asan test-ubsan test-wheel lint mutate lines doctor wheel clean
+.PHONY: build help venv train test test-isa test-asan test-ubsan test-gpu test-cuda-compile test-wheel lint mutate lines doctor wheel clean
 .DELETE_ON_ERROR:
 
 build: $(READY) ## compile the kernels in place (what plain `make` does)
@@ -54,6 +54,12 @@ test-ubsan: $(READY) ## the same with the undefined-behaviour sanitizer
 	@$(RUN) tools/build_kernels.py --into build/$@ --work build/$@-objects \
 	    --flags "-fsanitize=undefined -fno-sanitize-recover=all -g"
 	@$(SANITIZED)
+
+test-gpu: build ## run the op suite, training runs and every CUDA kernel on a GPU, and say what ran
+	@ENGINE_TEST_GPU=1 $(RUN) -m pytest -q -s -rs tests/cuda_emulation/test_cuda_device.py $(ARGS)
+
+test-cuda-compile: $(READY) ## compile the CUDA kernels for sm_75, sm_80, sm_90 (needs nvcc or libnvrtc, no GPU)
+	@$(RUN) -m pytest -q -rs -m slow -n $(JOBS) tests/cuda_emulation/test_cuda_source.py $(ARGS)
 
 test-wheel: $(READY) ## build the wheel, install it in a new environment, run it without a compiler
 	@$(RUN) -m pytest -q -m slow tests/test_packaging.py $(ARGS)

@@ -156,6 +156,8 @@ def test_wheel_without_compiler_is_pure_and_says_why(tree: Path, tmp_path: Path)
     assert "found no C compiler" in line and "NumPy reference backend" in line and "apt install gcc" in line
     names = zipfile.ZipFile(wheel).namelist()
     assert {"engine/__init__.py", "engine/py.typed", "engine/backend/reference.py"} <= set(names)
+    cuda = {f"engine/_kernels/cuda/{path.name}" for path in (ROOT / "kernels" / "cuda").glob("*.cu*")}
+    assert cuda and cuda <= set(names)
     assert not [n for n in names if n.endswith(".so") or not n.startswith(("engine/", "shardgrad-"))]
 
 

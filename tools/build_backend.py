@@ -3,6 +3,7 @@
     setuptools writes a pure wheel           shardgrad-0.1.0-py3-none-any.whl
     build_kernels.py compiles the kernels    engine/_kernels/cpu_<level>.abi3.so, one for each level
     the modules are put into the wheel       shardgrad-0.1.0-cp310-abi3-<platform>.whl
+    and the sources of the CUDA kernels      engine/_kernels/cuda/*.cu, compiled when a GPU runs them
 
 Where the kernels cannot be compiled the pure wheel is the result: the installation works, on the NumPy
 reference backend. An editable installation compiles them in place.
@@ -48,6 +49,7 @@ global-exclude __pycache__ *.py[cod] *.so
 def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
     shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)  # setuptools would pack what an older build left there
     wheel = Path(wheel_directory, build_meta.build_wheel(wheel_directory, config_settings, metadata_directory))
+    add_cuda_sources(wheel)
     with tempfile.TemporaryDirectory() as folder:
         modules = compiled(Path(folder))
         if modules:
@@ -78,6 +80,18 @@ def compiled(into: Path) -> list[Path]:
               "To fix it, install a C compiler (Debian, Ubuntu: apt install gcc python3-dev; macOS: xcode-select "
               "--install) and repeat the pip command with --force-reinstall --no-cache-dir", file=sys.stderr)
         return []
+
+
+def add_cuda_sources(wheel: Path) -> None:
+    """Put the CUDA kernels into a wheel as they are: they are compiled where a GPU runs them."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_wheel("unpack", "--dest", folder, str(wheel))
+        [tree] = Path(folder).iterdir()
+        sources = tree / "engine" / "_kernels" / "cuda"
+        sources.mkdir(parents=True, exist_ok=True)
+        for source in (*(ROOT / "kernels" / "cuda").glob("*.cu"), *(ROOT / "kernels" / "cuda").glob("*.cuh")):
+            shutil.copy(source, sources)
+        run_wheel("pack", "--dest-dir", str(wheel.parent), str(tree))
 
 
 def add_modules(wheel: Path, modules: list[Path]) -> Path:

@@ -1,14 +1,14 @@
 """The GPU backend: CuPy's memory and operations, and the CUDA kernels of kernels/cuda for what is fused.
 
 A kernel is looked for first among the .cu files, then in the table of CuPy rows (cupy_rows.py). CUDA kernels are
-compiled by CuPy at their first call (NVRTC, no compiler needed) and kept on disk by it. Work is queued on CuPy's current
-stream and runs while Python goes on; it is waited for where elements are read (`.numpy()`, `.item()`).
+compiled by CuPy at their first call (NVRTC, no compiler needed) and kept on disk by it. Work is queued on CuPy's
+current stream and runs while Python goes on; it is waited for where elements are read (`.numpy()`, `.item()`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ def load_cupy() -> Any:
                                "CuPy wheel of its CUDA version") from None
         count = 0
     if not count:
-        raise RuntimeError("cuda: the NVIDIA driver shows no device; nvidia-smi lists them, CUDA_VISIBLE_DEVICES hides them")
+        raise RuntimeError("cuda: the NVIDIA driver shows no device; nvidia-smi lists them, CUDA_VISIBLE_DEVICES "
+                           "hides them")
     return cupy
 
 
@@ -59,6 +60,8 @@ class CupyBackend(Backend):
         self.cupy = load_cupy()
         self.rows = cupy_rows(self.cupy, self._scatter_sums)
         self.prototypes = cuda_source.kernels()
+        self._module, self._function = cache(self._compile), cache(self._look_up)
+        self._record = lru_cache(maxsize=4096)(self._device_record)
         self.blocks = BLOCKS * self.cupy.cuda.Device().attributes["MultiProcessorCount"]
 
     # ── memory ──────────────────────────────────────────────────────────────────────────────────────
@@ -101,12 +104,10 @@ class CupyBackend(Backend):
 
         return run
 
-    @lru_cache(maxsize=None)
-    def _module(self, path: Path, bits: int) -> Any:
+    def _compile(self, path: Path, bits: int) -> Any:
         return self.cupy.RawModule(code=cuda_source.program(path), options=cuda_source.defines(bits))
 
-    @lru_cache(maxsize=None)
-    def _function(self, prototype: Prototype, bits: int) -> Any:
+    def _look_up(self, prototype: Prototype, bits: int) -> Any:
         return self._module(cuda_source.sources()[prototype.name], bits).get_function(prototype.symbol(bits))
 
     def _converter(self, parameter: Parameter) -> Callable[[Any], Any]:
@@ -129,12 +130,11 @@ class CupyBackend(Backend):
 
     def _layout_record(self, operands: Sequence[Array]) -> Any:
         shape = operands[0].data.shape
-        return self._device_record(shape, tuple([
+        return self._record(shape, tuple([
             (0,) * (len(shape) - x.data.ndim)
             + tuple([0 if n == 1 else s // x.dtype.itemsize for n, s in zip(x.data.shape, x.data.strides)])
             for x in operands]))
 
-    @lru_cache(maxsize=4096)
     def _device_record(self, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> Any:
         shape, strides = merge_axes(shape, strides)
         return self.cupy.asarray(np.array([len(shape), *shape, *[s for one in strides for s in one]], np.int64))

@@ -17,7 +17,7 @@ from engine.backend.numpy_rows import Rows, numpy_rows
 # f(*inputs, out=y): one launch, no temporary. Where the names differ: kernel=function.
 UFUNCS = """
     negative abs=absolute sign floor ceil round=rint square sqrt reciprocal exp expm1 log log1p sin cos tanh
-    add subtract multiply divide maximum minimum equal not_equal less less_equal remainder
+    add subtract multiply divide maximum minimum equal not_equal less less_equal
     logical_and logical_or logical_xor logical_not
     bitwise_and bitwise_or bitwise_xor bitwise_not=invert bitwise_left_shift=left_shift bitwise_right_shift=right_shift
     isnan isinf isfinite
@@ -36,6 +36,7 @@ def cupy_rows(cp: Any, scatter_sums: Callable[[Any, Any, Any], None]) -> Rows:
         kernel, _, function = word.partition("=")
         rows[kernel] = ufunc(getattr(cp, function or kernel))
     rows["round"] = rounded(cp)
+    rows = {**rows, **division_rows(cp, rows)}
     return {**rows, "erf": ufunc(error_function), "gemm": lambda *a: gemm(cp, *a), **scattering_rows(cp, scatter_sums)}
 
 
@@ -46,6 +47,35 @@ def rounded(cp: Any) -> Callable[..., None]:
         else:  # rint of integers is a float
             y[...] = x
     return run
+
+
+def division_rows(cp: Any, of_integers: Rows) -> Rows:
+    """⌊a/b⌋ and a − ⌊a/b⌋ b of floats from the exact remainder of the truncated quotient, as NumPy has them.
+
+    (CuPy's own remainder multiplies the rounded quotient back, and is NaN where b is infinite.)
+    """
+    def parts(a: Any, b: Any) -> tuple[Any, Any, Any]:
+        truncated = cp.fmod(a, b)  # exact, with the sign of a
+        return truncated, (truncated != 0) & ((truncated < 0) != (b < 0)), b
+
+    def remainder(y: Any, a: Any, b: Any, layout: Any) -> None:
+        if y.dtype.kind != "f":
+            return of_integers["remainder"](y, a, b, layout)
+        truncated, other_sign, b = parts(a, b)
+        found = cp.where(other_sign, truncated + b, truncated)
+        y[...] = cp.where(found == 0, cp.copysign(found, b), found)
+
+    def floor_divide(y: Any, a: Any, b: Any, layout: Any) -> None:
+        if y.dtype.kind != "f":
+            return of_integers["floor_divide"](y, a, b, layout)
+        truncated, other_sign, b = parts(a, b)
+        quotient = (a - truncated) / b - other_sign.astype(y.dtype)  # whole but for its own rounding
+        whole = cp.floor(quotient)
+        whole = whole + (quotient - whole > 0.5).astype(y.dtype)
+        whole = cp.where(quotient == 0, cp.copysign(cp.zeros_like(whole), a / b), whole)
+        y[...] = cp.where(b == 0, a / b, whole)
+
+    return {"remainder": remainder, "floor_divide": floor_divide}
 
 
 def error_function(x: Any, out: Any) -> None:
@@ -80,7 +110,7 @@ def gemm(cp: Any, c: Any, a: Any, b: Any, bias: Any, batch: int, m: int, n: int,
 def scattering_rows(cp: Any, scatter_sums: Callable[[Any, Any, Any], None]) -> Rows:
     """Writing by index. An index names positions; the same position may be named twice."""
     def positions(y: Any, index: Any) -> Any:
-        """The flat position in y of each element that the index names. Raises IndexError outside y, which CuPy wraps."""
+        """The flat position in y of each element that the index names. Raises IndexError outside y: CuPy would wrap."""
         numpy.broadcast_to(numpy.int8(0), y.shape)[index]
         return cp.arange(y.size).reshape(y.shape)[index]
 

@@ -63,8 +63,7 @@ def flat_gradients(partition: Partition, dtype: DType, gradients: Mapping[str, A
         if gradient is None:
             raise ValueError(f"push: {name!r} has no gradient; every parameter of the server needs one in every "
                              "microbatch (leave frozen parameters out of the server)")
-        array = getattr(gradient, "array", gradient)
-        data = array.data if isinstance(array, Array) else np.asarray(array)
+        data = gradient.data if isinstance(gradient, Array) else np.asarray(gradient)  # from a GPU: a copy
         if data.shape != parameter.shape or data.dtype != dtype.numpy:
             raise ValueError(f"push: the gradient of {name!r} is {data.dtype} {data.shape}, "
                              f"expected {dtype} {parameter.shape}")

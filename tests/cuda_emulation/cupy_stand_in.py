@@ -1,7 +1,7 @@
 """A module that stands in for CuPy where there is no GPU: CuPy's interface over NumPy arrays, as strict as CuPy is.
 
-It is there to test the Python of the GPU backend, so it gives what the backend may use and nothing else, and refuses what
-CuPy refuses or leaves undefined:
+It is there to test the Python of the GPU backend, so it gives what the backend may use and nothing else, and refuses
+what CuPy refuses or leaves undefined:
 
     an array is not turned into a NumPy array behind one's back, nor combined with one
     indexing and reductions give 0-d arrays, never scalars
@@ -54,7 +54,8 @@ class ndarray:
     @property
     def flags(self) -> Any:
         """CuPy's flags say nothing about writing."""
-        return types.SimpleNamespace(c_contiguous=self._host.flags.c_contiguous, f_contiguous=self._host.flags.f_contiguous)
+        flags = self._host.flags
+        return types.SimpleNamespace(c_contiguous=flags.c_contiguous, f_contiguous=flags.f_contiguous)
 
     def __len__(self) -> int:
         return len(self._host)
@@ -204,10 +205,10 @@ for _name in IN_PLACE:
 # ── functions ─────────────────────────────────────────────────────────────────────────────────────────
 
 FUNCTIONS = """negative abs absolute sign floor ceil rint round square sqrt reciprocal exp expm1 log log1p sin cos tanh
-               add subtract multiply divide power floor_divide remainder maximum minimum where
+               add subtract multiply divide power floor_divide remainder fmod copysign maximum minimum where
                equal not_equal less less_equal logical_and logical_or logical_xor logical_not
                bitwise_and bitwise_or bitwise_xor invert left_shift right_shift isnan isinf isfinite
-               any all cumsum flip matmul broadcast_to ascontiguousarray moveaxis transpose""".split()
+               any all cumsum flip matmul broadcast_to ascontiguousarray zeros_like moveaxis transpose""".split()
 MAKERS = "empty zeros ones arange".split()
 
 
@@ -286,9 +287,9 @@ def make(device_count: Callable[[], int] = lambda: 1, driver: int = 13000) -> di
     cupy, cupyx, scipy, special = (types.ModuleType(name) for name in
                                    ("cupy", "cupyx", "cupyx.scipy", "cupyx.scipy.special"))
     members: dict[str, Any] = {name: on_device(getattr(np, name)) for name in FUNCTIONS}
-    members |= {name: lambda *a, _f=getattr(np, name), **o: ndarray(_f(*a, **o)) for name in MAKERS}
-    members |= {"ndarray": ndarray, "add": _Add(), "copyto": _copyto, "sort": _stable(np.sort), "argsort": _stable(np.argsort),
-                 "RawModule": RawModule, "nan": np.nan, "inf": np.inf,
+    members |= {name: on_device(getattr(np, name)) for name in MAKERS}
+    members |= {"ndarray": ndarray, "add": _Add(), "copyto": _copyto, "sort": _stable(np.sort),
+                "argsort": _stable(np.argsort), "RawModule": RawModule, "nan": np.nan, "inf": np.inf,
                 "asarray": lambda x, dtype=None: ndarray(np.array(_device_if(x), dtype=dtype)),
                 "asnumpy": lambda x: x.get(),
                 "lib": types.SimpleNamespace(stride_tricks=types.SimpleNamespace(as_strided=_as_strided)),

@@ -15,6 +15,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -31,6 +32,7 @@ COMPILER = os.environ.get("CXX") or "g++"
 # The watch needs the calls of -fsanitize=thread in the kernels, and none in itself. longjmp between stacks is meant.
 COMMON = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-U_FORTIFY_SOURCE", "-w"]
 KERNEL_FLAGS = [*COMMON, "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
+RUNNING = threading.Lock()
 ORDERS = {"forward": 0, "backward": 1, "random": 2}
 CTYPES = {"int64_t": ctypes.c_int64, "uint64_t": ctypes.c_uint64, "uint32_t": ctypes.c_uint32, "int": ctypes.c_int,
           "double": ctypes.c_double}
@@ -72,6 +74,10 @@ class Program:
         kernel = self.kernels[name]
         if len(arguments) != len(kernel.parameters):
             raise TypeError(f"{name}: got {len(arguments)} arguments, expected {len(kernel.parameters)}")
+        with RUNNING:  # the fibers of a process belong to one launch at a time
+            return self._launch(kernel, arguments, schedule)
+
+    def _launch(self, kernel: Prototype, arguments: Sequence[Any], schedule: Schedule) -> list[str]:
         file, _, line = schedule.skip.partition(":")
         self.library.emulation_start(schedule.grid, ORDERS[schedule.order], ctypes.c_uint64(schedule.seed),
                                      int(schedule.watch), file.encode(), int(line or 0))
@@ -87,12 +93,14 @@ class Program:
         getattr(self.library, f"launch_{kernel.symbol(self.bits)}")(*passed)
         report = self.library.emulation_report().decode()
         if report:
-            raise Fault(f"{name}: {report}")
+            raise Fault(f"{kernel.name}: {report}")
         return self.library.emulation_barriers().decode().split()
 
     def _make_known(self, array: np.ndarray, name: str) -> None:
-        low, high = np.lib.array_utils.byte_bounds(array) if array.size else (0, 0)
-        self.library.emulation_array(ctypes.c_void_p(low), ctypes.c_size_t(high - low), name.encode())
+        spans = [(n - 1) * stride for n, stride in zip(array.shape, array.strides)] if array.size else []
+        start = array.__array_interface__["data"][0]
+        low, high = start + sum(min(s, 0) for s in spans), start + sum(max(s, 0) for s in spans) + array.itemsize
+        self.library.emulation_array(ctypes.c_void_p(low), ctypes.c_size_t(high - low if array.size else 0), name.encode())
 
 
 def launchers(text: str, bits: int) -> str:

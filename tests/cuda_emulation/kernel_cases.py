@@ -1,8 +1,8 @@
 """Launches of every CUDA kernel, with what must come out and how far off it may be.
 
-A case is the arguments in the order of kernels.h, and for each output the exact result with an error bound; both come from
-the same equation over Rounded numbers (engine/testing/rounded.py), so no bound is chosen by hand. Sizes are such that
-blocks do several tasks, rows end within a warp, and tiles are partly empty.
+A case is the arguments in the order of kernels.h, and for each output the exact result with an error bound; both come
+from the same equation over Rounded numbers (engine/testing/rounded.py), so no bound is chosen by hand. Sizes are such
+that blocks do several tasks, rows end within a warp, and tiles are partly empty.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.backend.numpy_rows import random_words
 from engine.testing import formulas
-from engine.testing.bounds import spacing, unit_roundoff
+from engine.testing.bounds import unit_roundoff
 from engine.testing.formulas import exp, log, mean, rsqrt, sqrt, total, where
 from engine.testing.rounded import Rounded
 
@@ -38,16 +38,13 @@ class KernelCase:
 
     def arguments(self) -> list[Any]:
         """Fresh outputs that mean nothing yet, then the inputs."""
-        return [np.full(value.shape, poison(value.dtype), value.dtype) for value, _ in self.typed()] + self.inputs
+        return [np.full(value.shape, *self.poison(value.dtype)) for value, _ in self.outputs] + self.inputs
 
-    def typed(self) -> Iterator[tuple[np.ndarray, Any]]:
-        """The outputs in their own types: floats in the case's, partial sums in double, integers as they are."""
-        for value, bound in self.outputs:
-            yield np.asarray(value, value.dtype if value.dtype.kind != "f" or self.kernel == "sum_squares" else self.dtype), bound
-
-
-def poison(dtype: np.dtype) -> Any:
-    return np.nan if dtype.kind == "f" else 0x5A
+    def poison(self, dtype: np.dtype) -> tuple[Any, np.dtype]:
+        """(what an output holds before, its type): floats in the case's type, but for the sums that are in double."""
+        if dtype.kind != "f":
+            return 0x5A, dtype
+        return np.nan, dtype if self.kernel == "sum_squares" else self.dtype
 
 
 Cases = Iterator[tuple[str, list[Any], list[Any]]]  # label, outputs, inputs
@@ -133,7 +130,8 @@ def _(dtype: Any, rng: Any) -> Cases:
             x, g, target = draw(rng, dtype, rows, n), draw(rng, dtype, rows), rng.integers(0, n, rows)
             target[2] = IGNORE
             lse = formulas.logsumexp(x.astype("float64"), -1).astype(dtype)
-            dx, _ = formulas.cross_entropy_vjp(rounded(g), rounded(x), target, ignore_index=IGNORE, label_smoothing=smoothing)
+            dx, _ = formulas.cross_entropy_vjp(rounded(g), rounded(x), target, ignore_index=IGNORE,
+                                               label_smoothing=smoothing)
             yield f"{rows}x{n},{smoothing}", [dx], [g, x, lse, target, rows, n, IGNORE, smoothing]
 
 

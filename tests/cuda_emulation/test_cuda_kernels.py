@@ -1,4 +1,4 @@
-"""Every CUDA kernel on the CPU, under the emulation: right, whatever the schedule; and a missing barrier does not hide."""
+"""Every CUDA kernel on the CPU, under the emulation: right, whatever the schedule; a missing barrier does not hide."""
 
 from __future__ import annotations
 

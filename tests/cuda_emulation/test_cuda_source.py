@@ -86,7 +86,7 @@ def test_nvcc_compiles(path: Path, bits: int, tmp_path: Path) -> None:
 
 
 def nvrtc() -> ctypes.CDLL | None:
-    """The run-time compiler, which needs no GPU to compile: of a CUDA installation, or of the wheel nvidia-cuda-nvrtc."""
+    """The run-time compiler, which needs no GPU: of a CUDA installation, or of the wheel nvidia-cuda-nvrtc."""
     names = [ctypes.util.find_library("nvrtc")]
     spec = importlib.util.find_spec("nvidia")
     for place in (spec.submodule_search_locations or []) if spec else []:
@@ -103,8 +103,8 @@ def test_nvrtc_compiles(path: Path, bits: int) -> None:
     library = nvrtc()
     assert library is not None
     for architecture in ARCHITECTURES:
-        made = ctypes.c_void_p()
-        assert library.nvrtcCreateProgram(ctypes.byref(made), cuda_source.program(path).encode(), None, 0, None, None) == 0
+        made, text = ctypes.c_void_p(), cuda_source.program(path).encode()
+        assert library.nvrtcCreateProgram(ctypes.byref(made), text, None, 0, None, None) == 0
         options = [*cuda_source.defines(bits), f"--gpu-architecture=sm_{architecture}", "-std=c++17"]
         failed = library.nvrtcCompileProgram(made, len(options), (ctypes.c_char_p * len(options))(
             *[option.encode() for option in options]))
