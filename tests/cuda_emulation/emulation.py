@@ -100,7 +100,8 @@ class Program:
         spans = [(n - 1) * stride for n, stride in zip(array.shape, array.strides)] if array.size else []
         start = array.__array_interface__["data"][0]
         low, high = start + sum(min(s, 0) for s in spans), start + sum(max(s, 0) for s in spans) + array.itemsize
-        self.library.emulation_array(ctypes.c_void_p(low), ctypes.c_size_t(high - low if array.size else 0), name.encode())
+        size = high - low if array.size else 0
+        self.library.emulation_array(ctypes.c_void_p(low), ctypes.c_size_t(size), name.encode())
 
 
 def launchers(text: str, bits: int) -> str:
