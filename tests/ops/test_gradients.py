@@ -102,14 +102,13 @@ def test_no_alias(spec: OpSpec) -> None:
         check_no_alias(spec.function(case), *points)
 
 
-@rows(differentiable)
-@share(0.2)
+@rows(lambda spec: len(spec.wrt) > 1 or spec.op in ("concat", "stack", "einsum"))
+@share(0.3)
 @given(data=st.data())
 def test_unneeded_gradients(spec: OpSpec, data: Any) -> None:
     """With one operand requiring grad, its gradient has the bits that it has when all do."""
     case = data.draw(cases(spec, "float32"))
     points = spec.points(case)
-    assume(len(points) > 1)
     f = spec.function(case)
     leaves = [as_tensor(x, True) for x in points]
     y = f(*leaves)
