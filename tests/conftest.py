@@ -1,7 +1,9 @@
 """What every test runs under: Hypothesis without surprises.
 
 `make test` must give the same verdict every time, so its examples are derandomized. The nightly profile draws new ones,
-many more, and prints what reproduces a failure:  HYPOTHESIS_PROFILE=nightly pytest tests/ops
+HYPOTHESIS_EXAMPLES (10,000) of each, and prints what reproduces a failure:
+
+    HYPOTHESIS_PROFILE=nightly HYPOTHESIS_EXAMPLES=300 pytest tests/ops
 """
 
 from __future__ import annotations
@@ -15,5 +17,6 @@ _COMMON = {"phases": _PHASES, "deadline": None, "database": None, "print_blob": 
            "suppress_health_check": list(HealthCheck)}
 settings.register_profile("test", derandomize=True, max_examples=25, **_COMMON)
 settings.register_profile("quick", derandomize=True, max_examples=8, **_COMMON)
-settings.register_profile("nightly", derandomize=False, max_examples=10_000, **_COMMON)
+settings.register_profile("nightly", derandomize=False, **_COMMON,
+                          max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "10000")))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
