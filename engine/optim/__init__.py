@@ -10,16 +10,16 @@ from engine.optim.clip import clip_grad_norm_, clip_grad_value_
 from engine.optim.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from engine.optim.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, Rule, SGDRule
 from engine.optim.schedules import (
-                                    Schedule,
-                                    Scheduler,
-                                    constant,
-                                    cosine,
-                                    exponential,
-                                    linear,
-                                    one_cycle,
-                                    step_decay,
-                                    warmup,
-                                    warmup_cosine,
+    Schedule,
+    Scheduler,
+    constant,
+    cosine,
+    exponential,
+    linear,
+    one_cycle,
+    step_decay,
+    warmup,
+    warmup_cosine,
 )
 
 __all__ = ["SGD", "Accumulated", "Accumulator", "Adagrad", "AdagradRule", "Adam", "AdamRule", "AdamW", "AdamWRule",
