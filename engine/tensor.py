@@ -26,7 +26,7 @@ _default_device: ContextVar[str] = ContextVar("default_device", default="cpu")
 
 @contextmanager
 def device(name: str) -> Iterator[None]:
-    """Within the block, new tensors are made on device `name` ("cpu" or "reference")."""
+    """Within the block, new tensors are made on device `name` ("cpu", "reference" or "cuda")."""
     get_backend(name)
     token = _default_device.set(name)
     try:

@@ -185,12 +185,12 @@ def _(dtype: Any, rng: Any) -> Cases:
 # batch, heads, kv_heads, t, s, d; what is special
 ATTENTION = {
     "plain": ((1, 2, 2, 5, 40, 3), {}),
-    "causal, grouped": ((1, 4, 2, 40, 40, 8), {"causal": True}),
-    "two passes over d": ((1, 1, 1, 5, 3, 130), {}),
-    "mask, lengths": ((2, 1, 1, 3, 70, 4), {"mask": True, "lengths": np.array([0, 50])}),
+    "causal_grouped": ((1, 4, 2, 40, 40, 8), {"causal": True}),
+    "two_passes": ((1, 1, 1, 5, 3, 130), {}),
+    "mask_lengths": ((2, 1, 1, 3, 70, 4), {"mask": True, "lengths": np.array([0, 50])}),
     "dropout": ((1, 2, 1, 6, 34, 5), {"dropout": 0.4, "causal": True}),
-    "more queries than keys": ((1, 1, 1, 40, 3, 4), {"causal": True}),
-    "no keys": ((1, 2, 1, 3, 0, 4), {}),
+    "few_keys": ((1, 1, 1, 40, 3, 4), {"causal": True}),
+    "no_keys": ((1, 2, 1, 3, 0, 4), {}),
 }
 
 
@@ -282,7 +282,7 @@ def _(dtype: Any, rng: Any) -> Cases:
         weight, index = draw(rng, dtype, vocabulary, n), rng.integers(0, vocabulary, count)
         index[-1] = vocabulary  # no row of the table
         y = np.vstack([weight[index[:-1]], np.full((1, n), np.nan, dtype)])
-        yield f"{count} of {vocabulary}x{n}", [y], [weight, index, count, vocabulary, n]
+        yield f"{count}_of_{vocabulary}x{n}", [y], [weight, index, count, vocabulary, n]
 
 
 @of("embedding_vjp")
@@ -293,7 +293,7 @@ def _(dtype: Any, rng: Any) -> Cases:
         dweight = np.zeros((vocabulary, n), dtype)
         for i, row in enumerate(index):
             dweight[row] += g[i]  # in ascending order: the same bits
-        yield f"{count} of {vocabulary}x{n}", [dweight], [g, index, count, vocabulary, n]
+        yield f"{count}_of_{vocabulary}x{n}", [dweight], [g, index, count, vocabulary, n]
 
 
 @of("rope")
@@ -376,10 +376,10 @@ ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 
 def activation(name: str, vjp: bool) -> Callable[[Any, Any], Cases]:
     def make(dtype: Any, rng: Any) -> Cases:
-        for label, shape in (("dense", (1000,)), ("one", ()), ("three axes", (5, 7, 11)), ("empty", (0, 3))):
+        for label, shape in (("dense", (1000,)), ("one", ()), ("three_axes", (5, 7, 11)), ("empty", (0, 3))):
             x = draw(rng, dtype, *shape, low=-6, high=6)
             g = draw(rng, dtype, *shape)
-            if label == "three axes":
+            if label == "three_axes":
                 x, g = x.transpose(2, 0, 1)[::-1].transpose(1, 2, 0), g[:1]  # strided; broadcast along an axis
             y = np.empty(shape, dtype)
             wide = np.broadcast_to(g, shape)
@@ -414,8 +414,8 @@ def _(dtype: Any, rng: Any) -> Cases:
         direction = slope + moved * 0.9 if nesterov else moved
         yield (f"nesterov={nesterov}", [a - direction * lr, moved],
                [p, m, g, N, lr, 0.9, damp, decay, nesterov, 2])
-    yield "first step", [a - slope * lr, slope], [p, m, g, N, lr, 0.9, damp, decay, 0, 1]
-    yield "no momentum", [a - slope * lr, np.full(N, np.nan)], [p, m, g, N, lr, 0.0, damp, decay, 0, 2]
+    yield "first_step", [a - slope * lr, slope], [p, m, g, N, lr, 0.9, damp, decay, 0, 1]
+    yield "no_momentum", [a - slope * lr, np.full(N, np.nan)], [p, m, g, N, lr, 0.0, damp, decay, 0, 2]
 
 
 @of("adam")
@@ -436,7 +436,7 @@ def _(dtype: Any, rng: Any) -> Cases:
     (p, _, v, g), (a, _, c, d) = state(dtype, rng)
     slope = d + a * 0.01
     square = c + slope * slope
-    yield ("step 4", [a - slope / (sqrt(square) + 1e-3) * (0.1 / (1 + 3 * 0.5)), square],
+    yield ("step_4", [a - slope / (sqrt(square) + 1e-3) * (0.1 / (1 + 3 * 0.5)), square],
            [p, v, g, N, 0.1, 0.5, 1e-3, 0.01, 4])
 
 
@@ -448,5 +448,5 @@ def _(dtype: Any, rng: Any) -> Cases:
     direction = slope / (sqrt(square) + 1e-3)
     moved = b * 0.9 + direction
     yield "momentum", [a - moved * 0.1, square, moved], [p, v, m, g, N, 0.1, 0.99, 1e-3, 0.01, 0.9, 3]
-    yield ("no momentum", [a - direction * 0.1, square, np.full(N, np.nan)],
+    yield ("no_momentum", [a - direction * 0.1, square, np.full(N, np.nan)],
            [p, v, m, g, N, 0.1, 0.99, 1e-3, 0.01, 0.0, 3])

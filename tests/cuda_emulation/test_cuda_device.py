@@ -195,6 +195,16 @@ def test_indices_outside_are_errors() -> None:
         eg.embedding(x, eg.tensor([3]))
 
 
+def test_a_broadcast_operand_of_a_kernel() -> None:
+    """An elementwise CUDA kernel over operands of other shapes than its output's."""
+    k, x = get_backend("cuda"), np.linspace(-2, 2, 6).reshape(2, 3)
+    g, column = np.arange(3.0), np.array([[2.0], [-1.0]])
+    y = k.map("relu_vjp", k.array(g), k.array(x))
+    check_bits(k.to_numpy(y), np.where(x > 0, g, 0.0), check="a row broadcast")
+    y = k.map("relu_vjp", k.array(column), k.array(x))
+    check_bits(k.to_numpy(y), np.where(x > 0, column, 0.0), check="a column broadcast")
+
+
 def test_transfers() -> None:
     """Only .to moves elements between devices; it is differentiable; mixing devices is an error."""
     x = eg.tensor([1.0, 2.0], device="cpu", requires_grad=True)
