@@ -225,7 +225,11 @@ def test_every_cuda_kernel_ran() -> None:
     k.random_bits(bits, 10, 1, 2, 3, 4)
     check_bits(k.to_numpy(bits), random_words(10, 1, 2, 3, 4), check="random_bits")
     x = eg.tensor(np.ones((2, 3)), requires_grad=True)
+    for optimizer in OPTIMIZERS:
+        trained("cuda", optimizer)
+    eg.rand(3)
     for f in (eg.relu, eg.silu, eg.gelu, eg.gelu_tanh, eg.softmax, eg.log_softmax, lambda x: eg.rms_norm(x, x[0]),
               lambda x: eg.rope(x[:, :2], x[:, :1], x[:, 1:2])):
         f(x).sum().backward()
+    eg.randn(3)
     assert launched >= set(cuda_source.kernels())
