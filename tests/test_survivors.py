@@ -42,3 +42,17 @@ def test_a_matrix_times_a_column_in_any_layout() -> None:
         for column in (b[:, :1], b[:, 2:], np.asfortranarray(b)[:, 1:2], b[::-1, :1], np.ascontiguousarray(b[:, :1])):
             got = eg.from_numpy(left) @ eg.from_numpy(column)
             np.testing.assert_array_equal(got.numpy(), left @ column)
+
+
+def test_no_piece_of_a_job_is_left_out() -> None:
+    """Lengths that do not divide into equal pieces, on 2 and 3 threads, into memory that held something else."""
+    before = eg.get_num_threads()
+    try:
+        for threads in (2, 3):
+            eg.set_num_threads(threads)
+            for pieces in range(2, 24):
+                x = np.arange(8192 * pieces + 1, dtype="float32")
+                get_backend("cpu").full(x.shape, -1.0, eg.float32)  # the pool hands this memory out next
+                np.testing.assert_array_equal((eg.from_numpy(x) + 1.0).numpy(), x + 1)
+    finally:
+        eg.set_num_threads(before)
