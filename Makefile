@@ -56,7 +56,7 @@ test-ubsan: $(READY) ## the same with the undefined-behaviour sanitizer
 	@$(SANITIZED)
 
 test-gpu: build ## run the op suite, training runs and every CUDA kernel on a GPU, and say what ran
-	@ENGINE_TEST_GPU=1 $(RUN) -m pytest -q -s -rs tests/cuda_emulation/test_cuda_device.py $(ARGS)
+	@ENGINE_TEST_GPU=1 $(RUN) -m pytest -q -s tests/cuda_emulation/test_cuda_device.py $(ARGS)
 
 test-cuda-compile: $(READY) ## compile the CUDA kernels for sm_75, sm_80, sm_90 (needs nvcc or libnvrtc, no GPU)
 	@$(RUN) -m pytest -q -rs -m slow -n $(JOBS) tests/cuda_emulation/test_cuda_source.py $(ARGS)

@@ -146,6 +146,28 @@ def test_replicas_on_the_device_train_on_the_parameter_server() -> None:
     check_close(several["w"], cpu["w"], 2.0**-40, check="cuda against cpu")
 
 
+def test_special_values_are_those_of_the_cpu() -> None:
+    """Rows with NaN and infinities: NaN, infinities and numbers come out in the same places."""
+    inf, nan = np.inf, np.nan
+    x = np.array([[nan, 1, 2], [inf, 1, 2], [-inf] * 3, [-inf, 1, 2], [inf, -inf, 0], [0, -0.0, 1e-310]])
+    hidden = np.where(np.eye(6, 3, dtype=bool), x[:, ::-1], x)
+    for f in (eg.softmax, eg.log_softmax, eg.relu, eg.silu, eg.gelu, eg.gelu_tanh, lambda x: eg.rms_norm(x, x[5]),
+              lambda x: eg.layer_norm(x, x[5], x[5]),
+              lambda x: eg.cross_entropy(x, eg.tensor(np.array([0, 1, 2, 0, 2, 1])), reduction="none"),
+              lambda x: eg.cross_entropy(x, eg.tensor(np.array([1] * 6)), reduction="none", label_smoothing=0.1),
+              lambda x: eg.scaled_dot_product_attention(x[3:], x[5:], x[5:], mask=x.detach()[:3, :1])):
+        for rows in (x, hidden):
+            found = []
+            for name in ("cuda", "cpu"):
+                with eg.device(name):
+                    leaf = eg.tensor(rows, requires_grad=True)
+                    y = f(leaf)
+                    y.sum().backward()
+                    found.append([y.detach().numpy(), leaf.grad.numpy()])
+            for got, want in zip(*found):
+                np.testing.assert_allclose(got, want, rtol=2.0**-40)
+
+
 def test_random_draws_are_those_of_the_reference() -> None:
     """The same words on every device; a normal number differs by the roundings of its functions at most."""
     for draw, close in ((eg.rand, 0), (eg.randn, 2.0**-45)):
