@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a checkout runs without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
 from engine.ops.registry import Op, registry
 from engine.tensor import Tensor
 
+ROOT = Path(__file__).resolve().parent.parent
 SOURCE, TARGET = ROOT / "engine" / "tensor.py", ROOT / "engine" / "tensor.pyi"
 OPERANDS = "Tensor | np.ndarray | bool | int | float"
 # object's == and != return a bool: the override says so to the type checker
