@@ -9,6 +9,8 @@ HYPOTHESIS_EXAMPLES (10,000) of each, and prints what reproduces a failure:
 from __future__ import annotations
 
 import os
+import signal
+import threading
 
 from hypothesis import HealthCheck, Phase, settings
 
@@ -20,3 +22,7 @@ settings.register_profile("quick", derandomize=True, max_examples=8, **_COMMON)
 settings.register_profile("nightly", derandomize=False, **_COMMON,
                           max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "10000")))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
+
+if threading.current_thread() is threading.main_thread():
+    # A shell in the background starts its children with Ctrl-C ignored, and children hand that on. The tests send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
