@@ -161,7 +161,7 @@ class OpSpec:
             if value.dtype.kind != "f":
                 return value, np.zeros(value.shape)
             if self.ulps is None:  # round the reference once: + − × ÷ √ round so in their own type (Figueroa 1995)
-                least = 0.0 if self.signed_zero else smallest_subnormal(str(case.dtype)) / 2
+                least = 0.0 if self.signed_zero else smallest_subnormal(str(case.dtype))
                 return value.astype(case.dtype).astype(np.float64), np.full(value.shape, least)
             allowed = function_ulps(self.ulps, str(case.dtype)) + (SEVERAL if case.dtype.itemsize == 8 else 0)
             scale = spacing(np.where(np.isfinite(value), value, 1.0), str(case.dtype))
