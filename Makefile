@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := build
-.PHONY: build help venv train test test-isa test-asan test-ubsan test-gpu test-cuda-compile test-wheel lint mutate lines doctor wheel clean
+.PHONY: build help venv train test test-isa test-asan test-ubsan test-peers test-gpu test-cuda-compile test-wheel lint mutate lines doctor wheel clean
 .DELETE_ON_ERROR:
 
 build: $(READY) ## compile the kernels in place (what plain `make` does)
@@ -26,6 +26,11 @@ $(READY): pyproject.toml
 	@echo "environment: making $(VENV) from pyproject.toml, and compiling the kernels (minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV)/peers: $(READY)
+	@echo "environment: adding pyproject.toml's peers extra, several hundred megabytes"
+	@$(RUN) -m pip install --quiet --editable '.[dev,peers]'
 	@touch $@
 
 train: build ## train a Transformer on the parameter server: checkpoint, plot, report, samples
@@ -54,6 +59,9 @@ test-ubsan: $(READY) ## the same with the undefined-behaviour sanitizer
 	@$(RUN) tools/build_kernels.py --into build/$@ --work build/$@-objects \
 	    --flags "-fsanitize=undefined -fno-sanitize-recover=all -g"
 	@$(SANITIZED)
+
+test-peers: build $(VENV)/peers ## hold ops, layers, optimizers and models against PyTorch and transformers
+	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q tests/peers $(ARGS)
 
 test-gpu: build ## run the op suite, training runs and every CUDA kernel on a GPU, and say what ran
 	@ENGINE_TEST_GPU=1 $(RUN) -m pytest -q -s tests/cuda_emulation/test_cuda_device.py $(ARGS)

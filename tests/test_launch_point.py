@@ -59,6 +59,7 @@ HOST_WORK = {
     ("engine/optim/clip.py", "clip_grad_norm_"): "joins the sums of blocks, one number each",
     ("engine/models/transformer.py", "sinusoids"): "a table of angles in float64, made once",
     ("engine/models/generation.py", "*"): "sampling: decisions on the host, in float64, about one row of logits",
+    ("engine/models/huggingface.py", "*"): "rearranges files' arrays on the host",
     ("engine/sharder/shard.py", "Shard._reduce"): "joins the sums of blocks, one number each",
     ("engine/sharder/coordinator.py", "*"): "joins the sums of blocks, one number each",
     ("engine/sharder/cluster.py", "*"): "copies parameters in and out",

@@ -101,12 +101,15 @@ class ByHand:
         if self.config.activation == "swiglu":
             gate = self.affine(name + ".gate", x)
             return self.affine(name + ".down", gate / (1 + np.exp(-gate)) * up)
-        inner = {"relu": lambda: np.maximum(up, 0),
-                 "gelu": lambda: up * np.vectorize(lambda z: (1 + math.erf(z / math.sqrt(2))) / 2)(up),
-                 "gelu_tanh": lambda: up / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))}
-        return self.affine(name + ".down", inner[self.config.activation]())
+        return self.affine(name + ".down", self.activation(up))
 
-    def embed(self, text: np.ndarray) -> np.ndarray:
+    def activation(self, z: np.ndarray) -> np.ndarray:
+        inner = {"relu": lambda: np.maximum(z, 0),
+                 "gelu": lambda: z * np.vectorize(lambda x: (1 + math.erf(x / math.sqrt(2))) / 2)(z),
+                 "gelu_tanh": lambda: z / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))}
+        return inner[self.config.activation]()
+
+    def embed(self, text: np.ndarray, segments: np.ndarray | int = 0) -> np.ndarray:
         x, width = self.weights["embedding.weight"][text], self.config.width
         if self.config.positions == "learned":
             x = x + self.weights["position_embedding.weight"][:len(text)]
@@ -114,6 +117,8 @@ class ByHand:
             i = np.arange(width)
             angle = np.outer(np.arange(len(text)), 10000.0 ** (-(i - i % 2) / width))
             x = x * math.sqrt(width) + np.where(i % 2, np.cos(angle), np.sin(angle))
+        if self.config.segments:
+            x = x + self.weights["segment_embedding.weight"][segments]
         return self.norm("embedding_norm", x) if self.config.embedding_norm else x
 
     def stack(self, name: str, x: np.ndarray, causal: bool, context: np.ndarray | None = None) -> np.ndarray:
@@ -129,14 +134,17 @@ class ByHand:
                 x = x + f(self.norm(norm, x)) if self.config.norm_first else self.norm(norm, x + f(x))
         return self.norm(name + ".norm", x) if self.config.norm_first else x
 
-    def logits(self, text: np.ndarray, source: np.ndarray | None) -> np.ndarray:
-        x = self.embed(text)
+    def logits(self, text: np.ndarray, source: np.ndarray | None, segments: np.ndarray | int = 0) -> np.ndarray:
+        x = self.embed(text, segments)
         if self.config.kind == "encoder":
             x = self.stack("encoder", x, causal=False)
         else:
             context = None if source is None else self.stack("encoder", self.embed(source), causal=False)
             x = self.stack("decoder", x, causal=True, context=context)
-        return x @ self.weights["embedding.weight" if self.config.tie_weights else "output.weight"].T
+        if self.config.output_layer:
+            x = self.norm("output_layer.norm", self.activation(self.affine("output_layer.dense", x)))
+        x = x @ self.weights["embedding.weight" if self.config.tie_weights else "output.weight"].T
+        return x + self.weights["output_layer.bias"] if self.config.output_layer else x
 
 
 @pytest.mark.parametrize("name", list(FAMILY))
@@ -149,6 +157,19 @@ def test_the_model_is_the_one_by_hand(device: str, name: str) -> None:
         expected = ByHand(model).logits(text.numpy()[b], None if source is None else source.numpy()[b])
         # Some thousand roundings of 1.1e-16, amplified by a condition of at most 100 a layer.
         np.testing.assert_allclose(logits[b], expected, rtol=1e-10, atol=1e-10 * np.abs(expected).max())
+
+
+def test_segments_are_told_apart() -> None:
+    with eg.seed(3):
+        model = spread_out(Transformer(FAMILY["bert"]).to("float64"))
+        text, segments = tokens(2, 9), eg.randint(0, 2, (2, 9))
+    logits = model(text, segments=segments).numpy()
+    for b in range(2):
+        expected = ByHand(model).logits(text.numpy()[b], None, segments.numpy()[b])
+        np.testing.assert_allclose(logits[b], expected, rtol=1e-10, atol=1e-10 * np.abs(expected).max())
+    assert not np.array_equal(logits, model(text).numpy())
+    with pytest.raises(ValueError, match="got segments, and this model's config has none"):
+        Transformer(FAMILY["gpt2"])(text, segments=segments)
 
 
 # ── promises of every model ───────────────────────────────────────────────────────────────────────────
@@ -272,10 +293,12 @@ def test_presets_are_the_published_sizes() -> None:
         block = 2 * w * w + 2 * w * inner + (3 if config.activation == "swiglu" else 2) * w * h + 2 * norm
         block += (2 * w + 2 * inner + h + w) * config.bias
         total = config.vocab_size * w * (1 if config.tie_weights else 2) + config.layers * block
-        return (total + config.context_length * w * (config.positions == "learned")
+        total += config.output_layer * (w * w + w + norm + config.vocab_size)
+        return (total + config.context_length * w * (config.positions == "learned") + config.segments * w
                 + norm * (config.norm_first + config.embedding_norm))
 
-    for preset, published in [(TransformerConfig.gpt2(), 124_439_808), (TransformerConfig.llama(), 6_738_415_616)]:
+    for preset, published in [(TransformerConfig.gpt2(), 124_439_808), (TransformerConfig.llama(), 6_738_415_616),
+                              (TransformerConfig.bert(), 109_514_298)]:
         assert count(preset) == published
     for name in ("gpt2", "llama", "grouped", "sinusoidal", "post-norm", "bert"):
         assert Transformer(FAMILY[name]).num_parameters() == count(FAMILY[name]), name
@@ -294,6 +317,7 @@ def test_hidden_follows_from_width() -> None:
     ({"width": 1.5}, "width is 1.5"),
     ({"positions": "absolute"}, "positions is 'absolute', expected one of learned, sinusoidal, rotary"),
     ({"kind": "rnn"}, "kind is 'rnn'"),
+    ({"segments": 2}, "segments is 2 for kind 'decoder', expected 0"),
     ({"dropout": 1.0}, r"dropout is 1.0, expected a number in \[0, 1\)"),
     ({"width": 12, "heads": 4, "positions": "rotary"}, "a head has 3 features"),
     ({"width": 5, "heads": 5, "positions": "sinusoidal"}, "width is 5, expected an even number"),

@@ -34,6 +34,8 @@ class TransformerConfig:
     bias:           whether linear maps and LayerNorms have one
     tie_weights:    whether the output layer is the embedding (Press, Wolf 2016, arXiv:1608.05859)
     embedding_norm: whether the embeddings are normalized (BERT)
+    segments:       kinds of text that an encoder tells apart by an embedding each (BERT: 2, its two sentences)
+    output_layer:   whether another layer and norm stand before the logits, which have a bias then (BERT)
     rotary_base:    the slowest rotation turns by about 1/rotary_base a position
     kind:           "decoder", "encoder" or "encoder_decoder"
 
@@ -56,6 +58,8 @@ class TransformerConfig:
     bias: bool = True
     tie_weights: bool = True
     embedding_norm: bool = False
+    segments: int = 0
+    output_layer: bool = False
     rotary_base: float = 10000.0
     kind: str = "decoder"
 
@@ -69,6 +73,9 @@ class TransformerConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"TransformerConfig: {name} is {value!r}, expected a whole number of at least 1")
+        if not isinstance(self.segments, int) or self.segments < 0 or (self.segments and self.kind != "encoder"):
+            raise ValueError(f"TransformerConfig: segments is {self.segments!r} for kind {self.kind!r}, expected 0, "
+                             "or for an 'encoder' a whole number of at least 1")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"TransformerConfig: {name} is {getattr(self, name)!r}, "
@@ -112,13 +119,11 @@ class TransformerConfig:
 
     @classmethod
     def bert(cls, **changes: Any) -> TransformerConfig:
-        """BERT base, 110 M parameters, without its segment embeddings and the extra layer of its output.
-
-        Devlin et al. 2018, arXiv:1810.04805.
-        """
+        """BERT base, 110 M parameters, as it predicts masked tokens. Devlin et al. 2018, arXiv:1810.04805."""
         preset: dict[str, Any] = {
             "kind": "encoder", "vocab_size": 30522, "context_length": 512, "layers": 12, "heads": 12, "width": 768,
-            "norm_first": False, "norm_eps": 1e-12, "activation": "gelu", "embedding_norm": True, "dropout": 0.1}
+            "norm_first": False, "norm_eps": 1e-12, "activation": "gelu", "embedding_norm": True, "dropout": 0.1,
+            "segments": 2, "output_layer": True}
         return cls(**{**preset, **changes})
 
     @classmethod

@@ -34,6 +34,7 @@ from engine.nn import (
     MultiHeadAttention,
     RMSNorm,
 )
+from engine.nn.layers import ACTIVATIONS
 from engine.tensor import Tensor, tensor
 
 STD = 0.02  # of initial weights, as in GPT-2 and BERT
@@ -130,6 +131,20 @@ class Stack(Module):
         return x if self.norm is None else self.norm(x)
 
 
+class OutputLayer(Module):
+    """One more layer before the logits, h ← norm(f(W h + b)), and their bias. Devlin et al. 2018, arXiv:1810.04805."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.dense = Linear(config.width, config.width, config.bias, std=STD)
+        self.norm = make_norm(config)
+        self.bias = ops.zeros(config.vocab_size, requires_grad=True)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.activation(self.dense(hidden)))
+
+
 class Transformer(Module):
     """A Transformer over tokens. TransformerConfig names the choices; a config's fields may be given here instead.
 
@@ -148,43 +163,51 @@ class Transformer(Module):
         self.embedding = Embedding(config.vocab_size, config.width, std=1 / self.embedding_scale if sinusoidal else STD)
         learned = config.positions == "learned"
         self.position_embedding = Embedding(config.context_length, config.width, std=STD) if learned else None
+        self.segment_embedding = Embedding(config.segments, config.width, std=STD) if config.segments else None
         self.embedding_norm = make_norm(config) if config.embedding_norm else None
         self.dropout = Dropout(config.dropout)
         self.encoder = Stack(config, causal=False) if config.kind != "decoder" else None
         cross = config.kind == "encoder_decoder"
         self.decoder = Stack(config, causal=True, cross=cross) if config.kind != "encoder" else None
+        self.output_layer = OutputLayer(config) if config.output_layer else None
         self.output = None if config.tie_weights else Linear(config.width, config.vocab_size, bias=False, std=STD)
 
     # ── forward ─────────────────────────────────────────────────────────────────────────────────────
 
     def forward(self, tokens: Tensor, source: Tensor | None = None, *, lengths: Tensor | None = None,
-                source_lengths: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+                source_lengths: Tensor | None = None, segments: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:
         """Logits (batch, time, vocabulary): of a decoder for the token after each position, of an encoder for each.
 
         tokens:  (batch, time) integers in [0, vocab_size)
         source:  (batch, source time), what an encoder-decoder's encoder reads
         lengths, source_lengths: (batch,), how many tokens of each row are real (right padding)
+        segments: (batch, time) integers in [0, config.segments), which kind of text each token is of (default: 0)
         cache:   of a decoder (make_cache): `tokens` go on after those that it holds, and are added
         Raises ValueError for more positions than context_length, and IndexError for a token that does not exist.
         """
-        return self.logits(self.hidden(tokens, source, lengths=lengths, source_lengths=source_lengths, cache=cache))
+        return self.logits(self.hidden(tokens, source, lengths=lengths, source_lengths=source_lengths,
+                                       segments=segments, cache=cache))
 
     def hidden(self, tokens: Tensor, source: Tensor | None = None, *, lengths: Tensor | None = None,
-               source_lengths: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+               source_lengths: Tensor | None = None, segments: Tensor | None = None,
+               cache: Cache | None = None) -> Tensor:
         """What the last block (and norm) gives, (batch, time, width): the arguments are forward's."""
         if (source is not None) != (self.config.kind == "encoder_decoder"):
             raise ValueError(f"Transformer: {'got' if source is not None else 'no'} source, which an encoder-decoder "
                              f"needs and no other; this model is of kind {self.config.kind!r}")
+        if segments is not None and not self.config.segments:
+            raise ValueError("Transformer: got segments, and this model's config has none")
         if self.decoder is None:
-            return self.encode(tokens, lengths)
+            return self.encode(tokens, lengths, segments)
         return self.decode(tokens, None if source is None else self.encode(source, source_lengths), lengths=lengths,
                            context_lengths=source_lengths, cache=cache)
 
-    def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, lengths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """The encoder's result, (batch, time, width)."""
         if self.encoder is None:
             raise ValueError("Transformer.encode: a model of kind 'decoder' has no encoder")
-        return self.encoder(self.embed(tokens), lengths=lengths, rotary=self._rotary(0, tokens.shape[1]))
+        return self.encoder(self.embed(tokens, 0, segments), lengths=lengths, rotary=self._rotary(0, tokens.shape[1]))
 
     def decode(self, tokens: Tensor, context: Tensor | None = None, *, lengths: Tensor | None = None,
                context_lengths: Tensor | None = None, cache: Cache | None = None) -> Tensor:
@@ -199,8 +222,8 @@ class Transformer(Module):
         return self.decoder(x, cache=cache, lengths=lengths, rotary=self._rotary(start, tokens.shape[1]),
                             context=context, context_lengths=context_lengths)
 
-    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """Embeddings and positions of tokens (batch, time), the first of which stands at position `start`."""
+    def embed(self, tokens: Tensor, start: int = 0, segments: Tensor | None = None) -> Tensor:
+        """Embeddings, positions and segments of tokens (batch, time), the first of which stands at position `start`."""
         if tokens.ndim != 2 or tokens.dtype.is_floating:
             raise ValueError(f"Transformer: tokens are {tokens.dtype} {tokens.shape}, expected integers (batch, time)")
         stop = start + tokens.shape[1]
@@ -215,19 +238,26 @@ class Transformer(Module):
         elif self.config.positions == "sinusoidal":
             table = sinusoids(self.config.context_length, self.config.width, x.dtype, x.device)
             x = x + table[start:stop]
+        if self.segment_embedding is not None:
+            kinds = self.segment_embedding
+            x = x + (kinds.weight[0] if segments is None else kinds(segments))
         return self.dropout(x if self.embedding_norm is None else self.embedding_norm(x))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of all tokens from hidden (..., width), by the output layer or the embedding."""
-        return ops.linear(hidden, self.embedding.weight) if self.output is None else self.output(hidden)
+        """Scores of all tokens from hidden (..., width), by the matrix `output` or the embedding."""
+        weight = self.embedding.weight if self.output is None else self.output.weight
+        if self.output_layer is None:
+            return ops.linear(hidden, weight)
+        return ops.linear(self.output_layer(hidden), weight, self.output_layer.bias)
 
     def loss(self, tokens: Tensor, targets: Tensor, source: Tensor | None = None, *, reduction: str = "mean",
-             lengths: Tensor | None = None, source_lengths: Tensor | None = None) -> Tensor:
+             lengths: Tensor | None = None, source_lengths: Tensor | None = None,
+             segments: Tensor | None = None) -> Tensor:
         """Cross-entropy of the logits with targets (batch, time); a target of −100 counts for nothing.
 
         For a language model the targets are the tokens one place on: loss(text[:, :-1], text[:, 1:]).
         """
-        logits = self(tokens, source, lengths=lengths, source_lengths=source_lengths)
+        logits = self(tokens, source, lengths=lengths, source_lengths=source_lengths, segments=segments)
         return ops.cross_entropy(logits, targets, reduction=reduction)
 
     def _rotary(self, start: int, time: int) -> tuple[Tensor, Tensor] | None:
@@ -268,10 +298,9 @@ class Transformer(Module):
         """
         config, time = self.config, time or self.config.context_length
         weights = sum(p.size for p in self.parameters() if p.ndim == 2)
-        if self.output is not None:
-            weights -= self.embedding.weight.size
-        if self.position_embedding is not None:
-            weights -= self.position_embedding.weight.size
+        looked_up = [self.embedding if self.output is not None else None, self.position_embedding,
+                     self.segment_embedding]
+        weights -= sum(table.weight.size for table in looked_up if table is not None)
         seen = {"decoder": (time + 1) / 2, "encoder": time, "encoder_decoder": (time + 1) / 2 + 2 * time}[config.kind]
         return 6.0 * weights + 12.0 * config.layers * config.width * seen
 
