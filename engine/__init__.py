@@ -17,20 +17,23 @@ from engine.tensor import Tensor, default_device, device, from_dlpack, from_nump
 
 if TYPE_CHECKING:
     from engine import models, sharder
+    from engine.debug import detect_anomaly, draw, profile
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "DType", "Generator", "Tensor", "bool_", "checkpoint", "default_device", "default_generator", "device",
-    "enable_grad", "float32", "float64", "from_dlpack", "from_numpy", "get_num_threads", "grad", "int16", "int32",
-    "int64", "int8", "is_grad_enabled", "jvp", "models", "nn", "no_grad", "ops", "optim", "seed", "set_num_threads",
-    "sharder", "tensor", "uint16", "uint32", "uint64", "uint8", "vjp",
+    "DType", "Generator", "Tensor", "bool_", "checkpoint", "default_device", "default_generator", "detect_anomaly",
+    "device", "draw", "enable_grad", "float32", "float64", "from_dlpack", "from_numpy", "get_num_threads", "grad",
+    "int16", "int32", "int64", "int8", "is_grad_enabled", "jvp", "models", "nn", "no_grad", "ops", "optim",
+    "profile", "seed", "set_num_threads", "sharder", "tensor", "uint16", "uint32", "uint64", "uint8", "vjp",
     *ops.__all__,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """eg.models and eg.sharder: imported when they are first asked for, so that a small script starts sooner."""
+    """What few scripts need is imported when it is first asked for, so that a small script starts sooner."""
     if name in ("models", "sharder"):
         return importlib.import_module(f"engine.{name}")
+    if name in ("detect_anomaly", "draw", "profile"):
+        return getattr(importlib.import_module("engine.debug"), name)
     raise AttributeError(f"module 'engine' has no attribute {name!r}")

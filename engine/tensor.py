@@ -110,6 +110,12 @@ class Tensor:
             raise ValueError(f"__array__: {self.dtype} to {dtype} needs a copy, and copy=False was asked for")
         return np.array(data, dtype=dtype, copy=bool(copy) or None)
 
+    def __buffer__(self, flags: int) -> memoryview:
+        """The buffer protocol: `memoryview(x)`, `file.write(x)` on Python 3.12 and later (PEP 688), nothing copied."""
+        if self.requires_grad:
+            raise BufferError("__buffer__: this tensor requires grad, which the other side would not see; detach() it")
+        return self.numpy().__buffer__(flags)
+
     def __dlpack__(self, **options: Any) -> Any:
         """A DLPack capsule over this tensor's memory: `torch.from_dlpack(x)`, `np.from_dlpack(x)`, nothing copied."""
         if self.requires_grad:

@@ -151,6 +151,9 @@ class Tensor:
     def __array__(self, dtype: Any=None, copy: bool | None=None) -> np.ndarray:
         ...
 
+    def __buffer__(self, flags: int) -> memoryview:
+        ...
+
     def __dlpack__(self, **options: Any) -> Any:
         ...
 

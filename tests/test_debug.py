@@ -57,7 +57,10 @@ def test_profile_counts_calls_bytes_and_flops(tmp_path: Path) -> None:
     rows = {name: (calls, size, flops) for name, calls, _, size, flops in recorded.rows()}
     assert rows["gemm"] == (1, 4 * (8 * 16 + 16 * 4 + 8 * 4), 2 * 8 * 16 * 4)
     assert rows["exp"][:2] == (2, 2 * 2 * 4 * 8 * 16)
-    assert "gemm" in str(recorded) and "of peak" in recorded.table(peak_gflops=100)
+    assert "gemm" in str(recorded) and "of peak" in str(recorded)
+    seconds = next(row[2] for row in recorded.rows() if row[0] == "gemm")
+    line = next(line for line in recorded.table(peak_gflops=100).splitlines() if line.startswith("gemm"))
+    assert line.endswith(f"{rows['gemm'][2] / seconds / 1e9 / 100:.1%}")
     recorded.trace(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert [e["name"] for e in events].count("exp") == 2 and all(e["dur"] > 0 for e in events)

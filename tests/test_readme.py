@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
 
+import op_table
 import pytest
 
 from engine.ops.registry import registry
@@ -38,6 +40,19 @@ def test_its_make_targets_exist() -> None:
     for target in targets:
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_its_table_of_ops_is_the_registry() -> None:
+    assert op_table.replaced(README, op_table.table()) == README, "python tools/op_table.py --write"
+
+
+def test_a_gpu_run_on_record_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = tmp_path / "hardware.json"
+    record.write_text(json.dumps({"device": "GPU X", "date": "2026-01-02", "ops": ["exp", "log"], "kernels": ["relu"]}))
+    monkeypatch.setattr(op_table, "HARDWARE", record)
+    shown = op_table.table()
+    assert "On a real GPU, GPU X (2026-01-02): 2 ops and 1 of" in shown and "| 2 of 54 |" in shown
+    assert "has run on a real GPU yet" not in shown
 
 
 def test_its_links_lead_somewhere() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 import engine as eg
 from engine.backend import get_backend
@@ -56,3 +57,30 @@ def test_no_piece_of_a_job_is_left_out() -> None:
                 np.testing.assert_array_equal((eg.from_numpy(x) + 1.0).numpy(), x + 1)
     finally:
         eg.set_num_threads(before)
+
+
+def test_python_numbers_keep_their_digits() -> None:
+    """A weak scalar takes the tensor's type before it takes part: 0.1 is not rounded to float32 on the way."""
+    assert (eg.ones(1, dtype="float64") * 0.1).item() == 0.1
+    assert (0.1 + eg.zeros(1, dtype="float64")).item() == 0.1
+    assert eg.ones(2, dtype=float).dtype is eg.float32
+
+
+def test_sums_of_small_integers_do_not_wrap_round() -> None:
+    x = eg.full((3, 100), 100, dtype="int8")
+    for total, want in ((eg.sum(x, 1), 10_000), (eg.cumulative_sum(x)[:, -1], 10_000), (eg.prod(x[:, :4], 1), 10**8)):
+        assert total.dtype is eg.int64 and total.tolist() == [want] * 3
+    assert eg.sum(eg.ones(300, dtype="bool")).item() == 300
+
+
+def test_a_bool_index_of_no_axes_adds_one() -> None:
+    x = eg.arange(3)
+    for index, length in ((eg.tensor(True), 1), (np.bool_(False), 0), (True, 1)):
+        assert x[index].shape == (length, 3)
+
+
+def test_a_wrong_row_of_a_table_is_named() -> None:
+    table = eg.zeros(4, 2)
+    for index, wrong in (([0, -2, 3], -2), ([0, 4], 4), ([-1, 9], -1)):
+        with pytest.raises(IndexError, match=f"index holds {wrong},"):
+            eg.embedding(table, eg.tensor(index))

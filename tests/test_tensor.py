@@ -6,6 +6,7 @@ import copy
 import math
 import operator
 import pickle
+import sys
 from typing import Any
 
 import numpy as np
@@ -191,6 +192,19 @@ def test_dlpack_shares_memory() -> None:
     y = np.from_dlpack(x)
     assert np.shares_memory(x.numpy(), y)
     assert np.shares_memory(eg.from_dlpack(y).numpy(), x.numpy())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="the buffer protocol in Python: 3.12 and later (PEP 688)")
+def test_the_buffer_protocol_shares_memory() -> None:
+    x = eg.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    view = memoryview(x[:, 1:])
+    assert (view.shape, view.strides, view.format) == ((2, 2), (12, 4), "f")
+    assert np.shares_memory(np.asarray(view), x.numpy()) and view.tolist() == [[2, 3], [5, 6]]
+    view[1, 0] = 9
+    assert x[1, 1].item() == 9 and bytes(x.flip(0)) == x.numpy()[::-1].tobytes()
+    leaf = eg.ones(2, requires_grad=True)
+    check_errors(lambda: memoryview(leaf), BufferError, "__buffer__", "requires grad")
+    assert np.asarray(leaf).tolist() == [1, 1]
 
 
 def test_devices() -> None:

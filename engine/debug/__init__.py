@@ -5,7 +5,7 @@ engine knows of them, and they cost nothing while they are off.
 """
 
 from engine.debug.anomaly import detect_anomaly
-from engine.debug.draw import draw
-from engine.debug.profile import Profile, profile
+from engine.debug.drawing import draw
+from engine.debug.profiler import Profile, profile
 
 __all__ = ["Profile", "detect_anomaly", "draw", "profile"]

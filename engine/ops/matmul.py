@@ -132,13 +132,17 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     Computed as one matrix product over windows that are gathered side by side (im2col). Raises ValueError for shapes
     that do not fit and for a window longer than the padded x.
     """
-    if x.ndim != 3 or weight.ndim != 3 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+    if (groups < 1 or x.ndim != 3 or weight.ndim != 3 or x.shape[1] != weight.shape[1] * groups
+            or weight.shape[0] % groups):
         raise ValueError(f"conv1d: x has shape {x.shape} and weight {weight.shape}, expected (batch, channels, T) and "
                          f"(out, channels/{groups}, k) with out a multiple of {groups}")
+    if stride < 1 or dilation < 1 or padding < 0:
+        raise ValueError(f"conv1d: stride is {stride}, dilation {dilation} and padding {padding}, expected at least "
+                         "1, 1 and 0")
     batch, channels, length = x.shape
     outputs, _, width = weight.shape
     steps = (length + 2 * padding - dilation * (width - 1) - 1) // stride + 1
-    if steps < 1 or stride < 1 or dilation < 1 or padding < 0:
+    if steps < 1:
         raise ValueError(f"conv1d: a window of {dilation * (width - 1) + 1} does not fit x of length {length} with "
                          f"padding {padding} (stride {stride}, dilation {dilation})")
     x = pad(x, ((0, 0), (0, 0), (padding, padding))) if padding else x

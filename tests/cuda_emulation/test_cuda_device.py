@@ -6,7 +6,10 @@ emulation, its kernels. `make test-gpu` runs the same tests on a real GPU.
 
 from __future__ import annotations
 
+import datetime
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import device
@@ -26,7 +29,9 @@ from engine.testing.opspec import Case
 from engine.testing.strategies import cases
 
 pytestmark = pytest.mark.skipif(not device.REAL and not emulation.available(), reason="no C++ compiler")
+HARDWARE = Path(__file__).resolve().parent.parent.parent / "kernels" / "cuda" / "hardware.json"
 launched: set[str] = set()
+agreed: set[str] = set()  # ops whose forward did
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,6 +46,10 @@ def on_cuda() -> Iterator[None]:
         observers.remove(note)
         ran = sorted(launched & set(cuda_source.kernels()))
         print(f"\nCUDA kernels that ran: {len(ran)} of {len(cuda_source.kernels())}: {', '.join(ran)}")
+        if device.REAL:  # what tools/op_table.py reports
+            record = {"device": description, "date": datetime.date.today().isoformat(), "ops": sorted(agreed),
+                      "kernels": ran}
+            HARDWARE.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 @pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in specs.values()])
@@ -55,6 +64,7 @@ def test_forward(spec: OpSpec, data: Any) -> None:
     check_close(got, want, bound, check=f"{spec.name}: forward on cuda", origin="the bound of its formula")
     if want.dtype.kind == "f" and spec.op != "astype":
         assert got.dtype.name == str(case.dtype)
+    agreed.add(spec.op)
 
 
 @pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in specs.values() if s.wrt])

@@ -1,4 +1,5 @@
-"""The bugs that tools/mutate.py plants: in C (kernels.py), in Python (engine.py), on the GPU (cuda.py)."""
+"""The bugs that tools/mutate.py plants: in C (kernels.py), in Python (engine.py), on the GPU (cuda.py), and in the
+breadth of the ops (surface.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from tools.mutants.cuda import CUDA
 from tools.mutants.engine import ENGINE
 from tools.mutants.kernels import KERNELS
 from tools.mutants.record import Mutant
+from tools.mutants.surface import SURFACE
 
-MUTANTS: list[Mutant] = [*KERNELS, *ENGINE, *CUDA]
+MUTANTS: list[Mutant] = [*KERNELS, *ENGINE, *CUDA, *SURFACE]
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -65,6 +65,17 @@ register(OpSpec("matmul: batched", _matmul_many, formula=formulas.matrix_product
                 batch=(_matmul_many, (0, 1)), large=lambda s: ([s.array((9, 120, 90)), s.array((9, 90, 110))], {})))
 
 
+def _matmul_broadcast(s: Source) -> Draw:
+    """Two batch axes, of which one side lacks or repeats the first, the second or both."""
+    p, q, m, n, k = s.integer(2, 3), s.integer(2, 3), s.integer(1, 4), s.integer(1, 4), s.integer(1, 20)
+    whole, part = (p, q), s.choice([(q,), (1, q), (p, 1), (1,), ()])
+    left, right = (whole, part) if s.boolean() else (part, whole)
+    return [s.array((*left, m, k)), s.array((*right, k, n))], {}
+
+
+register(OpSpec("matmul: broadcast", _matmul_broadcast, formula=formulas.matrix_product, wrt=(0, 1), linear=(0, 1)))
+
+
 def _linear(s: Source) -> Draw:
     inputs, outputs = _inner(s), s.side()
     x = s.array((*s.shape(0, 2), inputs))
@@ -114,26 +125,62 @@ register(OpSpec("outer", lambda s: ([s.array((s.side(),)), s.array((s.side(),))]
 
 # ── einsum: named products ────────────────────────────────────────────────────────────────────────────
 
-_EINSUMS = ["ij,jk->ik", "ij,kj->ki", "bij,bjk->bik", "i,j->ij", "ij->ji", "ij->", "ii->i", "ij,ij->", "ij,ij,jk->k",
-            "bhtd,bhsd->bhts", "ij,k->ijk", "ij->i"]
+_EINSUMS = ["ij,jk->ik", "bij,bjk->bik", "ij,kj->ki", "ii->i", "ij,ij,jk->k", "bhtd,bhsd->bhts",
+            "ij,k->kij", "...ij,...jk->...ik", "...i,...i", "...,i...->i...", "kj,ji"]
+
+
+def _subscripts(s: Source) -> tuple[list[str], str]:
+    """The terms of a random expression of one to three operands, and its result: with its arrow, or "" for none.
+
+    Letters occur twice in a term, in one operand only, in all of them; hidden axes stand where they please.
+    """
+    terms = []
+    for _ in range(s.integer(1, 3)):
+        term = [s.choice("ijkl") for _ in range(s.integer(0, 3))]
+        if s.integer(0, 2) == 2:
+            term.insert(s.integer(0, len(term)), "...")
+        terms.append("".join(term))
+    if s.integer(0, 2) == 2:
+        return terms, ""
+    letters = sorted(set("".join(terms)) - {"."})
+    kept = [letters.pop(s.integer(0, len(letters) - 1)) for _ in range(s.integer(0, len(letters)))]
+    if any("..." in term for term in terms):  # NumPy wants the hidden axes in the result
+        kept.insert(s.integer(0, len(kept)), "...")
+    return terms, "->" + "".join(kept)
 
 
 def _einsum(s: Source) -> Draw:
-    subscripts = s.choice(_EINSUMS)
-    lengths = {c: s.side() for c in "bdhijkst"}
-    operands = [s.array(tuple(lengths[c] for c in term)) for term in subscripts.split("->")[0].split(",")]
-    return [operands], {"subscripts": subscripts}
+    terms, result = _subscripts(s)
+    return _operands(s, terms, result)
+
+
+def _einsum_known(s: Source) -> Draw:
+    """Expressions that people write."""
+    left, arrow, right = s.choice(_EINSUMS).partition("->")
+    return _operands(s, left.split(","), arrow + right)
+
+
+def _operands(s: Source, terms: list[str], result: str) -> Draw:
+    """Operands whose lengths fit the terms."""
+    lengths = {c: s.integer(0, 4) if s.integer(0, 5) == 5 else s.integer(1, 4) for c in "bdhijklst"}
+    hidden = tuple(s.integer(1, 3) for _ in range(2))
+    operands = []
+    for term in terms:
+        # now and then a length of 1, which is repeated; in the order of the letters, for a set has none
+        own = {c: 1 if s.integer(0, 7) == 7 else lengths[c] for c in sorted(set(term) - {"."})}
+        before, dots, after = term.partition("...")
+        middle = hidden[s.choice([1, 0, 2]):] if dots else ()
+        operands.append(s.array((*[own[c] for c in before], *middle, *[own[c] for c in after])))
+    return [operands], {"subscripts": ",".join(terms) + result}
 
 
 def _einsum_formula(operands: list[Any], subscripts: str) -> Any:
-    """Each product of p operands is rounded p − 1 times and joins sums of the summed letters: γ of them all."""
+    """Each product of p operands is rounded p − 1 times and joins a sum of as many as a result of ones counts."""
     def f(*xs: np.ndarray) -> np.ndarray:
-        return np.einsum(subscripts, *xs)
+        return np.asarray(np.einsum(subscripts, *xs))
     if not isinstance(operands[0], Rounded):
         return f(*operands)
-    left, right = subscripts.split("->")
-    lengths = {c: n for term, x in zip(left.split(","), operands) for c, n in zip(term, x.shape)}
-    summed = int(np.prod([n for c, n in lengths.items() if c not in right]))
+    summed = int(f(*[np.ones(x.shape) for x in operands]).max(initial=0))
     size = f(*[np.abs(x.value) for x in operands])
     roundings = summed + len(operands)
     tiny = roundings * rounded.smallest_subnormal(operands[0].dtype) * 4.0**len(operands)  # |x| ≤ 4
@@ -141,10 +188,14 @@ def _einsum_formula(operands: list[Any], subscripts: str) -> Any:
                    dtype=operands[0].dtype)
 
 
-register(OpSpec("einsum", _einsum, formula=_einsum_formula, view=True,
-                call=lambda operands, subscripts: eg.einsum(subscripts, *operands), errors=(
+def _einsum_call(operands: list[Any], subscripts: str) -> Any:
+    return eg.einsum(subscripts, *operands)
+
+
+register(OpSpec("einsum", _einsum, formula=_einsum_formula, view=True, call=_einsum_call, errors=(
     ErrorCase(lambda: eg.einsum("ij,jk->ik", eg.zeros(2, 3), eg.zeros(4, 5)), ValueError, ("einsum", "j", "3", "4")),
     ErrorCase(lambda: eg.einsum("ij->ijk", eg.zeros(2, 3)), ValueError, ("einsum", "k")))))
+register(OpSpec("einsum: known", _einsum_known, formula=_einsum_formula, view=True, call=_einsum_call))
 
 # ── convolution ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -188,6 +239,7 @@ def _conv1d_call(x: Any, weight: Any, bias: Any, **attributes: Any) -> Any:
 register(OpSpec("conv1d", _conv1d, formula=_conv1d_formula, wrt=(0, 1, 2), linear=(0, 1), call=_conv1d_call, errors=(
     ErrorCase(lambda: eg.conv1d(eg.zeros(1, 2, 5), eg.zeros(3, 3, 2)), ValueError,
               ("conv1d", "(1, 2, 5)", "(3, 3, 2)")),
+    ErrorCase(lambda: eg.conv1d(eg.zeros(1, 2, 5), eg.zeros(3, 2, 2), stride=0), ValueError, ("conv1d", "stride is 0")),
     ErrorCase(lambda: eg.conv1d(eg.zeros(1, 2, 1), eg.zeros(3, 2, 2)), ValueError,
               ("conv1d", "window of 2", "length 1")))))
 

@@ -7,11 +7,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from engine.backend import Array, finishers
+from engine.backend.roofs import peak_flops
 
 
 @dataclass
@@ -40,6 +42,12 @@ def _flops(name: str, arguments: tuple[Any, ...]) -> float:
     return 0.0
 
 
+@cache
+def _peak_gflops() -> float | None:
+    flops = peak_flops()
+    return flops and flops / 1e9
+
+
 class Profile:
     """What `eg.profile()` recorded. `str(profile)` is the table; `trace(path)` writes it for chrome://tracing."""
 
@@ -64,14 +72,19 @@ class Profile:
         return sorted(rows, key=lambda row: -row[2])
 
     def table(self, peak_gflops: float | None = None) -> str:
-        """A line for each kernel; the share of the peak too, if the machine's GFLOP/s are given."""
+        """A line for each kernel, with its share of `peak_gflops`: by default what this machine was measured to reach.
+
+        The measurement takes a fraction of a second, once, and only where some kernel's flops are known.
+        """
+        if peak_gflops is None and any(event.flops for event in self.events):
+            peak_gflops = _peak_gflops()
         head = f"{'kernel':<20}{'calls':>8}{'ms':>11}{'share':>8}{'GB/s':>9}{'GFLOP/s':>10}"
         lines = [head + (f"{'of peak':>9}" if peak_gflops else "")]
         for name, calls, seconds, size, flops in self.rows():
             rate = flops / seconds / 1e9 if seconds else 0.0
             lines.append(f"{name:<20}{calls:>8}{seconds * 1e3:>11.3f}{seconds / max(self.seconds, 1e-12):>8.1%}"
                          f"{size / max(seconds, 1e-12) / 1e9:>9.1f}{rate:>10.1f}"
-                         + (f"{rate / peak_gflops:>9.1%}" if peak_gflops else ""))
+                         + (f"{rate / peak_gflops:>9.1%}" if peak_gflops and rate else ""))
         inside = sum(event.seconds for event in self.events)
         lines.append(f"{'in kernels':<20}{len(self.events):>8}{inside * 1e3:>11.3f}"
                      f"{inside / max(self.seconds, 1e-12):>8.1%}   of {self.seconds * 1e3:.3f} ms")
