@@ -19,10 +19,13 @@ which is eight digits more than float32 shows, and which no other formula passes
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+Tensors = Mapping[str, np.ndarray]
 
 SLACK = 1e-6
 NARROWER = 2.0**-29  # unit roundoff of float64 over that of float32
@@ -70,6 +73,13 @@ def agree(part: str, what: str, ours: Any, peer: Any, wide: Any, size: float | N
                                              2 * NARROWER * allowed))
 
 
+def agree_all(part: str, what: str, ours: Tensors, peer: Tensors, wide: Tensors, ours_wide: Tensors) -> None:
+    """agree() for every tensor of a result."""
+    assert ours.keys() == peer.keys() == wide.keys() == ours_wide.keys()
+    for name, value in wide.items():
+        agree(part, f"{what}: {name}", ours[name], peer[name], value, ours_wide=ours_wide[name])
+
+
 def judge(part: str, found: Comparison) -> None:
     """Record a comparison, and raise AssertionError if it is one of disagreement."""
     seen[part].append(found)
@@ -82,7 +92,7 @@ def table() -> list[str]:
     lines = [f"{'compared with the peer':32} {'tensors':>8} {'our error / theirs':>19} {'worst share':>12}  of"]
     for part, found in seen.items():
         worst = max(found, key=lambda c: c.share)
-        both = [(c.error, c.peer) for c in found if c.error > 0 and c.peer > 0]
+        both = [(c.error, c.peer) for c in found if c.error > 0 and c.peer > 0 and "float64" not in part]
         middle = f"{np.median([ours / theirs for ours, theirs in both]):.2f}" if both else "-"
         lines.append(f"{part:32} {len(found):8,} {middle:>19} {worst.share:12.2f}  {worst.what}")
     return lines
