@@ -73,11 +73,19 @@ def agree(part: str, what: str, ours: Any, peer: Any, wide: Any, size: float | N
                                              2 * NARROWER * allowed))
 
 
-def agree_all(part: str, what: str, ours: Tensors, peer: Tensors, wide: Tensors, ours_wide: Tensors) -> None:
-    """agree() for every tensor of a result."""
+def agree_all(part: str, what: str, ours: Tensors, peer: Tensors, wide: Tensors, ours_wide: Tensors,
+              together: bool = False) -> None:
+    """agree() for every tensor of a result; `together`: each as a part of them all, since some are nothing but rounding
+    errors (the gradient of a key's bias, which softmax takes away again)."""
     assert ours.keys() == peer.keys() == wide.keys() == ours_wide.keys()
+    size = norm(wide) if together else None
     for name, value in wide.items():
-        agree(part, f"{what}: {name}", ours[name], peer[name], value, ours_wide=ours_wide[name])
+        agree(part, f"{what}: {name}", ours[name], peer[name], value, size, ours_wide[name])
+
+
+def norm(tensors: Tensors) -> float:
+    """‖all of them‖₂."""
+    return float(np.sqrt(sum(distance(x, np.zeros(np.shape(x))) ** 2 for x in tensors.values())))
 
 
 def judge(part: str, found: Comparison) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from agreement import agree, distance
+from agreement import agree, agree_all
 from torch.overrides import TorchFunctionMode
 
 import engine as eg
@@ -142,11 +142,8 @@ def compare(pair: Pair, kind: str) -> None:
     (ours, our_grads), (ours_wide, our_wide_grads) = (pair.run_ours(m, kind) for m in (pair.ours, pair.ours_wide))
     (peer, peer_grads), (wide, wide_grads) = (pair.run_peer(m, kind) for m in (pair.peer, pair.wide))
     agree("models: logits", f"{pair.name}, {kind}", ours, peer, wide, ours_wide=ours_wide)
-    assert our_grads.keys() == peer_grads.keys()
-    whole = float(np.sqrt(sum(distance(g, np.zeros(g.shape)) ** 2 for g in wide_grads.values())))
-    for name, grad in wide_grads.items():
-        agree("models: gradients", f"{pair.name}, {kind}: {name}", our_grads[name], peer_grads[name], grad, whole,
-              our_wide_grads[name])
+    agree_all("models: gradients", f"{pair.name}, {kind}", our_grads, peer_grads, wide_grads, our_wide_grads,
+              together=True)
 
 
 @pytest.mark.parametrize("kind", list(TEXTS))
