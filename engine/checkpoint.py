@@ -16,6 +16,7 @@ from engine import autograd
 from engine.autograd import Saved
 from engine.backend import Array
 from engine.random import default_generator, seed
+from engine.tensor import Tensor
 
 
 class _Promise:
@@ -35,13 +36,14 @@ class _Recomputation:
     """Runs f a second time, when its first saved array is asked for, and collects what it saves."""
 
     def __init__(self, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
-        self.f, self.args, self.kwargs = f, args, kwargs
+        self.f = f
+        self.args = tuple([_as_it_is(x) for x in args])
+        self.kwargs = {name: _as_it_is(x) for name, x in kwargs.items()}
         self.generator = default_generator()
         self.cursor = self.generator.state_dict()
         self.count = 0
         self.again: list[Saved] | None = None
-        self.given = [x for x in (*args, *kwargs.values()) if hasattr(x, "array")]
-        self.versions = [Saved(x.array) for x in self.given]
+        self.versions = [Saved(x.array) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
 
     def save(self, array: Array) -> _Promise:
         self.count += 1
@@ -65,6 +67,11 @@ class _Recomputation:
                                    f"{len(collector.arrays)} the second; it must do the same both times")
             self.again = collector.arrays
         return self.again[index]
+
+
+def _as_it_is(x: Any) -> Any:
+    """An argument for the second run: x itself may be bound to other elements by then (y += 1 inside a graph)."""
+    return Tensor(x.array, x.device, x.requires_grad, x.node) if isinstance(x, Tensor) else x
 
 
 class _Collector:

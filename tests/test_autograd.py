@@ -304,6 +304,16 @@ def test_checkpoint_has_the_same_bits_with_dropout_inside_and_keeps_nothing() ->
     kept.sum().backward()
 
 
+def test_a_checkpoint_computes_again_from_what_it_was_given() -> None:
+    """Although its argument is bound to other elements by then: y += 1 inside a graph is a new node."""
+    x = leaf(1.0, 2.0)
+    y = x * 2.0
+    z = eg.checkpoint(lambda t, scale: t * t * scale, y, scale=y)
+    y += 10.0
+    z.sum().backward()
+    assert np.array_equal(x.grad.numpy(), 24.0 * x.numpy() ** 2)
+
+
 def test_checkpoints_nest_and_refuse_changed_inputs() -> None:
     x = leaf(0.5)
     nested = eg.checkpoint(lambda t: eg.checkpoint(lambda u: eg.exp(u) * u, t) * t, x)

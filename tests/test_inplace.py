@@ -57,6 +57,17 @@ def test_inside_a_graph_a_write_is_a_new_node() -> None:
     check_adjoint(f, np.array([0.5, -1.25, 2.0]), reference=by_hand)
 
 
+def test_a_view_that_is_gone_forbids_nothing() -> None:
+    """What a kernel sees for one launch, or a view that was dropped, cannot miss the change."""
+    x = eg.tensor(np.arange(4.0).reshape(2, 2), requires_grad=True)
+    y = x * 2.0
+    z = y @ eg.ones(2, 3, dtype="float64")
+    s = y.reshape(4).sum()
+    y += 1.0
+    (y.sum() + z.sum() + s).backward()
+    assert np.array_equal(x.grad.numpy(), np.full((2, 2), 2.0 + 6.0 + 2.0))
+
+
 def test_a_tensor_outside_the_graph_joins_it_when_a_tracked_value_is_written() -> None:
     x = leaf(1.0, 2.0)
     y = eg.zeros(2, 2, dtype="float64")

@@ -35,7 +35,7 @@ def _arguments(k: Any, q: Array, key: Array, value: Array, mask: Array | None, l
     size = q.dtype.itemsize
     strides = [n // size for x in (q, key, value) for n in x.data.strides[:3]]
     if mask is not None:
-        mask = mask.view(np.broadcast_to(mask.data, (batch, heads, t, s)))
+        mask = mask.seen_as(np.broadcast_to(mask.data, (batch, heads, t, s)))
         strides += [n // size for n in mask.data.strides]
     else:
         strides += [0, 0, 0, 0]

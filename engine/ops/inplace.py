@@ -8,6 +8,7 @@ on a leaf that requires grad while recording, they raise.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from engine.backend import Array, get_backend
 from engine.ops import elementwise
 from engine.ops.registry import attach, cast
 from engine.tensor import Tensor, tensor
+
+ALONE = 2  # references to a storage that one Array sees: the Array's, and the one being counted
 
 
 def rebind_or_write(name: str, x: Tensor, value: Any, functional: Callable[[Tensor, Any], Tensor],
@@ -27,7 +30,7 @@ def rebind_or_write(name: str, x: Tensor, value: Any, functional: Callable[[Tens
         if x.node is None and x.requires_grad:
             raise RuntimeError(f"{name}: x is a leaf that requires grad, which cannot be changed in place while "
                                "recording; use eg.no_grad(), or make a new tensor")
-        if x.array.storage.has_views:
+        if x.array.storage.has_views and sys.getrefcount(x.array.storage) > ALONE:
             raise RuntimeError(f"{name}: x shares its memory with a view while in a graph, and the change would not "
                                "be seen there; make a new tensor instead")
         result = functional(x, value)

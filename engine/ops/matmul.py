@@ -22,7 +22,7 @@ def _batch_stride(k: Any, x: Array, batch: tuple[int, ...]) -> tuple[Array, int]
     if math.prod(own) == 1:
         return x, 0
     if own != batch:
-        x = x.view(np.broadcast_to(x.data, (*batch, *x.data.shape[-2:])))
+        x = x.seen_as(np.broadcast_to(x.data, (*batch, *x.data.shape[-2:])))
     strides = [(n, s) for n, s in zip(batch, x.data.strides[:-2]) if n != 1]
     if all(s == n2 * s2 for (_, s), (n2, s2) in itertools.pairwise(strides)):
         return x, (strides[-1][1] // x.dtype.itemsize if strides else 0)
@@ -37,7 +37,7 @@ def gemm(k: Any, a: Array, b: Array, bias: Array | None = None) -> Array:
     c = k.empty((*batch, m, n), a.dtype)
     if math.prod(b.data.shape[:-2]) == 1 and a.data.flags.c_contiguous and batch == a.data.shape[:-2]:
         rows, count, a_step, b_step = math.prod(batch) * m, 1, 0, 0  # one tall product instead of a batch
-        a = a.reshaped((rows, inner))  # whose strides are not those of an axis of length 1, which may be anything
+        a = a.seen_as(a.data.reshape(rows, inner))  # a stride of an axis of length 1 may be anything; these are not
     else:
         rows, count = m, math.prod(batch)
         (a, a_step), (b, b_step) = _batch_stride(k, a, batch), _batch_stride(k, b, batch)
@@ -93,8 +93,8 @@ def linear(k: Any, x: Array, weight: Array, bias: Array | None = None) -> Array:
     """y = x Wᵀ + b, W (out, in): a matrix product with the bias added as it is written."""
     bias = None if bias is None else k.contiguous(bias)
     if x.data.ndim == 1:
-        y = gemm(k, x.view(x.data[None, :]), _transposed(weight), bias)
-        return y.reshaped((weight.shape[0],))
+        y = gemm(k, x.seen_as(x.data[None, :]), _transposed(weight), bias)
+        return y.seen_as(y.data[0])
     return gemm(k, x, _transposed(weight), bias)
 
 
@@ -106,8 +106,12 @@ def _transposed(x: Array) -> Array:
 def _(k: Any, g: Array, x: Array, weight: Array, bias: Array | None, needs: tuple[bool, ...]) -> Any:
     outputs, inputs = weight.shape
     rows = g.size // outputs if outputs else math.prod(x.shape[:-1])
-    flat_g, flat_x = g.reshaped((rows, outputs)), k.contiguous(x).reshaped((rows, inputs))
-    dx = gemm(k, flat_g, weight).reshaped(x.shape) if needs[0] else None
+    x = k.contiguous(x)
+    flat_g, flat_x = g.seen_as(g.data.reshape(rows, outputs)), x.seen_as(x.data.reshape(rows, inputs))
+    dx = None
+    if needs[0]:
+        dx = gemm(k, flat_g, weight)
+        dx = dx.seen_as(dx.data.reshape(x.shape))
     dweight = gemm(k, _transposed(flat_g), flat_x) if needs[1] else None
     dbias = None
     if bias is not None and needs[2]:

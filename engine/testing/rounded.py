@@ -83,10 +83,15 @@ class Rounded:
     def size(self) -> int:
         return self.value.size
 
-    def _with(self, value: Any, carried: Any, roundings: float = 1.0, underflow: bool = True) -> Rounded:
-        """A result that carries an error in and is rounded once more."""
+    def _with(self, value: Any, carried: Any, roundings: float = 1.0, underflow: Any = True) -> Rounded:
+        """A result that carries an error in and is rounded once more; `underflow`: where it can lose to that."""
         error = carried + roundings * self.unit * (np.abs(value) + carried)
-        return Rounded(value, error + (smallest_subnormal(self.dtype) if underflow else 0.0), dtype=self.dtype)
+        return Rounded(value, error + np.where(underflow, smallest_subnormal(self.dtype), 0.0), dtype=self.dtype)
+
+    @property
+    def nonzero(self) -> np.ndarray:
+        """Where it may be another number than 0: products with an exact 0 are exact."""
+        return (self.value != 0) | (self.error != 0)
 
     def _other(self, other: Any) -> Rounded:
         """The other operand: a Rounded, exact data, or a constant, which is rounded to dtype if it does not fit."""
@@ -107,12 +112,13 @@ class Rounded:
     def __mul__(self, other: Any) -> Rounded:
         b = self._other(other)
         carried = np.abs(self.value) * b.error + np.abs(b.value) * self.error + self.error * b.error
-        return self._with(self.value * b.value, carried)
+        return self._with(self.value * b.value, carried, underflow=self.nonzero & b.nonzero)
 
     def __truediv__(self, other: Any) -> Rounded:
         b = self._other(other)
         value = self.value / b.value
-        return self._with(value, (self.error + np.abs(value) * b.error) / (np.abs(b.value) - b.error))
+        carried = (self.error + np.abs(value) * b.error) / (np.abs(b.value) - b.error)
+        return self._with(value, carried, underflow=self.nonzero)
 
     def __radd__(self, other: Any) -> Rounded:
         return self + other
@@ -182,6 +188,8 @@ log = _function("log", np.log, lambda x, y: 1 / x)
 log1p = _function("log1p", np.log1p, lambda x, y: 1 / (1 + x))
 sqrt = _function("sqrt", np.sqrt, lambda x, y: 0.5 / y)
 rsqrt = _function("rsqrt", lambda x: 1 / np.sqrt(x), lambda x, y: y / (2 * x))
+sin = _function("sin", np.sin, lambda x, y: np.cos(x))
+cos = _function("cos", np.cos, lambda x, y: np.sin(x))
 tanh = _function("tanh", np.tanh, lambda x, y: 1 - y * y)
 sigmoid = _function("sigmoid", _sigmoid, lambda x, y: y * (1 - y))
 erf = _function("erf", _erf, lambda x, y: _BELL * np.exp(-x * x))

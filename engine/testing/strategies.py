@@ -11,7 +11,7 @@ as one of three, and what shrinks is what matters here, the shape, the layout, t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 import engine as eg
 from engine.backend import Array
+from engine.testing.forms import FORMS
 from engine.testing.layouts import LAYOUTS
+from engine.testing.programs import SHAPES, build
 from engine.testing.source import Source, special_values
 
 __all__ = ["Drawn", "arrays", "broadcastable", "cases", "dtypes", "exact_tensors", "floats", "layouts", "shapes",
@@ -120,6 +122,20 @@ def exact_tensors(dtype: str = "float32", shape: tuple[int, ...] | None = None) 
         whole = source.whole(source.shape() if shape is None else shape, -8, 8, dtype)
         return eg.Tensor(Array(whole), "cpu")
     return draw_tensor()
+
+
+def programs(ops: Sequence[str] | None = None, max_nodes: int = 12) -> Any:
+    """Random programs (programs.py) of the named forms; shrinks towards one short input and few instructions, those
+    early in the list of forms, on the newest values."""
+    forms = list(FORMS) if ops is None else list(ops)
+    unknown = [name for name in forms if name not in FORMS]
+    if unknown:
+        raise ValueError(f"programs: there is no form {unknown[0]!r}, expected some of {', '.join(FORMS)}")
+    pick = _integers(0, 5)
+    inputs = st.tuples(_integers(0, len(SHAPES) - 1), _integers(0, 49), st.sampled_from([True, True, False]))
+    steps = st.tuples(_integers(0, len(forms) + 3), pick, pick, pick)  # the last numbers make checkpoints
+    return st.builds(build, st.tuples(_integers(1, 4), _integers(1, 4)), st.lists(inputs, min_size=1, max_size=4),
+                     st.lists(steps, max_size=max_nodes), st.just(tuple(forms)))
 
 
 def cases(spec: Any, dtype: str | None = None, **options: Any) -> Any:
