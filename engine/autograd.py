@@ -22,6 +22,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from engine.backend import Array, get_backend
+from engine.rowsparse import Gradient, RowSparse, add_gradients, dense
 
 if TYPE_CHECKING:
     from engine.ops.registry import Op
@@ -109,7 +110,7 @@ class Node:
         self.attributes = attributes
         self.device = device
         self.order = next(_order)
-        self.hooks: list[Callable[[Tensor], Tensor | None]] | None = None
+        self.hooks: list[Callable[[Any], Gradient | None]] | None = None
         for watcher in watchers:
             watcher(self, "made")
 
@@ -175,19 +176,20 @@ def _order_of(edge: Any) -> int:
 
 
 def _walk(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph: bool, create_graph: bool,
-          deliver: Callable[[Any, Tensor], None], targets: dict[int, Any] | None = None) -> None:
+          deliver: Callable[[Any, Gradient], None], targets: dict[int, Any] | None = None) -> None:
     """Push cotangents through the graph; deliver(leaf or node, its whole gradient) for each one reached.
 
-    With targets (by id), only what leads to one of them is walked.
+    With targets (by id), only what leads to one of them is walked. Gradients may be RowSparse; an op's rule gets a
+    dense one.
     """
-    gradients: dict[int, Tensor] = {}
+    gradients: dict[int, Gradient] = {}
     ready: list[tuple[float, int, Any]] = []  # a heap: later-made nodes first; leaves as soon as they are complete
     arrival = itertools.count()  # leaves among themselves: in order of completion
 
-    def arrive(edge: Any, gradient: Tensor | None) -> None:
+    def arrive(edge: Any, gradient: Gradient | None) -> None:
         if gradient is not None:
             known = gradients.get(id(edge))
-            gradients[id(edge)] = gradient if known is None else known + gradient
+            gradients[id(edge)] = gradient if known is None else add_gradients(known, gradient)
         if waiting[id(edge)] == 0:
             heapq.heappush(ready, (-edge.order if isinstance(edge, Node) else -math.inf, next(arrival), edge))
 
@@ -216,7 +218,10 @@ def _walk(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph:
             edges = edge.edges
             for watcher in watchers:
                 watcher(edge, "backward")
-            grads = edge.op.gradients(edge, gradient, create_graph) if gradient is not None else (None,) * len(edges)
+            if gradient is None:
+                grads: Sequence[Gradient | None] = (None,) * len(edges)
+            else:
+                grads = edge.op.gradients(edge, dense(gradient), create_graph)
             if not (retain_graph or create_graph):
                 edge.release()
             for target, grad, shape in zip(edges, grads, edge.shapes):
@@ -226,12 +231,13 @@ def _walk(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph:
                 arrive(target, None if grad is None else _fit(grad, shape))
 
 
-def _fit(gradient: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _fit(gradient: Gradient, shape: tuple[int, ...]) -> Gradient:
     """Bring a gradient back to its input's shape: sum over the axes that broadcasting added.
 
     The transpose of broadcasting is summing: y = x repeated, so dL/dx = Σ of the repeats' dL/dy.
     """
     if gradient.shape != shape:
+        gradient = dense(gradient)
         added = gradient.ndim - len(shape)
         axes = (*range(added), *(added + i for i, n in enumerate(shape) if n == 1 and gradient.shape[added + i] != 1))
         gradient = gradient.sum(axis=axes, keepdims=True).reshape(shape)
@@ -256,14 +262,16 @@ def _cotangents(what: str, outputs: Sequence[Tensor], grads: Sequence[Tensor | N
     return full
 
 
-def _unaliased(cotangents: Sequence[Tensor], create_graph: bool) -> Callable[[Tensor], Tensor]:
+def _unaliased(cotangents: Sequence[Tensor], create_graph: bool) -> Callable[[Gradient], Gradient]:
     """A function that copies a gradient if its memory was handed out before, or is a view, or was given by the user.
 
     A rule may pass its g on as it is, or a view of it: y = a + b gives both operands the same g.
     """
     handed_out = {id(c.array.storage): c.array.storage for c in cotangents}
 
-    def own(gradient: Tensor) -> Tensor:
+    def own(gradient: Gradient) -> Gradient:
+        if isinstance(gradient, RowSparse):  # made by its rule for one weight
+            return gradient
         storage = gradient.array.storage
         if not create_graph and (storage.has_views or id(storage) in handed_out):
             gradient = gradient + 0
@@ -282,11 +290,11 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor | None], *, retai
     cotangents = _cotangents("backward", outputs, grads)
     own = _unaliased(cotangents, create_graph)
 
-    def deliver(edge: Any, gradient: Tensor) -> None:
+    def deliver(edge: Any, gradient: Gradient) -> None:
         if isinstance(edge, Node):
             return
         if edge.grad is not None:
-            edge.grad = edge.grad + gradient
+            edge.grad = add_gradients(edge.grad, gradient)
             return
         edge.grad = own(gradient)
 
@@ -309,11 +317,11 @@ def grad(outputs: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor],
         if not x.requires_grad:
             raise RuntimeError(f"grad: input {i} does not require grad")
     targets = {id(edge_of(x)): edge_of(x) for x in wanted}
-    found: dict[int, Tensor] = {}
+    found: dict[int, Gradient] = {}
     cotangents = _cotangents("grad", outs, cots)
     own = _unaliased(cotangents, create_graph)
 
-    def deliver(edge: Any, gradient: Tensor) -> None:
+    def deliver(edge: Any, gradient: Gradient) -> None:
         if id(edge) in targets:
             found[id(edge)] = own(gradient)
 
@@ -330,9 +338,9 @@ def retain_grad(tensor: Tensor) -> None:
     """Let a non-leaf tensor keep its gradient."""
     here = weakref.ref(tensor)  # the node must not keep its own output alive
 
-    def keep(gradient: Tensor) -> None:
+    def keep(gradient: Gradient) -> None:
         target = here()
         if target is not None:
-            target.grad = gradient if target.grad is None else target.grad + gradient
+            target.grad = gradient if target.grad is None else add_gradients(target.grad, gradient)
 
     tensor.register_hook(keep)

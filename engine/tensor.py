@@ -17,6 +17,7 @@ import numpy as np
 from engine import autograd
 from engine.backend import Array, get_backend, walkable
 from engine.dtypes import DType, as_dtype, float32
+from engine.rowsparse import Gradient, RowSparse
 
 if TYPE_CHECKING:
     from engine.autograd import Node
@@ -44,7 +45,8 @@ class Tensor:
     """A multidimensional array with gradients. Make one with `eg.tensor(data)`.
 
     requires_grad: whether operations on it are recorded
-    grad:          what backward() accumulated here (a leaf, or after retain_grad()), else None
+    grad:          what backward() accumulated here (a leaf, or after retain_grad()), else None; a Tensor, or RowSparse
+                   where only embeddings with sparse=True came here
     node:          the operation that made it, None for a leaf
     """
 
@@ -56,8 +58,8 @@ class Tensor:
         self.device = device
         self.requires_grad = requires_grad
         self.node = node
-        self.grad: Tensor | None = None
-        self.hooks: list[Callable[[Tensor], Tensor | None]] | None = None
+        self.grad: Tensor | RowSparse | None = None
+        self.hooks: list[Callable[[Any], Gradient | None]] | None = None
 
     # ── what it is ──────────────────────────────────────────────────────────────────────────────────
 
@@ -102,6 +104,8 @@ class Tensor:
     def numpy(self) -> np.ndarray:
         """The elements as a NumPy array that shares this tensor's memory (on the CPU). Do not write to it
         if the tensor is part of a graph: the version counter cannot see that."""
+        if self.array.storage.postponed is not None:
+            self.array.storage.postponed.look()
         return get_backend(self.device).to_numpy(self.array)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -181,10 +185,11 @@ class Tensor:
         self.requires_grad = requires_grad
         return self
 
-    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
+    def register_hook(self, hook: Callable[[Any], Gradient | None]) -> Callable[[], None]:
         """Call hook(grad) when this tensor's whole gradient is known; what it returns, if not None, replaces it.
 
-        Returns a function that removes the hook.
+        grad is a Tensor, or RowSparse where only embeddings with sparse=True use this tensor. Returns a function that
+        removes the hook.
         """
         if not self.requires_grad:
             raise RuntimeError("register_hook: this tensor does not require grad")

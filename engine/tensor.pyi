@@ -11,6 +11,7 @@ import numpy as np
 from engine import autograd
 from engine.backend import Array, get_backend, walkable
 from engine.dtypes import DType, as_dtype, float32
+from engine.rowsparse import Gradient, RowSparse
 if TYPE_CHECKING:
     from engine.autograd import Node
 _default_device: ContextVar[str] = ContextVar('default_device', default='cpu')
@@ -26,10 +27,10 @@ class Tensor:
     __slots__ = ('__weakref__', 'array', 'device', 'grad', 'hooks', 'node', 'requires_grad')
     array: Array
     device: str
-    grad: Tensor | None
+    grad: Tensor | RowSparse | None
     requires_grad: bool
     node: Node | None
-    hooks: list[Callable[[Tensor], Tensor | None]] | None
+    hooks: list[Callable[[Any], Gradient | None]] | None
     def __add__(self, b: Tensor | np.ndarray | bool | int | float) -> Tensor: ...
     def __sub__(self, b: Tensor | np.ndarray | bool | int | float) -> Tensor: ...
     def __mul__(self, b: Tensor | np.ndarray | bool | int | float) -> Tensor: ...
@@ -193,7 +194,7 @@ class Tensor:
     def requires_grad_(self, requires_grad: bool=True) -> Tensor:
         ...
 
-    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
+    def register_hook(self, hook: Callable[[Any], Gradient | None]) -> Callable[[], None]:
         ...
 
     def retain_grad(self) -> None:

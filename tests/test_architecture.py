@@ -41,7 +41,8 @@ def tree() -> Sources:
 
 # Each room, from the bottom up, and what it may know besides itself.
 BOTTOM = ("engine.dtypes", "engine.backend")
-GRAPH = ("engine.autograd", "engine.tensor", "engine.random", "engine.checkpoint", "engine.functional")
+GRAPH = ("engine.autograd", "engine.rowsparse", "engine.tensor", "engine.random", "engine.checkpoint",
+         "engine.functional")
 ROOMS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("engine.dtypes",): (),
     ("engine.backend",): ("engine.dtypes",),

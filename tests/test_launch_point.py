@@ -37,8 +37,8 @@ def tree() -> Sources:
 
 # ── no compute outside the launch point: by reading ───────────────────────────────────────────────────
 
-ABOVE_THE_BOUNDARY = ("ops", "nn", "optim", "models", "sharder", "autograd.py", "tensor.py", "checkpoint.py",
-                      "functional.py", "random.py")
+ABOVE_THE_BOUNDARY = ("ops", "nn", "optim", "models", "sharder", "autograd.py", "rowsparse.py", "tensor.py",
+                      "checkpoint.py", "functional.py", "random.py")
 # What NumPy is called for without computing on elements: types, shapes, views, memory, conversion, printing.
 HARMLESS = {"array", "array2string", "asarray", "ascontiguousarray", "bool_", "broadcast_shapes", "broadcast_to",
             "dtype", "empty", "errstate", "flip", "from_dlpack", "int8", "int64", "shape"}
@@ -56,7 +56,10 @@ HOST_WORK = {
     ("engine/ops/matmul.py", "conv1d"): "prepares an index",
     ("engine/ops/elementwise.py", ""): "the reference of erf",
     ("engine/ops/reductions.py", "_logsumexp"): "the reference of logsumexp",
+    ("engine/rowsparse.py", "*"): "row numbers: which there are",
     ("engine/optim/clip.py", "clip_grad_norm_"): "joins the sums of blocks, one number each",
+    ("engine/optim/clip.py", "_sparse_sums"): "block numbers: which hold touched rows",
+    ("engine/optim/postponed.py", "*"): "row numbers: how many updates each has had",
     ("engine/models/transformer.py", "sinusoids"): "a table of angles in float64, made once",
     ("engine/models/generation.py", "*"): "sampling: decisions on the host, in float64, about one row of logits",
     ("engine/models/huggingface.py", "*"): "rearranges files' arrays on the host",

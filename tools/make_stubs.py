@@ -59,8 +59,8 @@ def stub() -> str:
     cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Tensor")
     written = {n.name for n in cls.body if isinstance(n, ast.FunctionDef)}
     cls.body = [n for n in cls.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
-    lines = ["    array: Array", "    device: str", "    grad: Tensor | None", "    requires_grad: bool",
-             "    node: Node | None", "    hooks: list[Callable[[Tensor], Tensor | None]] | None"]
+    lines = ["    array: Array", "    device: str", "    grad: Tensor | RowSparse | None", "    requires_grad: bool",
+             "    node: Node | None", "    hooks: list[Callable[[Any], Gradient | None]] | None"]
     for name, value in Tensor.__dict__.items():
         if isinstance(value, property) and name not in written:
             lines += ["    @property", f"    def {name}(self) -> Tensor: ..."]

@@ -18,13 +18,18 @@ def walkable(data: np.ndarray) -> bool:
 
 
 class Storage:
-    """What all views of one buffer share: how often it was written in place, and whether it has views."""
+    """What all views of one buffer share.
 
-    __slots__ = ("has_views", "version")
+    version:   how often it was written in place         has_views: whether there are any
+    postponed: the updates of rows that an optimizer makes when somebody looks (optim/postponed.py), or None
+    """
+
+    __slots__ = ("has_views", "postponed", "version")
 
     def __init__(self) -> None:
         self.version = 0
         self.has_views = False
+        self.postponed: Any = None
 
 
 class Array:

@@ -142,6 +142,13 @@ def indexing_rows(xp: Any) -> Rows:
     def scatter(y: Any, value: Any, index: Any) -> None:
         y[index] = value
 
+    def scatter_runs(y: Any, values: Any, starts: Any) -> None:
+        """y[starts[i] : starts[i] + n] = values[i], for flat y, values (count, n), and runs that do not overlap."""
+        n = values.shape[1]
+        if values.size:
+            runs = xp.lib.stride_tricks.as_strided(y, (y.size - n + 1, n), (y.itemsize, y.itemsize))
+            runs[starts] = values
+
     def sort(y: Any, x: Any, axis: int, descending: bool) -> None:
         y[...] = xp.flip(xp.sort(xp.flip(x, axis), axis, kind="stable"), axis) if descending \
             else xp.sort(x, axis, kind="stable")
@@ -159,8 +166,8 @@ def indexing_rows(xp: Any) -> Rows:
         dweight[...] = 0
         xp.add.at(dweight, index.reshape(count), g.reshape(count, n))
 
-    return {"gather": gather, "scatter_add": scatter_add, "scatter": scatter, "sort": sort, "argsort": argsort,
-            "embedding": embedding, "embedding_vjp": embedding_vjp}
+    return {"gather": gather, "scatter_add": scatter_add, "scatter": scatter, "scatter_runs": scatter_runs,
+            "sort": sort, "argsort": argsort, "embedding": embedding, "embedding_vjp": embedding_vjp}
 
 
 # ── random numbers: Philox4x32-10, the same words as random.c ─────────────────────────────────────────

@@ -47,17 +47,22 @@ class Linear(Module):
 
 
 class Embedding(Module):
-    """y = W[index]: a row of W `weight` (count, width) ~ N(0, std²) for each integer in [0, count)."""
+    """y = W[index]: a row of W `weight` (count, width) ~ N(0, std²) for each integer in [0, count).
 
-    def __init__(self, count: int, width: int, *, std: float = 1.0):
+    sparse: the gradient of W holds the touched rows only (eg.RowSparse), and an optimizer step costs what they cost.
+    Results have the same bits either way.
+    """
+
+    def __init__(self, count: int, width: int, *, std: float = 1.0, sparse: bool = False):
         super().__init__()
         self.weight = initial_weights(count, width, std=std)
+        self.sparse = sparse
 
     def forward(self, index: Tensor) -> Tensor:
-        return ops.embedding(self.weight, index)
+        return ops.embedding(self.weight, index, sparse=self.sparse)
 
     def extra_repr(self) -> str:
-        return "{}, {}".format(*self.weight.shape)
+        return "{}, {}".format(*self.weight.shape) + (", sparse=True" if self.sparse else "")
 
 
 class LayerNorm(Module):

@@ -159,10 +159,10 @@ class Module:
             raise TypeError(f"Module.to: dtype is {kind}, expected float32 or float64")
         with no_grad():
             for value in (*self.parameters(), *(buffer for _, buffer in self.named_buffers())):
-                for x in (value, value.grad):
-                    if x is not None:
-                        moved = x.to(dtype=kind if x.dtype.is_floating else None, device=device)
-                        x.array, x.device = moved.array, moved.device
+                moved = value.to(dtype=kind if value.dtype.is_floating else None, device=device)
+                value.array, value.device = moved.array, moved.device
+                if value.grad is not None:
+                    value.grad = value.grad.to(dtype=kind, device=device)
         return self
 
     # ── saving ──────────────────────────────────────────────────────────────────────────────────────

@@ -13,6 +13,7 @@ from engine import autograd
 from engine.backend import Array, get_backend
 from engine.dtypes import int64
 from engine.ops.registry import attach, axis_index, cast, composite, op
+from engine.rowsparse import RowSparse
 from engine.tensor import Tensor
 
 
@@ -120,8 +121,12 @@ attach("__setitem__", _setitem)
 
 
 @op("vn, ... -> ...n", types="float!", fixed=("index",), reference=lambda weight, index: weight[index])
-def embedding(k: Any, weight: Array, index: Array) -> Array:
-    """y = weight[index]: rows of a (vocabulary, n) table. Raises IndexError outside [0, vocabulary)."""
+def embedding(k: Any, weight: Array, index: Array, sparse: bool = False) -> Array:
+    """y = weight[index]: rows of a (vocabulary, n) table. Raises IndexError outside [0, vocabulary).
+
+    sparse: the table's gradient is RowSparse, its touched rows only (dense on a device without this kernel, and with
+    create_graph).
+    """
     vocabulary, n = weight.shape
     where = _checked_index(k, "embedding", index, vocabulary)
     y = k.empty((*index.shape, n), weight.dtype)
@@ -143,16 +148,19 @@ def _checked_index(k: Any, name: str, index: Array, length: int) -> Array:
 
 
 @embedding.kernel_vjp
-def _(k: Any, g: Array, weight_shape: tuple[int, ...], index: Array) -> Any:
+def _(k: Any, g: Array, weight_shape: tuple[int, ...], index: Array, sparse: bool) -> Any:
     vocabulary, n = weight_shape
     where = k.contiguous(index if index.dtype is int64 else cast(k, index, int64))
+    if sparse:
+        rows = Tensor(g.reshaped((where.size, n)), k.device)
+        return RowSparse(k.to_numpy(where).reshape(-1), rows, vocabulary), None
     dweight = k.empty(weight_shape, g.dtype)
     k.embedding_vjp(dweight, g, where, where.size, vocabulary, n)
     return dweight, None
 
 
 @embedding.composition
-def _(weight: Tensor, index: Tensor) -> Tensor:
+def _(weight: Tensor, index: Tensor, sparse: bool = False) -> Tensor:
     length = weight.shape[0]
     _checked_index(get_backend(index.device), "embedding", index.array, length)
     return weight[index]

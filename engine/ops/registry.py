@@ -41,6 +41,7 @@ from engine import autograd
 from engine.autograd import Node, _grad_mode, edge_of, save
 from engine.backend import Array, get_backend
 from engine.dtypes import DType, as_dtype, float32, promote, promote_scalar
+from engine.rowsparse import Gradient, RowSparse
 from engine.tensor import Tensor, default_device
 
 registry: dict[str, Op] = {}
@@ -286,7 +287,7 @@ class Op:
                 saved[name] = None if array is None else save(array)
         return Node(self, edges, shapes, saved, attributes, device)
 
-    def gradients(self, node: Node, g: Tensor, create_graph: bool) -> Sequence[Tensor | None]:
+    def gradients(self, node: Node, g: Tensor, create_graph: bool) -> Sequence[Gradient | None]:
         """gᵀ ∂y/∂x for each input x of a node, as its rule has it."""
         if self.rule is not None:
             grads = self.rule(g, *[self._argument(node, name, create_graph) for name in self.needed])
@@ -296,7 +297,7 @@ class Op:
             assert self.kernel_rule is not None
             k = get_backend(node.device)
             raw = self.kernel_rule(k, k.contiguous(g.array), *[self._raw_argument(node, name) for name in self.needed])
-            grads = tuple([None if d is None else Tensor(d, node.device)
+            grads = tuple([d if d is None or d.__class__ is RowSparse else Tensor(d, node.device)
                            for d in (raw if isinstance(raw, tuple) else (raw,))])
         return grads if isinstance(grads, (tuple, list)) else (grads,)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from engine.optim.accumulator import Accumulated, Accumulator
 from engine.optim.clip import clip_grad_norm_, clip_grad_value_
-from engine.optim.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from engine.optim.optimizers import SGD, Adagrad, Adam, AdamW, LazyAdam, Optimizer, RMSprop
 from engine.optim.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, Rule, SGDRule
 from engine.optim.schedules import (
     Schedule,
@@ -23,6 +23,6 @@ from engine.optim.schedules import (
 )
 
 __all__ = ["SGD", "Accumulated", "Accumulator", "Adagrad", "AdagradRule", "Adam", "AdamRule", "AdamW", "AdamWRule",
-           "Optimizer", "RMSprop", "RMSpropRule", "Rule", "SGDRule", "Schedule", "Scheduler", "clip_grad_norm_",
-           "clip_grad_value_", "constant", "cosine", "exponential", "linear", "one_cycle", "step_decay", "warmup",
-           "warmup_cosine"]
+           "LazyAdam", "Optimizer", "RMSprop", "RMSpropRule", "Rule", "SGDRule", "Schedule", "Scheduler",
+           "clip_grad_norm_", "clip_grad_value_", "constant", "cosine", "exponential", "linear", "one_cycle",
+           "step_decay", "warmup", "warmup_cosine"]

@@ -21,16 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from engine.backend import Array, Backend, get_backend
+from engine.rowsparse import RowSparse, add_row_sparse
 from engine.tensor import Tensor
 
 
 @dataclass(frozen=True)
 class Accumulated:
-    """The sum over a range of microbatches: gradients (one Array a parameter), loss, tokens."""
+    """The sum over a range of microbatches: gradients (one Array or RowSparse a parameter), loss, tokens."""
 
-    gradients: tuple[Array, ...]
+    gradients: tuple[Any, ...]
     loss: float
     tokens: float
 
@@ -47,7 +49,8 @@ class Accumulator:
         mean_loss = accumulator.assign(parameters)
         optimizer.step()
 
-    The gradients given are kept, not copied, and never written to.
+    The gradients given are kept, not copied, and never written to. A parameter's sum is row-sparse while all that was
+    added for it is, and has the same bits either way.
     """
 
     def __init__(self, microbatches: int, k: Backend | None = None):
@@ -65,7 +68,8 @@ class Accumulator:
     def complete(self) -> bool:
         return len(self._added) == self.microbatches
 
-    def add(self, index: int, gradients: Sequence[Array | Tensor], loss: float = 0.0, tokens: float = 1) -> None:
+    def add(self, index: int, gradients: Sequence[Array | Tensor | RowSparse], loss: float = 0.0,
+            tokens: float = 1) -> None:
         """Give microbatch `index` (from 0): the gradients of its loss sum, that sum, and its number of tokens.
 
         Raises ValueError for an index outside the range, or one that was added before.
@@ -84,7 +88,7 @@ class Accumulator:
             self._finished[left[0], right[1]] = total
 
     def _sum(self, a: Accumulated, b: Accumulated) -> Accumulated:
-        gradients = tuple(self.k.map("add", x, y) for x, y in zip(a.gradients, b.gradients, strict=True))
+        gradients = tuple(_add(self.k, x, y) for x, y in zip(a.gradients, b.gradients, strict=True))
         return Accumulated(gradients, a.loss + b.loss, a.tokens + b.tokens)
 
     def mean(self) -> Accumulated:
@@ -98,15 +102,28 @@ class Accumulator:
         total = self._finished[0, self.microbatches]
         if not total.tokens > 0:
             raise ValueError(f"Accumulator.mean: the tokens of all microbatches sum to {total.tokens}, expected > 0")
-        gradients = tuple(self.k.map("divide", g, self.k.constant(total.tokens, g.dtype)) for g in total.gradients)
+        gradients = tuple(_divide(self.k, g, total.tokens) for g in total.gradients)
         return Accumulated(gradients, total.loss, total.tokens)
 
     def assign(self, parameters: Sequence[Tensor]) -> float:
         """Make the mean gradient the `.grad` of each parameter; returns the mean loss. Raises as mean() does."""
         mean = self.mean()
         for parameter, gradient in zip(parameters, mean.gradients, strict=True):
-            parameter.grad = Tensor(gradient, parameter.device)
+            parameter.grad = gradient if isinstance(gradient, RowSparse) else Tensor(gradient, parameter.device)
         return mean.loss / mean.tokens
+
+
+def _add(k: Backend, a: Array | RowSparse, b: Array | RowSparse) -> Array | RowSparse:
+    if isinstance(a, RowSparse) and isinstance(b, RowSparse):
+        return add_row_sparse(a, b)
+    return k.map("add", *(g.dense().array if isinstance(g, RowSparse) else g for g in (a, b)))
+
+
+def _divide(k: Backend, gradient: Array | RowSparse, divisor: float) -> Array | RowSparse:
+    def divided(g: Array) -> Array:
+        return k.map("divide", g, k.constant(divisor, g.dtype))
+
+    return gradient.map(divided) if isinstance(gradient, RowSparse) else divided(gradient)
 
 
 def splits_above(leaf: int, leaves: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:

@@ -11,23 +11,48 @@ Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from engine.backend import Array, Backend, get_backend
 from engine.dtypes import float64
+from engine.rowsparse import RowSparse, put_rows
 from engine.tensor import Tensor
 
 BLOCK = 4096  # elements
 
 
-def sums_of_squares(k: Backend, gradient: Array) -> Array:
-    """Σg² of each block of a dense gradient, float64."""
+def sums_of_squares(k: Backend, gradient: Array | RowSparse) -> Array:
+    """Σg² of each block of a contiguous gradient, float64. A row-sparse one has the sums of the dense one."""
+    if isinstance(gradient, RowSparse):
+        return _sparse_sums(k, gradient)
     blocks = k.empty((-(-gradient.size // BLOCK),), float64)
     k.sum_squares(blocks, gradient, gradient.size)
     return blocks
+
+
+def _sparse_sums(k: Backend, gradient: RowSparse) -> Array:
+    """The blocks that hold touched rows are laid end to end and summed as they are; all others sum to 0.
+
+    A row begins and ends in blocks that are touched, as are all between: so it lies in one piece there too.
+    """
+    n = math.prod(gradient.shape[1:])
+    sums = k.zeros((-(-gradient.shape[0] * n // BLOCK),), float64)
+    if not len(gradient.rows) * n:
+        return sums
+    starts = gradient.rows * n
+    reach = np.arange((n - 1) // BLOCK + 2)  # a row of n elements lies in so many blocks at most
+    touched = np.unique(np.minimum(starts[:, None] // BLOCK + reach, (starts[:, None] + n - 1) // BLOCK))
+    laid = k.zeros((BLOCK * len(touched),), gradient.dtype)  # of a short last block, the zeros behind it add nothing
+    places = BLOCK * np.searchsorted(touched, starts // BLOCK) + starts % BLOCK
+    k.scatter_runs(laid, k.contiguous(gradient.values.array).reshaped((len(starts), n)), k.array(places))
+    found = k.empty((len(touched),), float64)
+    k.sum_squares(found, laid, laid.size)
+    put_rows(k, sums, touched, found)
+    return sums
 
 
 def norm_of_blocks(k: Backend, squares: np.ndarray) -> float:
@@ -54,12 +79,13 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> f
     if not found:
         return 0.0
     k = get_backend(found[0].device)
-    gradients = [k.contiguous(p.grad.array) for p in found]  # type: ignore[union-attr]
+    gradients = [p.grad if isinstance(p.grad, RowSparse) else k.contiguous(p.grad.array)  # type: ignore[union-attr]
+                 for p in found]
     norm = norm_of_blocks(k, np.concatenate([k.to_numpy(sums_of_squares(k, g)) for g in gradients]))
     scale = clip_scale(norm, max_norm)
     if scale != 1.0:
-        for p, g in zip(found, gradients):
-            p.grad = Tensor(k.map("multiply", g, k.constant(scale, g.dtype)), p.device)
+        for p in found:
+            _map(p, lambda g: k.map("multiply", g, k.constant(scale, g.dtype)))
     return norm
 
 
@@ -68,9 +94,20 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -
     if not clip_value >= 0:
         raise ValueError(f"clip_grad_value_: clip_value is {clip_value!r}, expected a number of at least 0")
     for p in _with_gradients(parameters):
-        k, g = get_backend(p.device), p.grad.array  # type: ignore[union-attr]
-        low, high = k.constant(-float(clip_value), g.dtype), k.constant(float(clip_value), g.dtype)
-        p.grad = Tensor(k.map("minimum", k.map("maximum", g, low), high), p.device)
+        _map(p, partial(_clipped, get_backend(p.device), float(clip_value)))
+
+
+def _clipped(k: Backend, limit: float, g: Array) -> Array:
+    low, high = k.constant(-limit, g.dtype), k.constant(limit, g.dtype)
+    return k.map("minimum", k.map("maximum", g, low), high)
+
+
+def _map(p: Tensor, function: Callable[[Array], Array]) -> None:
+    """p.grad = function(p.grad), for a function of each element that takes 0 to 0."""
+    if isinstance(p.grad, RowSparse):
+        p.grad = p.grad.map(function)
+    elif p.grad is not None:
+        p.grad = Tensor(function(p.grad.array), p.device)
 
 
 def _with_gradients(parameters: Any) -> list[Tensor]:

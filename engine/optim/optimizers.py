@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from engine.backend import Array, get_backend
+from engine.backend import Array, Backend, get_backend
+from engine.optim.postponed import Postponed, update_rows
 from engine.optim.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, Rule, SGDRule
+from engine.rowsparse import Gradient, RowSparse, dense
 from engine.tensor import Tensor
 
 
@@ -27,13 +29,19 @@ class Optimizer:
 
     params: tensors, or dicts {"params": tensors, ...} with hyper-parameters of the group
 
+    A row-sparse gradient (eg.RowSparse) gives the bits of the dense one, at the cost of the rows that it touches; what
+    the rule does to the other rows is done when somebody looks at them (postponed.py).
+
     Raises TypeError or ValueError with one line for what cannot be optimized.
     """
+
+    lazy: ClassVar[bool] = False  # whether rows without gradient are left out for good
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], rule: Rule):
         self.rule = rule
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[int, dict[str, Any]] = {}  # by id(parameter): "step", and the rule's slots
+        self.postponed: dict[int, Postponed] = {}  # by id(parameter)
         if isinstance(params, Tensor):
             raise TypeError(f"{self.name}: params is a tensor, expected a list of tensors or of groups")
         several: list[Any] = list(params)
@@ -77,7 +85,7 @@ class Optimizer:
                 if p.grad is not None:
                     self._update(rule, p, p.grad)
 
-    def _update(self, rule: Rule, p: Tensor, grad: Tensor) -> None:
+    def _update(self, rule: Rule, p: Tensor, grad: Gradient) -> None:
         if grad.shape != p.shape or grad.dtype is not p.dtype or grad.device != p.device:
             raise ValueError(f"{self.name}.step: the gradient is {grad.dtype} {grad.shape} on {grad.device}, "
                              f"expected {p.dtype} {p.shape} on {p.device} as its parameter")
@@ -94,12 +102,33 @@ class Optimizer:
             if state[slot].dtype is not p.dtype:
                 raise ValueError(f"{self.name}.step: {slot} of a parameter is {state[slot].dtype} and the parameter "
                                  f"{p.dtype}; make the optimizer after .to()")
+        if isinstance(grad, RowSparse) and p.array.data.flags.c_contiguous:
+            self._update_rows(k, rule, p, state, grad)
+        else:
+            self.postponed.pop(id(p), None)  # made before the kernel that reads the table here, as before any
+            target, dense_grad = k.contiguous(p.array), k.contiguous(dense(grad).array)
+            rule.apply(k, target, state, target, state, dense_grad, state["step"] + 1)
+            if target is not p.array:
+                k.copy(p.array, target, k.layout(p.array, target))
         state["step"] += 1
-        target, dense_grad = k.contiguous(p.array), k.contiguous(grad.array)
-        rule.apply(k, target, state, target, state, dense_grad, state["step"])
-        if target is not p.array:
-            k.copy(p.array, target, k.layout(p.array, target))
         p.array.storage.version += 1
+
+    def _update_rows(self, k: Backend, rule: Rule, p: Tensor, state: dict[str, Any], grad: RowSparse) -> None:
+        if self.lazy:
+            table = Array(p.array.data.reshape(p.shape[0], -1), p.dtype)
+            return update_rows(k, rule, table, state, grad, state["step"] + 1)
+        known = self.postponed.get(id(p))
+        if known is None or p.array.storage.postponed is not known:
+            if known is not None:  # p has other memory now
+                known.settle()
+            known = self.postponed[id(p)] = Postponed(k, p.array, state, state["step"])
+        known.update(rule, grad, state["step"] + 1)
+
+    def settle(self) -> None:
+        """Make all postponed updates. To be called before `state`, or a NumPy view that was taken earlier, is read;
+        tensors and state_dict() see to it themselves."""
+        for known in self.postponed.values():
+            known.settle()
 
     def zero_grad(self) -> None:
         """Forget the gradients of all parameters."""
@@ -115,6 +144,7 @@ class Optimizer:
         Parameters are numbered from 0 in the order of the groups. The arrays are copies.
         """
         parameters = {id(p): p for p in self._parameters()}
+        self.settle()
         number = {key: i for i, key in enumerate(parameters)}
         state = {number[key]: {name: np.array(get_backend(parameters[key].device).to_numpy(value))
                                if isinstance(value, Array) else value for name, value in entry.items()}
@@ -138,6 +168,8 @@ class Optimizer:
         order = [i for group in saved["param_groups"] for i in group["params"]]  # as the saving optimizer numbered them
         loaded = {id(parameters[place]): self._loaded(i, parameters[place], saved["state"][i])
                   for place, i in enumerate(order) if i in saved["state"]}
+        self.settle()
+        self.postponed.clear()
         self.state = loaded
         for group, rule in zip(self.param_groups, rules):
             group.update({f.name: getattr(rule, f.name) for f in fields(rule)})
@@ -185,6 +217,14 @@ class AdamW(Optimizer):
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.01):
         super().__init__(params, AdamWRule(lr, weight_decay, *betas, eps))
+
+
+class LazyAdam(Adam):
+    """Adam that, given a row-sparse gradient, updates the touched rows and leaves the others out: no decay of their
+    moments, no step by what they remember. Cheaper than Adam, and another algorithm; PyTorch's SparseAdam is it. The
+    bias corrections count all steps. Of a dense gradient every row counts as touched."""
+
+    lazy = True
 
 
 class Adagrad(Optimizer):

@@ -50,6 +50,16 @@ class Rule:
         """The names of what is kept for each element between updates."""
         return ()
 
+    @property
+    def stays_without_gradient(self) -> bool:
+        """Whether an update with g = 0 leaves θ and the state as they are."""
+        return False
+
+    @property
+    def stays_at_zero(self) -> bool:
+        """Whether an update with g = 0 leaves θ as it is, and a state of zeros at zero."""
+        return not self.weight_decay
+
     def with_(self: Self, **hyper: Any) -> Self:
         """The same rule with some hyper-parameters replaced."""
         unknown = hyper.keys() - {field.name for field in fields(self)}
@@ -76,6 +86,11 @@ class Rule:
         raise NotImplementedError
 
 
+def divides(eps: float) -> bool:
+    """Whether 0 / (0 + ε) is 0 and not NaN, also in float32."""
+    return eps >= 2.0**-126
+
+
 @dataclass(frozen=True)
 class SGDRule(Rule):
     """Stochastic gradient descent with momentum μ and dampening τ.
@@ -100,6 +115,10 @@ class SGDRule(Rule):
     @property
     def slots(self) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.momentum else ()
+
+    @property
+    def stays_without_gradient(self) -> bool:
+        return not (self.momentum or self.weight_decay)
 
     def launch(self, k: Backend, new_param: Array, new_state: State, param: Array, state: State, grad: Array,
                step: int) -> None:
@@ -129,6 +148,10 @@ class AdamRule(Rule):
     @property
     def slots(self) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
+
+    @property
+    def stays_at_zero(self) -> bool:
+        return not self.weight_decay and divides(self.eps)
 
     def launch(self, k: Backend, new_param: Array, new_state: State, param: Array, state: State, grad: Array,
                step: int) -> None:
@@ -169,6 +192,14 @@ class AdagradRule(Rule):
     def slots(self) -> tuple[str, ...]:
         return ("sum",)
 
+    @property
+    def stays_without_gradient(self) -> bool:
+        return self.stays_at_zero  # s stays, and 0 over anything positive is 0
+
+    @property
+    def stays_at_zero(self) -> bool:
+        return not self.weight_decay and divides(self.eps)
+
     def launch(self, k: Backend, new_param: Array, new_state: State, param: Array, state: State, grad: Array,
                step: int) -> None:
         k.adagrad(new_param, new_state["sum"], param, state["sum"], grad, param.size, self.lr, self.lr_decay, self.eps,
@@ -197,6 +228,10 @@ class RMSpropRule(Rule):
     @property
     def slots(self) -> tuple[str, ...]:
         return ("square_avg", "momentum_buffer") if self.momentum else ("square_avg",)
+
+    @property
+    def stays_at_zero(self) -> bool:
+        return not self.weight_decay and divides(self.eps)
 
     def launch(self, k: Backend, new_param: Array, new_state: State, param: Array, state: State, grad: Array,
                step: int) -> None:

@@ -1,5 +1,5 @@
-"""The bugs that tools/mutate.py plants: in C (kernels.py), in Python (engine.py), on the GPU (cuda.py), and in the
-breadth of the ops (surface.py)."""
+"""The bugs that tools/mutate.py plants: in C (kernels.py), in Python (engine.py), on the GPU (cuda.py), in the
+breadth of the ops (surface.py), and in what is sparse or compressed (sparse.py)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from tools.mutants.cuda import CUDA
 from tools.mutants.engine import ENGINE
 from tools.mutants.kernels import KERNELS
 from tools.mutants.record import Mutant
+from tools.mutants.sparse import SPARSE
 from tools.mutants.surface import SURFACE
 
-MUTANTS: list[Mutant] = [*KERNELS, *ENGINE, *CUDA, *SURFACE]
+MUTANTS: list[Mutant] = [*KERNELS, *ENGINE, *CUDA, *SURFACE, *SPARSE]
 
 __all__ = ["MUTANTS", "Mutant"]
