@@ -167,6 +167,33 @@ def test_op(spec: OpSpec) -> None:
     compare(spec)
 
 
+# ── ±0, ±∞, NaN, the largest and smallest numbers ─────────────────────────────────────────────────────
+
+OTHERWISE = {
+    "sign": "of NaN: NaN, as the array API standard has it; PyTorch gives 0",
+    "softplus": "its counterpart's threshold lies where float64 needs none: in float32 eˣ overflows before",
+    "gelu": "of the largest numbers: themselves; PyTorch's product overflows",
+    "argmin": "a stable sort stands for it, which puts NaN last",
+}
+
+
+def special_places(spec: OpSpec, seed: int) -> bool:
+    """Whether NaN and infinities of one example come out at the same places, and what is no float is equal."""
+    case = case_in(spec.example(Varied(seed, special=True)), "float32")
+    ours = spec.run(case.operands, case.attributes).numpy()
+    peer = counterpart(spec.name)(*[as_torch(x, "float32") for x in case.operands], **case.attributes).numpy()
+    if ours.dtype.kind != "f":
+        return np.array_equal(ours, peer)
+    signs = [np.where(np.isinf(y), np.sign(y), 0) for y in (ours, peer)]
+    return np.array_equal(np.isnan(ours), np.isnan(peer)) and np.array_equal(*signs, equal_nan=True)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in ROWS if spec.special], ids=lambda spec: spec.name)
+def test_special_values(spec: OpSpec) -> None:
+    same = all(special_places(spec, seed) for seed in range(40))
+    assert same == (spec.name not in OTHERWISE)
+
+
 # ── what is a little off is seen, in every op ─────────────────────────────────────────────────────────
 
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")

@@ -23,7 +23,7 @@ from engine.testing.bounds import gamma, unit_roundoff
 STEPS = 100
 DTYPES = ("float32", "float64")
 
-# ours, and what is given to both; torch.optim's class has the same name and the same arguments
+# Ours, and what is given to both; torch.optim's class has the same arguments, and the same name but for PEERS.
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "SGD": ("SGD", {"lr": 0.05}),
     "SGD with weight decay": ("SGD", {"lr": 0.05, "weight_decay": 0.02}),
@@ -40,18 +40,21 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "RMSprop, other constants": ("RMSprop", {"lr": 0.002, "alpha": 0.9, "eps": 1e-4, "weight_decay": 0.05,
                                              "momentum": 0.8}),
 }
+# SparseAdam adds ε to √v and not to √v̂; so small a one counts in neither.
+LAZY: tuple[str, dict[str, Any]] = ("LazyAdam", {"lr": 0.01, "eps": 1e-20})
+PEERS = {"LazyAdam": "SparseAdam"}
 
 
 def test_every_update_rule_is_compared() -> None:
     classes = {name for name, kind in vars(optim).items()
                if inspect.isclass(kind) and issubclass(kind, optim.Optimizer) and kind is not optim.Optimizer}
-    assert classes == {name for name, _ in OPTIMIZERS.values()}
+    assert classes == {name for name, _ in (*OPTIMIZERS.values(), LAZY)}
     made = {type(getattr(optim, name)([eg.zeros(1, requires_grad=True)]).rule) for name in classes}
     assert made == {kind for kind in vars(rules).values()
                     if inspect.isclass(kind) and issubclass(kind, rules.Rule) and kind is not rules.Rule}
 
 
-# ── two problems: a network that learns, and gradients of all sizes ───────────────────────────────────
+# ── three problems: a network that learns, gradients of all sizes, and a table that is looked up in ───
 
 def network() -> dict[str, np.ndarray]:
     """Two layers, with inputs, outputs and weights of their own."""
@@ -125,6 +128,60 @@ def compare(label: str, learning: bool) -> None:
 @pytest.mark.parametrize("label", list(OPTIMIZERS))
 def test_a_hundred_steps(label: str, learning: bool) -> None:
     compare(label, learning)
+
+
+def lookups() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Eight sets of three of 40 words, most of them rare, and what their vectors' mean should be."""
+    rng = np.random.default_rng(4)
+    for _ in range(STEPS):
+        words = np.minimum(rng.geometric(0.1, (8, 3)), 40) - 1
+        yield words, np.sin(words.sum(axis=1, keepdims=True) * np.arange(1, 7))
+
+
+def table() -> np.ndarray:
+    return np.random.default_rng(6).normal(size=(40, 6)).astype(np.float32)
+
+
+def embed_ours(name: str, options: dict[str, Any], dtype: str) -> np.ndarray:
+    weight = eg.tensor(table(), dtype=dtype, requires_grad=True)
+    optimizer = getattr(optim, name)([weight], **options)
+    for words, target in lookups():
+        found = eg.embedding(weight, eg.tensor(words), sparse=True).mean(axis=1)
+        eg.mse_loss(found, eg.tensor(target, dtype=dtype)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weight.numpy()
+
+
+def embed_peer(name: str, options: dict[str, Any], dtype: str) -> np.ndarray:
+    kind, theirs = getattr(torch, dtype), PEERS.get(name, name)
+    weight = torch.tensor(table(), dtype=kind, requires_grad=True)
+    optimizer = getattr(torch.optim, theirs)([weight], **options)
+    for words, target in lookups():
+        found = F.embedding(torch.tensor(words), weight, sparse=theirs == "SparseAdam").mean(1)
+        F.mse_loss(found, torch.tensor(target, dtype=kind)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weight.detach().numpy()
+
+
+def compare_table(label: str, name: str, options: dict[str, Any]) -> None:
+    ours, ours_wide, peer, wide = (f(name, options, dtype) for f in (embed_ours, embed_peer) for dtype in DTYPES)
+    agree("optimizers, 100 steps", f"{label}, a table", ours, peer, wide, ours_wide=ours_wide)
+    assert np.abs(wide - table()).max() > 1e-3, "nothing moved"
+
+
+@pytest.mark.parametrize("label", [*OPTIMIZERS, "LazyAdam"])
+def test_a_table_that_is_looked_up_in(label: str) -> None:
+    """Its gradients are row-sparse here and dense there: rows of 0 are updated, too, but for LazyAdam's."""
+    compare_table(label, *(OPTIMIZERS.get(label) or LAZY))
+
+
+def test_lazy_updates_are_told_from_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "seen", defaultdict(list))
+    monkeypatch.setitem(PEERS, "LazyAdam", "Adam")
+    with pytest.raises(AssertionError, match="from the wide result, the peer"):
+        compare_table("LazyAdam", *LAZY)
 
 
 PLANTED = {  # a rule whose formula is slightly another: (optimizer, what is passed to the engine instead)
