@@ -222,7 +222,7 @@ class AdamW(Optimizer):
 class LazyAdam(Adam):
     """Adam that, given a row-sparse gradient, updates the touched rows and leaves the others out: no decay of their
     moments, no step by what they remember. Cheaper than Adam, and another algorithm; PyTorch's SparseAdam is it, but
-    adds ε to √v instead of √v̂. The bias corrections count all steps. Of a dense gradient every row counts as touched."""
+    adds ε to √v instead of √v̂. The bias corrections count all steps; of a dense gradient every row was touched."""
 
     lazy = True
 
