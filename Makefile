@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := build
-.PHONY: build help venv train test test-isa test-asan test-ubsan test-peers test-gpu test-cuda-compile test-wheel lint mutate lines doctor wheel clean
+.PHONY: build help venv train test test-isa test-asan test-ubsan test-peers test-gpu test-cuda-compile test-wheel lint mutate exhaustive lines doctor wheel clean
 .DELETE_ON_ERROR:
 
 build: $(READY) ## compile the kernels in place (what plain `make` does)
@@ -46,22 +46,22 @@ test-isa: build ## run the tests of the ops at every instruction-set level of th
 	    ENGINE_ISA=$$level ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) tests/ops $(ARGS); \
 	done
 
-# The suite of the ops on kernels built with a sanitizer, every buffer between guard zones. -p no:xdist: one process.
-SANITIZED = ENGINE_KERNELS=build/$@ ENGINE_NUM_THREADS=2 PYTHONPATH=tests $(RUN) -m pytest -q -p guarded \
-            tests/ops tests/test_fused.py tests/test_debug.py tests/test_random.py tests/test_nn.py $(ARGS)
+# The whole suite on kernels built with a sanitizer, every buffer between guard zones, in every process that the tests start.
+SANITIZED = ENGINE_KERNELS=$(CURDIR)/build/$@ ENGINE_NUM_THREADS=2 PYTHONPATH=$(CURDIR)/tests PYTEST_PLUGINS=guarded \
+            $(RUN) -m pytest -q -n $(JOBS) $(ARGS)
+BUILD_SANITIZED = $(RUN) tools/build_kernels.py --into build/$@ --work build/$@-objects --flags
 
-test-asan: $(READY) ## the tests of the ops on kernels built with the address sanitizer, buffers between guard zones
-	@$(RUN) tools/build_kernels.py --into build/$@ --work build/$@-objects \
-	    --flags "-fsanitize=address -fno-omit-frame-pointer -g"
+test-asan: $(READY) ## all tests on kernels built with the address sanitizer, buffers between guard zones
+	@$(BUILD_SANITIZED) "-fsanitize=address -fno-omit-frame-pointer -g"
 	@LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(SANITIZED)
 
 test-ubsan: $(READY) ## the same with the undefined-behaviour sanitizer
-	@$(RUN) tools/build_kernels.py --into build/$@ --work build/$@-objects \
-	    --flags "-fsanitize=undefined -fno-sanitize-recover=all -g"
+	@$(BUILD_SANITIZED) "-fsanitize=undefined -fno-sanitize-recover=all -g"
 	@$(SANITIZED)
 
-test-peers: build $(VENV)/peers ## hold ops, layers, optimizers and models against PyTorch and transformers
-	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q tests/peers $(ARGS)
+test-tsan: $(READY) ## the same with the thread sanitizer
+	@$(BUILD_SANITIZED) "-fsanitize=thread -g"
+	@LD_PRELOAD=$$($(CC) -print-file-name=libtsan.so) TSAN_OPTIONS=halt_on_error=1 $(SANITIZED)
 
 test-gpu: build ## run the op suite, training runs and every CUDA kernel on a GPU, and say what ran
 	@ENGINE_TEST_GPU=1 $(RUN) -m pytest -q -s tests/cuda_emulation/test_cuda_device.py $(ARGS)
@@ -78,6 +78,9 @@ lint: $(READY) ## ruff and mypy
 
 mutate: build ## plant bugs one by one, and see that the tests catch every one
 	@$(RUN) tools/mutate.py $(ARGS)
+
+exhaustive: build ## prove the accuracy of the float functions over all 2^32 floats (an hour; goes on where it stopped)
+	@$(RUN) tools/exhaustive.py $(ARGS)
 
 lines: ## the reader's budget: lines of source beside their goals
 	@$(PYTHON) tools/lines.py $(ARGS)

@@ -1,0 +1,107 @@
+"""The proof over all floats: its units, its exact decisions, its ledger; and a function that is wrong in one place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tools import exhaustive
+from tools.accuracy import FUNCTIONS, units
+
+ONE = 0x3F800000  # the bits of 1.0
+
+
+def halves(name: str, x: Any) -> Any:
+    """A backend's map with NumPy's float64 rounded once: right to half a unit."""
+    with np.errstate(all="ignore"):
+        return SimpleNamespace(data=np.asarray(FUNCTIONS[name][0](x.astype(np.float64))).astype(np.float32))
+
+
+def backend(compute: Any = halves) -> Any:
+    return SimpleNamespace(map=compute, from_numpy=lambda x: x)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_units_are_those_of_the_slower_program(name: str) -> None:
+    """In every binade, next to zero and infinity too, for results that are off by a few units."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 2**32, 1 << 14, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    with np.errstate(all="ignore"):
+        want = np.asarray(FUNCTIONS[name][0](x.astype(np.float64)))
+        got = want.astype(np.float32)
+        got = np.where(rng.integers(0, 2, x.shape), np.nextafter(got, np.float32(0)), got)
+        np.testing.assert_allclose(exhaustive.errors(got, want, exhaustive.scale_of(want)), units(got, want), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["exp", "log", "sin", "erf", "gelu", "gelu_tanh", "softplus", "rsqrt"])
+def test_eighty_digits_agree_with_float64(name: str) -> None:
+    pytest.importorskip("mpmath")
+    for x in (0.3, 1.7, 2.5):
+        want = float(FUNCTIONS[name][0](np.array([x]))[0])
+        got = np.float32(want * (1 + 2.0**-22))
+        slow = units(np.array([got]), np.array([want]))[0]
+        assert exhaustive.exact_units(name, x, got) == pytest.approx(slow, rel=1e-6)
+
+
+def test_one_wrong_float_is_found() -> None:
+    """Two neighbours are exchanged at one argument of one level: that argument is the worst one, and only there."""
+    wrong = np.array([ONE + 77], np.uint32).view(np.float32)[0]
+
+    def off(name: str, x: Any) -> Any:
+        y = halves(name, x)
+        y.data = np.where(x == wrong, np.nextafter(np.nextafter(y.data, np.float32(9)), np.float32(9)), y.data)
+        return y
+
+    found = exhaustive.sweep("exp", {"right": backend(), "wrong": backend(off)}, ONE, ONE + 1000)
+    assert found["right"][0] <= 0.5 and found["wrong"][0] > 1.4
+    assert np.float32(found["wrong"][1]) == wrong
+
+
+def test_a_wrong_infinity_is_found() -> None:
+    def finite(name: str, x: Any) -> Any:
+        return SimpleNamespace(data=np.minimum(halves(name, x).data, np.finfo(np.float32).max))
+
+    start = int(np.float32(100).view(np.uint32))
+    found = exhaustive.sweep("exp", {"right": backend(), "wrong": backend(finite)}, start, start + 10)
+    assert found["right"][0] == 0 and not found["wrong"][0] <= 1
+
+
+def test_the_ledger_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    swept: list[tuple[int, int]] = []
+
+    def sweep(name: str, backends: Any, first: int, last: int) -> dict[str, tuple[float, float]]:
+        swept.append((first, last))
+        if len(swept) == 3:
+            raise KeyboardInterrupt
+        return {"v": (0.25 * len(swept), float(first))}
+
+    monkeypatch.setattr(exhaustive, "levels", lambda: {"v": backend()})
+    monkeypatch.setattr(exhaustive, "sweep", sweep)
+    ledger = tmp_path / "made" / "ledger.json"
+    with pytest.raises(KeyboardInterrupt):
+        exhaustive.run(["exp"], ledger, 1e9)
+    assert json.loads(ledger.read_text())[exhaustive.digest()]["exp"]["segments"] == 2
+    done = exhaustive.run(["exp"], ledger, 1e9)["exp"]
+    size = 2**32 // exhaustive.SEGMENTS
+    assert [first for first, _ in swept[3:]] == [i * size for i in range(2, exhaustive.SEGMENTS)]
+    assert swept[-1][1] == 2**32 and done["segments"] == exhaustive.SEGMENTS
+    assert done["worst"]["v"] == [0.25 * len(swept), float(swept[-1][0])]
+    assert "all 2³²" in capsys.readouterr().out
+
+
+def test_a_failed_bound_and_a_wrong_name_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(exhaustive, "levels", lambda: {"v": backend()})
+    monkeypatch.setattr(exhaustive, "sweep", lambda *_: {"v": (2.5, 1.0)})
+    monkeypatch.setattr("sys.argv", ["exhaustive.py", "exp", "--ledger", str(tmp_path / "l.json")])
+    assert exhaustive.main() == 1 and "beyond its bound: exp at v" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["exhaustive.py", "expo"])
+    with pytest.raises(SystemExit):
+        exhaustive.main()
+    assert "got expo" in capsys.readouterr().err
