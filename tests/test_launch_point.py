@@ -66,6 +66,7 @@ HOST_WORK = {
     ("engine/sharder/shard.py", "Shard._reduce"): "joins the sums of blocks, one number each",
     ("engine/sharder/coordinator.py", "*"): "joins the sums of blocks, one number each",
     ("engine/sharder/cluster.py", "*"): "copies parameters in and out",
+    ("engine/sharder/codecs.py", "*"): "positions and row numbers of what travels",
 }
 METHODS = {"all", "any", "argmax", "argmin", "argsort", "clip", "cumprod", "cumsum", "dot", "fill", "max", "mean",
            "min", "prod", "repeat", "round", "sort", "std", "sum", "take", "trace", "var"}

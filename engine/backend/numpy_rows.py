@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy
 
+from engine.backend.codec_rows import codec_rows
+
 Rows = dict[str, Callable[..., None]]
 
 
 def numpy_rows(xp: Any) -> Rows:
     """The table of rows over `xp`, a module with NumPy's interface."""
     return {**elementwise_rows(xp), **reduction_rows(xp), **indexing_rows(xp), **random_rows(xp),
-            **optimizer_rows(xp), "gemm": lambda *a: gemm(xp, *a)}
+            **optimizer_rows(xp), **codec_rows(xp), "gemm": lambda *a: gemm(xp, *a)}
 
 
 # ── elementwise: f(*inputs), written to the output; the layout is NumPy's own business ────────────────
