@@ -74,6 +74,24 @@ def test_what_is_sent_and_what_is_left_are_all_there_is(name: str, width: int, d
     assert is_exact_sum(x, y, left).all()
 
 
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("name", EXACT)
+def test_every_power_of_two_and_its_neighbours(name: str, width: int) -> None:
+    """Together, and each as the largest of its block; so too the 2,000 largest numbers."""
+    dtype = np.dtype(f"float{width}")
+    info = np.finfo(dtype)
+    powers = np.ldexp(dtype.type(1), np.arange(info.minexp - info.nmant, info.maxexp))
+    last = info.max.view(f"u{width // 8}")
+    edges = np.concatenate([powers, np.nextafter(powers, dtype.type(0)), np.nextafter(powers, info.max),
+                            (last - np.arange(2000, dtype=last.dtype)).view(dtype)])
+    edges[::2] *= -1
+    alone = np.zeros((len(edges), Int8.block), dtype)
+    alone[:, 7] = edges
+    for x in (edges, alone.reshape(-1)):
+        y = sent(codec_of(name), x)
+        assert np.isfinite(y).all() and is_exact_sum(x, y, x - y).all()
+
+
 @given(data=st.data())
 def test_signs_lose_half_an_ulp_of_the_residual(data: st.DataObject) -> None:
     x = data.draw(numbers(32, **FINITE))
