@@ -97,7 +97,7 @@ static void tile_product(real *c, int64_t c_row, const real *a, int64_t a_row, i
             int64_t n = at_most(rows - i, height);
             real tile[MR * NR], *to = c + i * c_row + j;
             TYPED(micro_tile)(direct ? to : tile, a + i * a_row, right, n, vectors, k, direct ? c_row : NR, a_row,
-                              a_step, b_step);
+                              a_step, b_step, &NOTHING);
             if (direct)
                 continue;
             for (int64_t r = 0; r < n; r++)

@@ -5,18 +5,15 @@
  *
  * Loops, outside in (after Van Zee and van de Geijn 2015, BLIS):
  *
- *     columns of C by COLUMNS ─ keeps the partial sums of an accumulating product small
- *       depth by DEPTH, rows by PACKED_A/depth ─ the packed part of A stays in the last-level cache
- *         pack A into panels of MR rows                                           (threads share the panels)
- *         for each group of row panels and each span of column panels             (threads share these tasks)
- *           for each block of KC in the depth
- *             pack KC rows of B's span into panels of NR columns
- *             for each column panel (KC × NR: first-level cache), for each row panel of the group (KC × MR; the group:
- *             second-level cache): the register tile, gemm_micro.c; then add it to the sum so far
+ *     for each group of row panels and each span of column panels             (threads share these tasks)
+ *       for each block of KC in the depth
+ *         pack KC rows of B's span into panels of NR columns                  (second-level cache)
+ *         for each bundle of row panels of the group: pack them               (second-level cache)
+ *           for each of them, for each column panel of the span: the register tile, gemm_micro.c, added to the sums
  *
- * A span of B is used as soon as it is packed, by the thread that packed it, so a matrix of weights that
- * only a few rows multiply (decoding one token) is read once, in order, and never written back to memory.
- * A small operand that already lies as the register tile wants it is used in place.
+ * What is packed is used at once, by the thread that packed it, so it never goes out to the caches that cores share,
+ * nobody waits for anybody, and a matrix of weights that only a few rows multiply (decoding one token) is read once, in
+ * order. The price is that A is packed again for each span, and B for each group; choose_tasks weighs the two.
  *
  * Every choice above (sizes, tasks, packing, threads) moves work about and none changes a sum: an element of C
  * is always ((block 0 + block 1) + block 2) + … with each block of KC products one chain, then + bias, then + C. */
@@ -24,17 +21,15 @@
 #include "threads.h"
 
 #define KC 256                    /* part of the definition of the result; the rest may follow the machine */
-#define DEPTH (8 * KC)
-#define COLUMNS 4096
-#define PACKED_A (1 << 20)        /* elements of A packed at a time: 4 MiB in float */
-#define GROUP_BYTES (1 << 20)     /* KC steps of a group of A: a second-level cache, or a share of the third */
-#define SPAN 4                    /* column panels a task: 128 KiB packed, and 512 bytes of each row of B in one run */
-#define PANELS_AT_ONCE 8          /* row panels of A packed together, for the same reason */
-#define FEW_USES 4                /* column panels; packing A costs about as much as multiplying it by one of them */
+#define SPAN 12                   /* column panels a task at most: 384 KiB packed, a share of the second-level cache */
+#define GROUP 64                  /* row panels a task at most */
+#define BUNDLE 8                  /* row panels packed together: long runs of memory where A is transposed */
+#define FEW_USES 4                /* column panels; packing a row-major A costs a third of multiplying it by one */
+#define SAME_SET (4096 / (int64_t)sizeof(real)) /* elements between addresses that share a set of a first-level cache */
+#define COLUMNS 4096              /* of a product that keeps its old C beside the sum so far */
 #define IN_PLACE (1 << 13)        /* an operand this small is as good unpacked: it fits the first-level cache */
 #define PIECE_FLOPS (1 << 19)     /* a few microseconds: the least work worth waking a thread for */
 #define BATCH_FLOPS (1 << 24)     /* products smaller than this are spread over the batch, not cut up */
-#define PIECE_ELEMENTS (1 << 14)  /* the least packing worth waking a thread for */
 
 struct product {
     real *c;
@@ -43,49 +38,18 @@ struct product {
     int accumulate;
 };
 
-/* Rows, columns and depth now being multiplied. */
+/* The columns now being multiplied, and how they are cut into tasks. */
 struct stage {
     const struct product *product;
-    int64_t row, rows, column, columns, depth, depths;
+    int64_t column, columns;
     int64_t panel_rows, row_panels; /* A by panels: all of panel_rows rows, but the last may have fewer */
     int64_t group, groups;          /* a task multiplies `group` row panels */
     int64_t span, spans;            /* by `span` panels of NR columns */
-    real *packed_a;                 /* NULL: A in place */
-    real *partial;                  /* the sums so far, partial_row apart, seen from (row, column): C or scratch */
+    real *partial;                  /* the sums so far, partial_row apart, seen from (row 0, column): C or scratch */
     int64_t partial_row;
 };
 
 /* ── packing ─────────────────────────────────────────────────────────────────────────────────────── */
-
-/* Where a row panel of the block of the depth at p (counted from s->depth) is packed. */
-static real *packed_panel(const struct stage *s, int64_t p, int64_t panel) {
-    return s->packed_a + p / KC * s->row_panels * panel_size(s->panel_rows, KC) +
-           panel * panel_size(s->panel_rows, at_most(s->depths - p, KC));
-}
-
-/* Index: block of the depth × PANELS_AT_ONCE row panels. */
-static void pack_a_panels(void *context, int64_t begin, int64_t end) {
-    const struct stage *s = context;
-    const struct product *x = s->product;
-    int64_t bundles = divide_up(s->row_panels, PANELS_AT_ONCE);
-    for (int64_t t = begin; t < end; t++) {
-        int64_t p = t / bundles * KC, panel = t % bundles * PANELS_AT_ONCE, i = panel * s->panel_rows;
-        TYPED(pack_panels)(packed_panel(s, p, panel), x->a + (s->row + i) * x->a_row + (s->depth + p) * x->a_col,
-                           s->panel_rows, at_most(s->rows - i, PANELS_AT_ONCE * s->panel_rows),
-                           at_most(s->depths - p, KC), x->a_row, x->a_col);
-    }
-}
-
-static void pack_a(struct stage *s) {
-    int64_t few_uses = (s->product->a_col == 1 ? FEW_USES : 1) * NR;
-    s->packed_a = NULL;
-    if (s->columns <= few_uses || s->rows * s->depths <= IN_PLACE)
-        return;
-    int64_t blocks = divide_up(s->depths, KC), size = panel_size(s->panel_rows, at_most(s->depths, KC));
-    s->packed_a = thread_scratch(SCRATCH_GEMM_A, (size_t)(blocks * s->row_panels * size) * sizeof(real));
-    parallel_for(blocks * divide_up(s->row_panels, PANELS_AT_ONCE), 1 + PIECE_ELEMENTS / (PANELS_AT_ONCE * size),
-                 pack_a_panels, s);
-}
 
 /* `columns` columns of B in one block of the depth, by panels of NR: where they are and how they are spaced. */
 struct span { const real *b; int64_t panel_stride, step; };
@@ -99,121 +63,134 @@ static struct span pack_b(const struct product *x, int64_t column, int64_t colum
     return (struct span){packed, panel_size(NR, depths), NR};
 }
 
+/* Row panels of A in one block of the depth, as the register tile reads them. */
+struct bundle { const real *a; int64_t panels, panel_stride, row, step; };
+
+/* The panels from `panel` on, as many as are packed at once, at most `panels`, to multiply `columns` columns. */
+static struct bundle pack_a(const struct stage *s, int64_t panel, int64_t panels, int64_t columns, int64_t p,
+                            int64_t depths) {
+    const struct product *x = s->product;
+    int64_t height = s->panel_rows, i = panel * height, rows = x->m - i;
+    const real *a = x->a + i * x->a_row + p * x->a_col;
+    int whole_lines = x->a_col == 1 && x->a_row % SAME_SET; /* and of different cache sets: a tile finds them again */
+    if (columns <= (whole_lines ? FEW_USES : 1) * NR || x->m * depths <= IN_PLACE)
+        return (struct bundle){a, panels, height * x->a_row, x->a_row, x->a_col};
+    panels = at_most(panels, BUNDLE);
+    real *packed = thread_scratch(SCRATCH_GEMM_A, (size_t)(BUNDLE * panel_size(MR, KC)) * sizeof(real));
+    TYPED(pack_panels)(packed, a, height, at_most(rows, panels * height), depths, x->a_row, x->a_col);
+    return (struct bundle){packed, panels, panel_size(height, depths), 1, height};
+}
+
 /* ── the sums ────────────────────────────────────────────────────────────────────────────────────── */
 
-/* to[i, j] = (((partial + tile) + bias) + old); each of partial, bias and old may be NULL. */
+/* to[i, j] = (((partial + tile) + bias) + old), for a tile that ends within a vector or keeps an old C (or NULL). */
 static void finish_tile(real *to, int64_t to_row, const real *tile, int64_t rows, int64_t columns,
-                        const real *partial, int64_t partial_row, const real *bias, const real *old) {
+                        const struct beside *plus, const real *old) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < columns; j += VL) {
             int64_t n = columns - j;
             vf sum = vf_load(tile + i * NR + j);
-            if (partial)
-                sum = load_up_to(partial + i * partial_row + j, n) + sum;
-            if (bias)
-                sum += load_up_to(bias + j, n);
+            if (plus->partial)
+                sum = load_up_to(plus->partial + i * plus->partial_row + j, n) + sum;
+            if (plus->bias)
+                sum += load_up_to(plus->bias + j, n);
             if (old)
                 sum += load_up_to(old + i * to_row + j, n);
             store_up_to(to + i * to_row + j, sum, n);
         }
 }
 
-/* The row panels first … last−1 times one panel of B, added to the sums so far. */
-static void multiply_panel(const struct stage *s, int64_t first, int64_t last, const real *b, int64_t b_step,
-                           int64_t column, int64_t columns, int64_t p, int64_t depths) {
+/* Row panel `panel`, at a, times the span of B, added to the sums so far. */
+static void multiply_panel(const struct stage *s, int64_t panel, const real *a, const struct bundle *bundle,
+                           const struct span *span, int64_t column, int64_t columns, int64_t p, int64_t depths) {
     const struct product *x = s->product;
-    int first_block = p == 0, last_block = p + depths == x->k;
-    const real *bias = last_block && x->bias ? x->bias + column : NULL;
-    int direct = first_block && !bias && !(last_block && x->accumulate) && columns % VL == 0;
-    real tile[MR * NR];
-    for (int64_t panel = first; panel < last; panel++) {
-        int64_t i = panel * s->panel_rows, rows = at_most(s->rows - i, s->panel_rows);
-        const real *a = x->a + (s->row + i) * x->a_row + p * x->a_col;
-        int64_t a_row = x->a_row, a_step = x->a_col;
-        if (s->packed_a) {
-            a = packed_panel(s, p - s->depth, panel);
-            a_row = 1;
-            a_step = s->panel_rows;
+    int last = p + depths == x->k;
+    int64_t row = panel * s->panel_rows, rows = at_most(x->m - row, s->panel_rows);
+    int64_t to_row = last ? x->c_row : s->partial_row;
+    real *partial = s->partial + row * s->partial_row + (column - s->column);
+    real *to = last ? x->c + row * x->c_row + column : partial;
+    struct beside beside = {p == 0 ? NULL : partial, s->partial_row, last && x->bias ? x->bias + column : NULL};
+    const real *b = span->b;
+    for (int64_t j = 0; j < columns; j += NR, b += span->panel_stride, to += NR) {
+        int64_t width = at_most(columns - j, NR);
+        if (width % VL == 0 && !(last && x->accumulate)) {
+            TYPED(micro_tile)(to, a, b, rows, width / VL, depths, to_row, bundle->row, bundle->step, span->step,
+                              &beside);
+        } else {
+            real tile[MR * NR];
+            TYPED(micro_tile)(tile, a, b, rows, divide_up(width, VL), depths, NR, bundle->row, bundle->step,
+                              span->step, &NOTHING);
+            finish_tile(to, to_row, tile, rows, width, &beside, last && x->accumulate ? to : NULL);
         }
-        real *partial = s->partial + i * s->partial_row + (column - s->column);
-        real *c = x->c + (s->row + i) * x->c_row + column;
-        real *to = last_block ? c : partial;
-        int64_t to_row = last_block ? x->c_row : s->partial_row;
-        TYPED(micro_tile)(direct ? to : tile, a, b, rows, divide_up(columns, VL), depths, direct ? to_row : NR,
-                          a_row, a_step, b_step);
-        if (!direct)
-            finish_tile(to, to_row, tile, rows, columns, first_block ? NULL : partial, s->partial_row, bias,
-                        last_block && x->accumulate ? c : NULL);
+        beside.partial = beside.partial ? beside.partial + NR : NULL;
+        beside.bias = beside.bias ? beside.bias + NR : NULL;
     }
 }
 
 /* Index: group of row panels × span of column panels. */
 static void multiply_tasks(void *context, int64_t begin, int64_t end) {
     const struct stage *s = context;
+    int64_t k = s->product->k;
     for (int64_t t = begin; t < end; t++) {
         int64_t first = t / s->spans * s->group, last = at_most(first + s->group, s->row_panels);
-        int64_t left = t % s->spans * s->span * NR, columns = at_most(s->columns - left, s->span * NR);
-        int64_t p = s->depth, stop = s->depth + s->depths;
+        int64_t left = t % s->spans * s->span * NR, columns = at_most(s->columns - left, s->span * NR), p = 0;
+        left += s->column;
         do { /* at least once: with k = 0 the sums are zero */
-            int64_t depths = at_most(stop - p, KC);
-            struct span span = pack_b(s->product, s->column + left, columns, p, depths);
-            for (int64_t j = 0; j < columns; j += NR, span.b += span.panel_stride)
-                multiply_panel(s, first, last, span.b, span.step, s->column + left + j, at_most(columns - j, NR), p,
-                               depths);
+            int64_t depths = at_most(k - p, KC);
+            struct span span = pack_b(s->product, left, columns, p, depths);
+            for (int64_t panel = first; panel < last;) {
+                struct bundle bundle = pack_a(s, panel, last - panel, columns, p, depths);
+                for (int64_t i = 0; i < bundle.panels; i++, panel++)
+                    multiply_panel(s, panel, bundle.a + i * bundle.panel_stride, &bundle, &span, left, columns, p,
+                                   depths);
+            }
             p += KC;
-        } while (p < stop);
+        } while (p < k);
     }
 }
 
 /* ── one product ─────────────────────────────────────────────────────────────────────────────────── */
 
-/* Tasks as large as the caches like them, but enough for every thread: first by narrower spans, which costs
- * nothing but reading A again, then by smaller groups, for each of which B is packed again. */
+/* Tasks as large as the caches like them, but two for every thread. Of the time that a task of w column panels and h
+ * row panels multiplies, packing A takes 0.6/w and packing B 1/h. */
 static void choose_tasks(struct stage *s) {
-    int64_t threads = threads_get(), wanted = threads == 1 ? 1 : 4 * threads;
+    int64_t threads = threads_get(), wanted = threads == 1 ? 1 : 2 * threads;
     int64_t column_panels = divide_up(s->columns, NR);
-    int64_t limit = GROUP_BYTES / (KC * (int64_t)sizeof(real) * s->panel_rows);
-    s->groups = divide_up(s->row_panels, limit);
-    s->spans = at_most(column_panels, divide_up(wanted, s->groups));
-    s->span = at_most(SPAN, divide_up(column_panels, s->spans));
+    s->spans = divide_up(column_panels, SPAN);
+    s->groups = divide_up(s->row_panels, GROUP);
+    while (s->groups * s->spans < wanted) {
+        int64_t width = divide_up(column_panels, s->spans), height = divide_up(s->row_panels, s->groups);
+        if (width > 1 && (5 * width > 3 * height || height < 8))
+            s->spans *= 2;
+        else if (height >= 8)
+            s->groups *= 2;
+        else
+            break;
+    }
+    s->span = divide_up(column_panels, s->spans);
     s->spans = divide_up(column_panels, s->span);
-    if (s->groups * s->spans < wanted)
-        s->groups = at_most(divide_up(wanted, s->spans), divide_up(s->row_panels, 4));
     s->group = divide_up(s->row_panels, s->groups);
     s->groups = divide_up(s->row_panels, s->group);
 }
 
-static void multiply_stage(struct stage *s) {
-    int64_t panels = divide_up(s->rows, MR); /* panels of equal height: 64 rows are 13 + 13 + 13 + 13 + 12 */
-    s->panel_rows = divide_up(s->rows, panels);
-    s->row_panels = divide_up(s->rows, s->panel_rows);
-    choose_tasks(s);
-    pack_a(s);
-    int64_t task_flops = 1 + 2 * s->group * s->panel_rows * s->span * NR * s->depths;
-    parallel_for(s->groups * s->spans, 1 + (PIECE_FLOPS - 1) / task_flops, multiply_tasks, s);
-}
-
 static void multiply_product(const struct product *x) {
-    int64_t rows_at_once = at_most(x->m, PACKED_A / (x->k < DEPTH ? x->k + 1 : DEPTH) / MR * MR);
     int in_scratch = x->accumulate && x->k > KC; /* C must keep its old value until the sum is finished */
+    int64_t panels = divide_up(x->m, MR), width = in_scratch ? COLUMNS : x->n;
     struct stage s = {.product = x};
-    for (s.column = 0; s.column < x->n; s.column += COLUMNS)
-        for (s.row = 0; s.row < x->m; s.row += rows_at_once) {
-            s.columns = at_most(x->n - s.column, COLUMNS);
-            s.rows = at_most(x->m - s.row, rows_at_once);
-            s.partial = x->c + s.row * x->c_row + s.column;
-            s.partial_row = x->c_row;
-            if (in_scratch) {
-                s.partial_row = divide_up(s.columns, NR) * NR;
-                s.partial = thread_scratch(SCRATCH_GEMM_PARTIAL, (size_t)(s.rows * s.partial_row) * sizeof(real));
-            }
-            s.depth = 0;
-            do {
-                s.depths = at_most(x->k - s.depth, DEPTH);
-                multiply_stage(&s);
-                s.depth += DEPTH;
-            } while (s.depth < x->k);
+    s.panel_rows = divide_up(x->m, panels); /* panels of equal height: 64 rows are 13 + 13 + 13 + 13 + 12 */
+    s.row_panels = divide_up(x->m, s.panel_rows);
+    for (s.column = 0; s.column < x->n; s.column += width) {
+        s.columns = at_most(x->n - s.column, width);
+        s.partial = x->c + s.column;
+        s.partial_row = x->c_row;
+        if (in_scratch) {
+            s.partial_row = divide_up(s.columns, NR) * NR;
+            s.partial = thread_scratch(SCRATCH_GEMM_PARTIAL, (size_t)(x->m * s.partial_row) * sizeof(real));
         }
+        choose_tasks(&s);
+        int64_t task_flops = 1 + 2 * s.group * s.panel_rows * s.span * NR * x->k;
+        parallel_for(s.groups * s.spans, 1 + (PIECE_FLOPS - 1) / task_flops, multiply_tasks, &s);
+    }
 }
 
 /* ── the batch ───────────────────────────────────────────────────────────────────────────────────── */

@@ -8,69 +8,128 @@
 /* ── the register tile ───────────────────────────────────────────────────────────────────────────── */
 
 /* Inlined with constant rows and vectors, so that the loops unroll and `sum` lives in registers.
- * Three bases and the strides 1 … 4 reach the rows of A: as many address registers as the processor has to spare.
- * Flops 2·rows·vectors·VL·k, bytes from cache (rows + vectors·VL)·k·sizeof(real): bound by the FMA units. */
-static inline __attribute__((always_inline)) void multiply(int rows, int vectors, real *tile, const real *a,
-                                                           const real *b, int64_t k, int64_t tile_row, int64_t a_row,
-                                                           int64_t a_step, int64_t b_step) {
+ * Flops 2·rows·vectors·VL·k, bytes from cache (rows + vectors·VL)·k·sizeof(real): bound by the FMA units, as long as
+ * nothing else takes their turns.
+ *
+ * Three bases and the strides 1 … 4 reach the rows of A: as many address registers as the processor has to spare. Where
+ * A is packed, one address does, and two steps have no arithmetic but their FMAs, since four operations start in a
+ * cycle and FMAs are two of them. B comes from the second-level cache, and C from wherever it is, meanwhile. */
+#define EACH_ROW _Pragma("GCC unroll 14") for (int i = 0; i < rows; i++)
+
+static inline __attribute__((always_inline)) void ask_for_tile(int rows, const real *tile, int64_t tile_row) {
+    EACH_ROW {
+        __builtin_prefetch(tile, 1);
+        __builtin_prefetch(tile + NR - 1, 1);
+        tile += tile_row;
+    }
+}
+
+/* One step of the depth: the vectors at b times rows elements of A. */
+#define STEP(b, element)                                                                                          \
+    do {                                                                                                          \
+        vf left = vf_load(b), right = vectors == 2 ? vf_load((b) + VL) : vf_zero();                               \
+        EACH_ROW {                                                                                                \
+            vf x = vf_set1(element);                                                                              \
+            sum[i][0] = vf_fma(x, left, sum[i][0]);                                                               \
+            if (vectors == 2)                                                                                     \
+                sum[i][1] = vf_fma(x, right, sum[i][1]);                                                          \
+        }                                                                                                         \
+    } while (0)
+
+static inline __attribute__((always_inline)) void strided_sums(int rows, int vectors, vf (*sum)[2], const real *a,
+                                                               const real *b, int64_t k, int64_t a_row, int64_t a_step,
+                                                               int64_t b_step) {
     const real *base[3] = {a, a + 5 * a_row, a + 10 * a_row};
     const int64_t row[5] = {0, a_row, 2 * a_row, 3 * a_row, 4 * a_row};
-    vf sum[MR][2];
-#pragma GCC unroll 14
-    for (int i = 0; i < rows; i++)
-        sum[i][0] = sum[i][1] = vf_zero();
     for (int64_t p = 0; p < k; p++) {
-        vf left = vf_load(b), right = vectors == 2 ? vf_load(b + VL) : vf_zero();
-#pragma GCC unroll 14
-        for (int i = 0; i < rows; i++) {
-            vf x = vf_set1(base[i / 5][row[i % 5]]);
-            sum[i][0] = vf_fma(x, left, sum[i][0]);
-            if (vectors == 2)
-                sum[i][1] = vf_fma(x, right, sum[i][1]);
-        }
+        STEP(b, base[i / 5][row[i % 5]]);
 #pragma GCC unroll 3
         for (int i = 0; i < 3; i++)
             base[i] += a_step;
         b += b_step;
     }
-#pragma GCC unroll 14
-    for (int i = 0; i < rows; i++) {
-        vf_store(tile + i * tile_row, sum[i][0]);
+}
+
+static inline __attribute__((always_inline)) void packed_sums(int rows, int vectors, vf (*sum)[2], const real *a,
+                                                              const real *b, int64_t k) {
+    for (; k >= 2; k -= 2) {
+#pragma GCC unroll 4
+        for (int line = 0; line < 2 * NR; line += 64 / (REAL_BITS / 8))
+            __builtin_prefetch(b + PREFETCH_ROWS * NR + line);
+        STEP(b, a[i]);
+        STEP(b + NR, a[rows + i]);
+        a += 2 * rows;
+        b += 2 * NR;
+    }
+    if (k)
+        STEP(b, a[i]);
+}
+
+static inline __attribute__((always_inline)) void store_sums(int rows, int vectors, vf (*sum)[2], real *tile,
+                                                             int64_t tile_row, const struct beside *beside) {
+    const real *partial = beside->partial;
+    if (partial)
+        EACH_ROW {
+            sum[i][0] = vf_load(partial) + sum[i][0];
+            if (vectors == 2)
+                sum[i][1] = vf_load(partial + VL) + sum[i][1];
+            partial += beside->partial_row;
+        }
+    if (beside->bias) {
+        vf left = vf_load(beside->bias), right = vectors == 2 ? vf_load(beside->bias + VL) : vf_zero();
+        EACH_ROW {
+            sum[i][0] += left;
+            sum[i][1] += right;
+        }
+    }
+    EACH_ROW {
+        vf_store(tile, sum[i][0]);
         if (vectors == 2)
-            vf_store(tile + i * tile_row + VL, sum[i][1]);
+            vf_store(tile + VL, sum[i][1]);
+        tile += tile_row;
     }
 }
 
 typedef void micro_function(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row, int64_t a_row,
-                            int64_t a_step, int64_t b_step);
+                            int64_t a_step, int64_t b_step, const struct beside *beside);
 
-#define MICRO(rows)                                                                                               \
-    static void micro_##rows##_1(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row,           \
-                                 int64_t a_row, int64_t a_step, int64_t b_step) {                                 \
-        multiply(rows, 1, tile, a, b, k, tile_row, a_row, a_step, b_step);                                        \
+#define MICRO(rows, vectors)                                                                                      \
+    static void packed_##rows##_##vectors(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row,  \
+                                          int64_t a_row, int64_t a_step, int64_t b_step,                          \
+                                          const struct beside *beside) {                                          \
+        (void)a_row, (void)a_step, (void)b_step;                                                                  \
+        vf sum[rows][2] = {{{0}}};                                                                                \
+        ask_for_tile(rows, tile, tile_row);                                                                       \
+        packed_sums(rows, vectors, sum, a, b, k);                                                  \
+        store_sums(rows, vectors, sum, tile, tile_row, beside);                                                   \
     }                                                                                                             \
-    static void micro_##rows##_2(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row,           \
-                                 int64_t a_row, int64_t a_step, int64_t b_step) {                                 \
-        multiply(rows, 2, tile, a, b, k, tile_row, a_row, a_step, b_step);                                        \
+    static void strided_##rows##_##vectors(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row, \
+                                           int64_t a_row, int64_t a_step, int64_t b_step,                         \
+                                           const struct beside *beside) {                                         \
+        vf sum[rows][2] = {{{0}}};                                                                                \
+        ask_for_tile(rows, tile, tile_row);                                                                       \
+        strided_sums(rows, vectors, sum, a, b, k, a_row, a_step, b_step);                                         \
+        store_sums(rows, vectors, sum, tile, tile_row, beside);                                                   \
     }
-#define MICRO_PAIR(rows) {micro_##rows##_1, micro_##rows##_2}
+#define MICRO_PAIR(rows) MICRO(rows, 1) MICRO(rows, 2)
+#define NAMES(rows) {{strided_##rows##_1, strided_##rows##_2}, {packed_##rows##_1, packed_##rows##_2}}
 
-MICRO(1) MICRO(2) MICRO(3) MICRO(4) MICRO(5) MICRO(6)
+MICRO_PAIR(1) MICRO_PAIR(2) MICRO_PAIR(3) MICRO_PAIR(4) MICRO_PAIR(5) MICRO_PAIR(6)
 #if MR == 14
-MICRO(7) MICRO(8) MICRO(9) MICRO(10) MICRO(11) MICRO(12) MICRO(13) MICRO(14)
+MICRO_PAIR(7) MICRO_PAIR(8) MICRO_PAIR(9) MICRO_PAIR(10) MICRO_PAIR(11) MICRO_PAIR(12) MICRO_PAIR(13) MICRO_PAIR(14)
 #endif
 
-static micro_function *const micro[MR][2] = {
-    MICRO_PAIR(1),  MICRO_PAIR(2),  MICRO_PAIR(3),  MICRO_PAIR(4),  MICRO_PAIR(5),  MICRO_PAIR(6),
+static micro_function *const micro[MR][2][2] = {
+    NAMES(1),  NAMES(2),  NAMES(3),  NAMES(4),  NAMES(5),  NAMES(6),
 #if MR == 14
-    MICRO_PAIR(7),  MICRO_PAIR(8),  MICRO_PAIR(9),  MICRO_PAIR(10), MICRO_PAIR(11), MICRO_PAIR(12),
-    MICRO_PAIR(13), MICRO_PAIR(14),
+    NAMES(7),  NAMES(8),  NAMES(9),  NAMES(10), NAMES(11), NAMES(12), NAMES(13), NAMES(14),
 #endif
 };
 
 void TYPED(micro_tile)(real *tile, const real *a, const real *b, int64_t rows, int64_t vectors, int64_t k,
-                       int64_t tile_row, int64_t a_row, int64_t a_step, int64_t b_step) {
-    micro[rows - 1][vectors - 1](tile, a, b, k, tile_row, a_row, a_step, b_step);
+                       int64_t tile_row, int64_t a_row, int64_t a_step, int64_t b_step, const struct beside *beside) {
+    int packed = a_row == 1 && a_step == rows && b_step == NR;
+    micro[rows - 1][packed][vectors - 1](tile, a, b, k, tile_row, a_row, a_step, b_step, beside);
 }
 
 /* ── packing ─────────────────────────────────────────────────────────────────────────────────────── */
@@ -127,14 +186,14 @@ static __attribute__((noinline)) void transpose_part(real *to, int64_t width, co
 }
 
 /* Each line is contiguous in x. The last VL lines of a panel go first, so that what they spill over the end of
- * a step is overwritten by the first ones of the next. */
+ * a step is overwritten by the first ones of the next; they may be lines of the next panel, and need not be zero. */
 static void pack_transposed(real *packed, const real *x, int64_t width, int64_t lines, int64_t k, int64_t x_line) {
     for (int64_t line = 0; line < lines; line += width, packed += panel_size(width, k)) {
         int64_t here = at_most(lines - line, width);
         for (int64_t p = 0; p < k; p += VL)
             for (int64_t i = (width - 1) / VL * VL; i >= 0; i -= VL) {
                 const real *from = x + (line + i) * x_line + p;
-                if (here - i >= VL && k - p >= VL)
+                if (lines - line - i >= VL && k - p >= VL)
                     transpose_whole(packed + p * width + i, width, from, x_line);
                 else
                     transpose_part(packed + p * width + i, width, from, x_line, here - i, k - p);

@@ -29,10 +29,16 @@
 #define TYPED(name) name##_f64
 #endif
 
+/* What is added to a finished tile while it is in registers: (partial[i·partial_row + j] + tile) + bias[j]; each of
+ * the two may be NULL, and partial may be the tile's own place. */
+struct beside { const real *partial; int64_t partial_row; const real *bias; };
+static const struct beside NOTHING;
+
 /* tile[i·tile_row + j] = Σ_p a[i·a_row + p·a_step] · b[p·b_step + j], one ascending chain of FMAs from zero for
- * each element; i < rows ≤ MR, j < vectors·VL, vectors 1 or 2. All vectors·VL columns are read and written. */
+ * each element, and then what is beside it; i < rows ≤ MR, j < vectors·VL, vectors 1 or 2. All vectors·VL columns are
+ * read and written. */
 void TYPED(micro_tile)(real *tile, const real *a, const real *b, int64_t rows, int64_t vectors, int64_t k,
-                       int64_t tile_row, int64_t a_row, int64_t a_step, int64_t b_step);
+                       int64_t tile_row, int64_t a_row, int64_t a_step, int64_t b_step, const struct beside *beside);
 
 /* Packs `lines` lines of x, each k long, into panels of `width` lines, panel_size(width, k) elements apart:
  *

@@ -162,3 +162,5 @@ EXPORT void memory_release(void *p, size_t bytes);
 EXPORT double peak_flops_run(int64_t iterations);
 /* Reads bytes of x and sums them, for the measured read bandwidth. */
 EXPORT double read_bandwidth_run(const float *x, int64_t n);
+/* Copies n floats past the caches, for the measured copy bandwidth. */
+EXPORT void copy_bandwidth_run(float *to, const float *from, int64_t n);

@@ -137,3 +137,24 @@ double read_bandwidth_run(const float *x, int64_t n) {
         sum += reading.sums[piece];
     return sum;
 }
+
+struct copying { float *to; const float *from; int64_t n; };
+
+static void copy_pieces(void *context, int64_t begin, int64_t end) {
+    struct copying *copying = context;
+    for (int64_t piece = begin; piece < end; piece++) {
+        int64_t i = copying->n * piece / PIECES, stop = copying->n * (piece + 1) / PIECES;
+        for (; i < stop && (uintptr_t)(copying->to + i) % VECTOR_BYTES; i++)
+            copying->to[i] = copying->from[i];
+        for (; i + VL <= stop; i += VL)
+            vf_stream(copying->to + i, vf_load(copying->from + i));
+        for (; i < stop; i++)
+            copying->to[i] = copying->from[i];
+    }
+    vf_stream_end();
+}
+
+void copy_bandwidth_run(float *to, const float *from, int64_t n) {
+    struct copying copying = {to, from, n};
+    parallel_for(PIECES, 1, copy_pieces, &copying);
+}

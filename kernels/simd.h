@@ -82,6 +82,21 @@ static inline vi vi_select(vi mask, vi a, vi b) { return (mask & a) | (~mask & b
 static inline vf vf_load(const real *p) { return *(const vf_unaligned *)p; }
 static inline void vf_store(real *p, vf v) { *(vf_unaligned *)p = v; }
 
+/* Stores past the caches: memory is not read before it is written, and the caches keep what they have. p is aligned
+ * to VECTOR_BYTES. Before another thread may look, vf_stream_end() waits until such stores have arrived. */
+static inline void vf_stream(real *p, vf v) {
+#if defined(__x86_64__)
+    X86(stream)(p, v);
+#else
+    vf_store(p, v);
+#endif
+}
+static inline void vf_stream_end(void) {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
 /* Lanes 0 … n−1 from p, the others = fill; nothing beyond p[n−1] is touched. 0 ≤ n ≤ VL. */
 static inline vf vf_load_n(const real *p, int64_t n, real fill) {
 #if VECTOR_BYTES == 64

@@ -26,15 +26,15 @@ def _fastest(run: Callable[..., object], *arguments: object, repeats: int = 5) -
     return min(seconds)
 
 
-def peak_flops() -> float | None:
+def peak_flops(repeats: int = 5) -> float | None:
     """float32 flops per second of independent fused multiply-adds in registers; None without compiled kernels."""
     backend = get_backend("cpu")
     if not isinstance(backend, CpuBackend):
         return None
     run, iterations = backend.lib.peak_flops_run, 1 << 16
-    while _fastest(run, iterations, repeats=1) < 0.02:  # long beside the start of the team
+    while _fastest(run, iterations, repeats=1) < 0.004:  # long beside the start of the team
         iterations *= 2
-    return run(iterations) / _fastest(run, iterations)
+    return run(iterations) / _fastest(run, iterations, repeats=repeats)
 
 
 def read_bandwidth() -> float | None:
@@ -47,3 +47,12 @@ def read_bandwidth() -> float | None:
     del x
     backend.pool.trim()  # nobody else needs a block of this size
     return BYTES_READ / seconds
+
+
+def copy_bandwidth(size: int = BYTES_READ, repeats: int = 5) -> float | None:
+    """Bytes read and written per second of copying `size` bytes past the caches; None without compiled kernels."""
+    backend = get_backend("cpu")
+    if not isinstance(backend, CpuBackend):
+        return None
+    x, y = (backend.full((size // 4,), 1.0, float32) for _ in range(2))
+    return 2 * size / _fastest(backend.lib.copy_bandwidth_run, y.ptr, x.ptr, size // 4, repeats=repeats)

@@ -1,0 +1,69 @@
+"""A table of results as text, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from tools.benchmarks.contest import OURS, Machine, Result
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.3g}"
+
+
+def head(machine: Machine) -> str:
+    return (f"{machine.threads} threads: peak {machine.peak / 1e9:.1f} GFLOP/s float32, read {machine.read / 1e9:.1f} "
+            f"GB/s, copy {machine.copy / 1e9:.1f} GB/s")
+
+
+def table(title: str, machine: Machine, results: list[Result]) -> str:
+    """A line a result: the median of each contestant, our 10-90 % spread, × the best peer, share of the bound."""
+    who = list(dict.fromkeys(name for r in results for name in r.seconds))
+    lines = [f"{title} ({head(machine)})", "",
+             "| work | unit | " + " | ".join(who) + " | 10–90 % | × best peer | of bound |",
+             "|---" * (len(who) + 5) + "|"]
+    for r in results:
+        cells = [number(r.shown(name)) if name in r.seconds else "" for name in who]
+        spread = "–".join(number(r.shown(OURS, q)) for q in ((0.1, 0.9) if r.contest.unit == "ms" else (0.9, 0.1)))
+        lines.append(f"| {r.contest.name} | {r.contest.unit} | " + " | ".join(cells) + f" | {spread} | "
+                     + (f"{r.ratio:.2f}" if r.ratio else "") + " | "
+                     + (f"{r.of_bound:.2f}" if r.of_bound else "") + " |")
+    return "\n".join(lines) + "\n"
+
+
+def save_json(path: Path, tables: dict[str, tuple[Machine, list[Result]]]) -> None:
+    """{table: {"machine": ..., "rows": [{"name", "unit", "ratio", "seconds": {who: [of each turn]} ...}]}}"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({
+        title: {"machine": asdict(machine),
+                "rows": [{"name": r.contest.name, "unit": r.contest.unit, "work": r.contest.work,
+                          "flops": r.contest.flops, "bytes": r.contest.bytes,
+                          "ratio": r.ratio, "of_bound": r.of_bound, "seconds": r.seconds, "bounds": r.bounds}
+                         for r in results]}
+        for title, (machine, results) in tables.items()}, indent=1))
+
+
+def save_picture(path: Path, title: str, machine: Machine, results: list[Result]) -> None:
+    """Bars: how many times as fast as the best peer we are, beside a line at 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in results if r.ratio is not None]
+    if not rows:
+        return
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.28 * len(rows)))
+    ratios = [r.ratio or 0.0 for r in rows]
+    axes.barh([f"{r.contest.name}  ({r.best_peer})" for r in rows], ratios,
+              color=["#3b7d4f" if ratio >= 1 else "#b5523b" for ratio in ratios])
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as the best peer")
+    axes.set_title(f"{title}: {head(machine)}", fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
