@@ -15,7 +15,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import wraps
@@ -97,9 +96,10 @@ class Node:
     edges:  for each input, the Node that made it, the leaf Tensor itself, or None if no gradient is wanted
     saved:  what the op's rule needs, by name: Saved arrays (or what stands for them in a checkpoint)
     shapes: each input's shape, to bring its gradient back to after broadcasting
+    keeper: the tensor that keeps its gradient (retain_grad), by a weak reference: a node does not keep its output alive
     """
 
-    __slots__ = ("__weakref__", "attributes", "device", "edges", "hooks", "op", "order", "saved", "shapes")
+    __slots__ = ("__weakref__", "attributes", "device", "edges", "hooks", "keeper", "op", "order", "saved", "shapes")
 
     def __init__(self, op: Op, edges: tuple[Any, ...], shapes: tuple[Any, ...], saved: dict[str, Any],
                  attributes: dict[str, Any], device: str):
@@ -111,6 +111,7 @@ class Node:
         self.device = device
         self.order = next(_order)
         self.hooks: list[Callable[[Any], Gradient | None]] | None = None
+        self.keeper: Callable[[], Tensor | None] | None = None
         for watcher in watchers:
             watcher(self, "made")
 
@@ -291,12 +292,11 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor | None], *, retai
     own = _unaliased(cotangents, create_graph)
 
     def deliver(edge: Any, gradient: Gradient) -> None:
+        target = edge
         if isinstance(edge, Node):
-            return
-        if edge.grad is not None:
-            edge.grad = add_gradients(edge.grad, gradient)
-            return
-        edge.grad = own(gradient)
+            target = edge.keeper() if edge.keeper is not None else None
+        if target is not None:
+            target.grad = own(gradient) if target.grad is None else add_gradients(target.grad, gradient)
 
     _walk(outputs, cotangents, retain_graph, create_graph, deliver)
 
@@ -332,15 +332,3 @@ def grad(outputs: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor],
     if unused and not allow_unused:
         raise RuntimeError(f"grad: the outputs do not depend on input {unused[0]}; allow_unused=True gives None")
     return results[0] if single else tuple(results)
-
-
-def retain_grad(tensor: Tensor) -> None:
-    """Let a non-leaf tensor keep its gradient."""
-    here = weakref.ref(tensor)  # the node must not keep its own output alive
-
-    def keep(gradient: Gradient) -> None:
-        target = here()
-        if target is not None:
-            target.grad = gradient if target.grad is None else add_gradients(target.grad, gradient)
-
-    tensor.register_hook(keep)

@@ -7,6 +7,7 @@ A tensor made by an op holds the Node that made it (engine/autograd.py); a leaf 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -201,9 +202,9 @@ class Tensor:
         return lambda: hooks.remove(hook)
 
     def retain_grad(self) -> None:
-        """Keep `.grad` of this tensor although it is not a leaf."""
+        """Let backward() put into `.grad` what hooks leave of this tensor's gradient, although it is not a leaf."""
         if self.node is not None:
-            autograd.retain_grad(self)
+            self.node.keeper = weakref.ref(self)
 
     def to(self, target: DType | str | None = None, *, dtype: Any = None, device: str | None = None) -> Tensor:
         """This tensor in another dtype or on another device, differentiably; itself if nothing changes.

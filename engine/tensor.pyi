@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Sequence
 from engine.ops.reductions import Axis
 from engine.ops.movement import Shape
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

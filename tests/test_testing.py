@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import engine as eg
 import engine.testing.rows
-from engine.backend import get_backend
+from engine.backend import get_backend, walkable
 from engine.backend.cpu import CpuBackend
 from engine.testing import (
     CheckFailure,
@@ -43,8 +43,9 @@ from engine.testing import (
     ulp_error,
 )
 from engine.testing import strategies as st_eg
-from engine.testing.layouts import LAYOUTS
+from engine.testing.layouts import FOREIGN, LAYOUTS
 from engine.testing.rounded import exp, matmul, total
+from engine.testing.source import reduction_killers
 
 
 def fails(check: Any, *words: str) -> CheckFailure:
@@ -294,6 +295,26 @@ def test_layouts_are_what_they_say() -> None:
     assert LAYOUTS["F"](x, rng).flags.f_contiguous and not LAYOUTS["strided"](x, rng).flags.forc
     assert LAYOUTS["negative"](x, rng).strides[-1] < 0 and LAYOUTS["offset"](x, rng).ctypes.data % 64
     assert np.isnan(LAYOUTS["rows"](x, rng).base).any(), "what lies between the elements is poison"
+
+
+@given(data=st.data())
+def test_what_a_kernel_cannot_walk_is_copied_or_refused(data: Any) -> None:
+    x = data.draw(st_eg.arrays("float64", arrange=False))
+    for name, layout in FOREIGN.items():
+        y = layout(x, np.random.default_rng(0))
+        assert (np.array_equal(x, y) and not walkable(y)) or not x.size, name
+        assert np.array_equal(eg.tensor(y).numpy(), x) and np.array_equal((eg.tensor(x) + y).numpy(), x + x)
+        if x.size:
+            check_errors(lambda y=y: eg.from_numpy(y), ValueError, "from_numpy", "strides")
+    assert data.draw(st_eg.layouts(walkable=False)) in [*LAYOUTS.values(), *FOREIGN.values()]
+
+
+def test_killers_are_next_to_multiples_of_half_pi() -> None:
+    """The C library reduces any double exactly: there sin or cos is 10⁻⁹, of the double's worst case 10⁻¹⁹."""
+    for dtype, least in (("float32", 2e-9), ("float64", 5e-19)):
+        worst = max(reduction_killers(np.dtype(dtype)).tolist())
+        assert min(abs(math.sin(worst)), abs(math.cos(worst))) < least
+        assert np.array_equal(np.dtype(dtype).type(worst), worst)
 
 
 def test_examples_shrink_to_the_small_and_plain() -> None:

@@ -96,7 +96,8 @@ def ulp_distance(a: Any, b: Any) -> np.ndarray:
         return np.where(i < 0, np.iinfo(bits).min - i, i).astype(np.int64)
 
     p, q = place(x), place(y)
-    unsigned = np.maximum(p, q).astype(np.uint64) - np.minimum(p, q).astype(np.uint64)  # wraps to the right number
+    with np.errstate(over="ignore"):  # it wraps to the right number
+        unsigned = np.maximum(p, q).astype(np.uint64) - np.minimum(p, q).astype(np.uint64)
     distance = np.minimum(unsigned, np.uint64(np.iinfo(np.int64).max)).astype(np.int64)
     nan_x, nan_y = np.isnan(x), np.isnan(y)
     distance = np.where(nan_x ^ nan_y, np.iinfo(np.int64).max, np.where(nan_x & nan_y, 0, distance))

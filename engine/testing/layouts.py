@@ -64,6 +64,22 @@ def zero_stride(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.broadcast_to(first, x.shape)
 
 
+def _misaligned(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Dense, at an address that is no multiple of the element's size: no kernel may read it as it is."""
+    block = np.empty((x.size + 1) * x.itemsize, np.uint8)
+    view = block[1:1 + x.size * x.itemsize].view(x.dtype).reshape(x.shape)
+    view[...] = x
+    return view
+
+
+def _odd_stride(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A field of packed records: the stride is no multiple of the element's size."""
+    block = np.empty(x.shape, np.dtype([("before", "u1"), ("element", x.dtype)]))
+    view = np.asarray(block["element"])
+    view[...] = x
+    return view
+
+
 Layout = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 LAYOUTS: dict[str, Layout] = {
@@ -72,3 +88,6 @@ LAYOUTS: dict[str, Layout] = {
     "read-only": _read_only,
 }
 """By name, the simplest first; each takes an array and a generator and gives equal elements laid out so."""
+
+FOREIGN: dict[str, Layout] = {"misaligned": _misaligned, "odd stride": _odd_stride}
+"""Layouts that NumPy has and C cannot walk: what takes arrays from outside must copy them, or refuse."""

@@ -7,6 +7,7 @@ for the checks that need large inputs and for benchmarks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -152,12 +153,26 @@ class Seeded(Source):
         return [shape] * (count - 1) + [shape[1:] if self.boolean() else shape]
 
 
+def reduction_killers(dtype: np.dtype) -> np.ndarray:
+    """Where reducing an argument loses most: next to multiples of π/2 and halfway between multiples of ln 2.
+
+    355 and 103993 are all but multiples of π. Of all numbers of their type, 16367173 · 2⁷² (float32) and
+    6381956970095103 · 2⁷⁹⁷ (float64) are the nearest to a multiple of π/2 (Muller 2016, "Elementary Functions", 3rd
+    ed., section 11.2).
+    """
+    worst = 16367173 * 2.0**72 if np.dtype(dtype).itemsize == 4 else 6381956970095103 * 2.0**797
+    turns = [k * math.pi / 2 for k in (1, 2, 3, 5, 1024, 65537)]
+    positive = [*turns, 355.0, 103993.0, worst, *((k + 0.5) * math.log(2) for k in (0, 1, 100))]
+    return np.array([*positive, *(-x for x in positive)]).astype(dtype)
+
+
 def special_values(dtype: np.dtype) -> np.ndarray:
-    """±0, ±1, ±∞, NaN, the smallest and largest subnormal and normal numbers, and where exp over- and underflows."""
+    """±0, ±1, ±∞, NaN, the smallest and largest subnormal and normal numbers, where exp over- and underflows, and where
+    reducing an argument is hard."""
     kind = np.finfo(dtype)
     edge = float(np.log(float(kind.max)))
     least = float(np.log(float(kind.smallest_subnormal)))
     positive = [0.0, 1.0, np.inf, float(kind.smallest_subnormal), float(kind.tiny), float(kind.tiny) * (1 - kind.eps),
                 float(kind.max), float(kind.eps), 0.5, 1.5, 2.5, edge, edge * 1.01, -least, -least * 1.01, 1e4]
     with np.errstate(over="ignore"):
-        return np.array([*positive, *(-x for x in positive), np.nan]).astype(dtype)
+        return np.array([*positive, *(-x for x in positive), np.nan, *reduction_killers(dtype)]).astype(dtype)

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for arrays and tensors. Hypothesis is imported here and nowhere else in the engine.
+"""Hypothesis strategies for arrays, tensors, programs and lives. Hypothesis is imported here and in machine.py only.
 
     from engine.testing import strategies as st_eg
 
@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 import engine as eg
 from engine.backend import Array
 from engine.testing.forms import FORMS
-from engine.testing.layouts import LAYOUTS
+from engine.testing.layouts import FOREIGN, LAYOUTS
+from engine.testing.machine import EngineMachine
 from engine.testing.programs import SHAPES, build
 from engine.testing.source import Source, special_values
 
-__all__ = ["Drawn", "arrays", "broadcastable", "cases", "dtypes", "exact_tensors", "floats", "layouts", "shapes",
-           "tensors"]
+__all__ = ["Drawn", "EngineMachine", "arrays", "broadcastable", "cases", "dtypes", "exact_tensors", "floats", "layouts",
+           "programs", "shapes", "tensors"]
 
 
 class Drawn(Source):
@@ -77,8 +78,8 @@ def broadcastable(count: int, most: int = 3, largest_side: int = 6) -> Any:
 
 
 def floats(dtype: str = "float32", special: bool = True) -> Any:
-    """Numbers that `dtype` holds. With `special` also ±0, subnormals, ±∞, NaN, the edges of exp, and the neighbours of
-    powers of two; shrinks towards 0."""
+    """Numbers that `dtype` holds. With `special` also ±0, subnormals, ±∞, NaN, the edges of exp, the neighbours of
+    every power of two, and what makes reducing an argument hard (source.reduction_killers); shrinks towards 0."""
     width: Any = np.dtype(dtype).itemsize * 8
     plain = st.floats(-1e4, 1e4, width=width)
     if not special:
@@ -90,14 +91,16 @@ def floats(dtype: str = "float32", special: bool = True) -> Any:
     return plain | st.sampled_from(special_values(np.dtype(dtype)).tolist()) | near_power
 
 
-def layouts() -> Any:
-    """Functions (array, generator) -> an equal array that lies otherwise in memory; shrinks towards C order."""
-    return st.sampled_from(list(LAYOUTS.values()))
+def layouts(walkable: bool = True) -> Any:
+    """Functions (array, generator) -> an equal array that lies otherwise in memory: in F order, permuted, backwards,
+    with gaps, at an offset, read-only. Unless `walkable` also misaligned, or with a stride of no whole elements.
+    Shrinks towards C order."""
+    return st.sampled_from([*LAYOUTS.values(), *([] if walkable else FOREIGN.values())])
 
 
 def arrays(dtype: str = "float32", shape: tuple[int, ...] | None = None, *, low: float = -4.0, high: float = 4.0,
            special: bool = False, arrange: bool = True) -> Any:
-    """NumPy arrays of floats in any layout; shrinks towards small ones in C order."""
+    """NumPy arrays of floats in any layout, one axis perhaps of stride 0; shrinks towards small ones in C order."""
     @st.composite
     def draw_array(draw: Any) -> np.ndarray:
         source = Drawn(draw, dtype, special=special, arrange=arrange)
@@ -107,7 +110,7 @@ def arrays(dtype: str = "float32", shape: tuple[int, ...] | None = None, *, low:
 
 def tensors(dtype: str = "float32", shape: tuple[int, ...] | None = None, *, requires_grad: bool = False,
             device: str = "cpu", **options: Any) -> Any:
-    """Tensors over such arrays, in their layout."""
+    """Tensors over such arrays, in their layout; shrinks as they do."""
     def make(x: np.ndarray) -> eg.Tensor:
         out = eg.Tensor(Array(x), device)
         return out.requires_grad_(requires_grad)
@@ -115,7 +118,8 @@ def tensors(dtype: str = "float32", shape: tuple[int, ...] | None = None, *, req
 
 
 def exact_tensors(dtype: str = "float32", shape: tuple[int, ...] | None = None) -> Any:
-    """Tensors of small whole numbers: sums and products of a few hundred of them are exact in any order."""
+    """Tensors of small whole numbers: sums and products of a few hundred of them are exact in any order. Shrinks
+    towards small ones in C order."""
     @st.composite
     def draw_tensor(draw: Any) -> eg.Tensor:
         source = Drawn(draw, dtype, arrange=True)
@@ -139,7 +143,8 @@ def programs(ops: Sequence[str] | None = None, max_nodes: int = 12) -> Any:
 
 
 def cases(spec: Any, dtype: str | None = None, **options: Any) -> Any:
-    """Examples of an op (opspec.Case), drawn as its row says; dtype None draws float32 or float64."""
+    """Examples of an op (opspec.Case), drawn as its row says; dtype None draws float32 or float64. Shrinks towards
+    float32 and what the row draws first: small shapes, default attributes, C order."""
     @st.composite
     def draw_case(draw: Any) -> Any:
         kind = dtype or ("float32", "float64")[draw(_integers(0, 1))]
