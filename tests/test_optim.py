@@ -14,45 +14,12 @@ import engine as eg
 from engine import optim
 from engine.backend import get_backend
 from engine.optim.clip import BLOCK, norm_of_blocks, sums_of_squares
+from engine.testing.traces import adagrad, adam, adamw, rmsprop, sgd
 
 DEVICES = ["cpu", "reference"]
 
 
 # ── the rules ─────────────────────────────────────────────────────────────────────────────────────────
-
-def sgd(p, g, s, t, lr, weight_decay, momentum, dampening, nesterov):
-    g = g + weight_decay * p
-    if momentum:
-        s["m"] = g if t == 1 else momentum * s["m"] + (1 - dampening) * g
-        g = g + momentum * s["m"] if nesterov else s["m"]
-    return p - lr * g
-
-
-def adam(p, g, s, t, lr, weight_decay, beta1, beta2, eps):
-    g = g + weight_decay * p
-    s["m"] = beta1 * s.get("m", 0) + (1 - beta1) * g
-    s["v"] = beta2 * s.get("v", 0) + (1 - beta2) * g**2
-    return p - lr * (s["m"] / (1 - beta1**t)) / (np.sqrt(s["v"] / (1 - beta2**t)) + eps)
-
-
-def adamw(p, g, s, t, lr, weight_decay, beta1, beta2, eps):
-    return adam(p, g, s, t, lr, 0.0, beta1, beta2, eps) - lr * weight_decay * p
-
-
-def adagrad(p, g, s, t, lr, weight_decay, lr_decay, eps):
-    g = g + weight_decay * p
-    s["s"] = s.get("s", 0) + g**2
-    return p - lr / (1 + (t - 1) * lr_decay) * g / (np.sqrt(s["s"]) + eps)
-
-
-def rmsprop(p, g, s, t, lr, weight_decay, alpha, eps, momentum):
-    g = g + weight_decay * p
-    s["v"] = alpha * s.get("v", 0) + (1 - alpha) * g**2
-    step = g / (np.sqrt(s["v"]) + eps)
-    if momentum:
-        s["m"] = step = momentum * s.get("m", 0) + step
-    return p - lr * step
-
 
 rates, decays, betas = st.floats(1e-4, 1), st.sampled_from([0.0, 0.1]), st.floats(0, 0.999)
 eps = st.floats(1e-8, 1e-2)

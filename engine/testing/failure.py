@@ -23,6 +23,11 @@ class CheckFailure(AssertionError):
         self.ulps, self.bound, self.origin, self.reproduction = ulps, bound, origin, reproduction
         super().__init__(self._text())
 
+    def with_reproduction(self, reproduction: str) -> CheckFailure:
+        """The same failure with other lines that show it."""
+        return CheckFailure(self.check, index=self.index, got=self.got, want=self.want, ulps=self.ulps,
+                            bound=self.bound, origin=self.origin, reproduction=reproduction)
+
     def _text(self) -> str:
         at = "" if self.index is None else f" at {tuple(int(i) for i in self.index)}"
         text = f"{self.check}{at}: got {self.got!r}, want {self.want!r}"

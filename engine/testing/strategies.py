@@ -24,9 +24,10 @@ from engine.testing.layouts import FOREIGN, LAYOUTS
 from engine.testing.machine import EngineMachine
 from engine.testing.programs import SHAPES, build
 from engine.testing.source import Source, special_values
+from engine.testing.traces import FORMULAS, Change, Save, Trace, Update
 
 __all__ = ["Drawn", "EngineMachine", "arrays", "broadcastable", "cases", "dtypes", "exact_tensors", "floats", "layouts",
-           "programs", "shapes", "tensors"]
+           "optim_traces", "programs", "shapes", "tensors"]
 
 
 class Drawn(Source):
@@ -140,6 +141,38 @@ def programs(ops: Sequence[str] | None = None, max_nodes: int = 12) -> Any:
     steps = st.tuples(_integers(0, len(forms) + 3), pick, pick, pick)  # the last numbers make checkpoints
     return st.builds(build, st.tuples(_integers(1, 4), _integers(1, 4)), st.lists(inputs, min_size=1, max_size=4),
                      st.lists(steps, max_size=max_nodes), st.just(tuple(forms)))
+
+
+@st.composite
+def optim_traces(draw: Any, optimizers: Sequence[str] = tuple(FORMULAS), max_events: int = 8) -> Trace:
+    """Traces of an optimizer (traces.py): updates with and without gradients, changed rates, clipping, saved and loaded
+    state, in one group or two. Shrinks towards SGD on one number, and few updates."""
+    name = draw(st.sampled_from(list(optimizers)))
+    shapes = draw(st.lists(st.sampled_from([(), (2,), (3, 5), (17,)]), min_size=1, max_size=3))
+    hyper = {"lr": draw(RATES), **{key: draw(value) for key, value in HYPER[name].items()}}
+    if hyper.get("nesterov"):
+        hyper.update(dampening=0.0, momentum=hyper["momentum"] or 0.5)
+    second = draw(st.none() | RATES)
+    second = second if len(shapes) > 1 else None
+    seeds = st.tuples(*[st.sampled_from([7, 8, 9, None])] * 3).map(lambda drawn: drawn[:len(shapes)])
+    groups = 1 if second is None else 2
+    events = st.builds(Update, seeds, st.sampled_from([None, None, 0.5])) | st.just(Save()) | st.builds(
+        Change, _integers(0, groups - 1), st.sampled_from(["lr", "weight_decay"]), RATES)
+    return Trace(name, hyper, tuple(shapes), tuple(draw(st.lists(events, max_size=max_events))), second)
+
+
+RATES = st.sampled_from([0.125, 0.01, 0.5, 1e-3])
+_DECAY, _EPS = st.sampled_from([0.0, 0.1]), st.sampled_from([1e-8, 1e-2])
+_BETA = st.sampled_from([0.5, 0.0, 0.9, 0.999])
+HYPER: dict[str, dict[str, Any]] = {
+    "SGD": {"weight_decay": _DECAY, "momentum": st.sampled_from([0.0, 0.5, 0.9]), "nesterov": st.booleans(),
+            "dampening": st.sampled_from([0.0, 0.25])},
+    "Adam": {"weight_decay": _DECAY, "beta1": _BETA, "beta2": _BETA, "eps": _EPS},
+    "AdamW": {"weight_decay": _DECAY, "beta1": _BETA, "beta2": _BETA, "eps": _EPS},
+    "Adagrad": {"weight_decay": _DECAY, "lr_decay": st.sampled_from([0.0, 0.1]), "eps": _EPS},
+    "RMSprop": {"weight_decay": _DECAY, "alpha": _BETA, "eps": _EPS, "momentum": st.sampled_from([0.0, 0.9])},
+}
+"""What each optimizer's hyper-parameters are drawn from."""
 
 
 def cases(spec: Any, dtype: str | None = None, **options: Any) -> Any:
