@@ -47,13 +47,14 @@ test-isa: build ## run the tests of the ops at every instruction-set level of th
 	done
 
 # The whole suite on kernels built with a sanitizer, every buffer between guard zones, in every process that the tests start.
+# The C++ library is loaded at once too, for the sanitizers want to see the exceptions of extension modules.
 SANITIZED = ENGINE_KERNELS=$(CURDIR)/build/$@ ENGINE_NUM_THREADS=2 PYTHONPATH=$(CURDIR)/tests PYTEST_PLUGINS=guarded \
             $(RUN) -m pytest -q -n $(JOBS) $(ARGS)
 BUILD_SANITIZED = $(RUN) tools/build_kernels.py --into build/$@ --work build/$@-objects --flags
 
 test-asan: $(READY) ## all tests on kernels built with the address sanitizer, buffers between guard zones
 	@$(BUILD_SANITIZED) "-fsanitize=address -fno-omit-frame-pointer -g"
-	@LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(SANITIZED)
+	@LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 $(SANITIZED)
 
 test-ubsan: $(READY) ## the same with the undefined-behaviour sanitizer
 	@$(BUILD_SANITIZED) "-fsanitize=undefined -fno-sanitize-recover=all -g"
@@ -61,7 +62,7 @@ test-ubsan: $(READY) ## the same with the undefined-behaviour sanitizer
 
 test-tsan: $(READY) ## the same with the thread sanitizer
 	@$(BUILD_SANITIZED) "-fsanitize=thread -g"
-	@LD_PRELOAD=$$($(CC) -print-file-name=libtsan.so) TSAN_OPTIONS=halt_on_error=1 $(SANITIZED)
+	@LD_PRELOAD="$$($(CC) -print-file-name=libtsan.so) $$($(CC) -print-file-name=libstdc++.so)" TSAN_OPTIONS=halt_on_error=1 $(SANITIZED)
 
 test-gpu: build ## run the op suite, training runs and every CUDA kernel on a GPU, and say what ran
 	@ENGINE_TEST_GPU=1 $(RUN) -m pytest -q -s tests/cuda_emulation/test_cuda_device.py $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,10 +86,10 @@ def test_verdicts_are_kept_until_something_changes(tree: Path, monkeypatch: pyte
     ran: list[list[str]] = []
     real = Copy.test
 
-    def counted(self: Copy, arguments: list[str], stop: bool = True) -> tuple[int, str]:
+    def counted(self: Copy, arguments: list[str], stop: bool = True, **options: Any) -> tuple[int, str]:
         if stop:
             ran.append(list(arguments))
-        return real(self, arguments, stop)
+        return real(self, arguments, stop, **options)
 
     monkeypatch.setattr(Copy, "test", counted)
     assert run([MINUS], tree, ledger) == 0 and len(ran) == 1
@@ -152,6 +153,8 @@ def test_how_a_run_of_the_tests_is_read() -> None:
     assert killer_of(0, "3 passed") is None
     assert killer_of(1, "x\nFAILED tests/a.py::f[b: c] - Error: - d\n1 failed") == "tests/a.py::f[b: c]"
     assert killer_of(2, "ERROR tests/a.py - ImportError: x") == "tests/a.py"
+    report = "WARNING: ThreadSanitizer: data race (pid=3)\nFAILED tests/a.py::f"
+    assert killer_of(66, report) == "ThreadSanitizer: data race"
     assert killer_of(-11, "") == "crash: SIGSEGV"
     assert killer_of(134, "") == "crash: SIGABRT"
     assert str(killer_of(-1, "")).startswith("time")

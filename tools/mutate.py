@@ -43,6 +43,7 @@ COPIED = ("engine", "kernels", "tests", "tools", "pyproject.toml")
 WIDER = ["tests", *(f"--ignore-glob=tests/{name}" for name in (
     "test_packaging.py", "test_tools_*.py", "test_examples.py", "test_readme.py", "test_mutate.py", "test_testing.py"))]
 SECONDS_ALLOWED = 900  # a bug that makes the tests hang is caught by this
+SANITIZERS = {"thread": ("libtsan.so", "ThreadSanitizer")}  # the library to load first, and how its reports begin
 KILLED, SURVIVED, UNDECIDED = "killed", "SURVIVED", "UNDECIDED"
 
 
@@ -120,12 +121,18 @@ class Copy:
             flags.write_text(flags.read_text().replace(str(self.root), str(self.folder)))
             os.utime(flags, ns=(times.st_atime_ns, times.st_mtime_ns))
 
-    def build(self) -> None:
-        """Bring the kernels of the one level up to date."""
-        done = subprocess.run([sys.executable, "tools/build_kernels.py", "--levels", str(self.level)], cwd=self.folder,
-                              capture_output=True, text=True)
+    def build(self, sanitizer: str = "") -> None:
+        """Bring the kernels of the one level up to date; those with a sanitizer lie in a folder of their own."""
+        command = [sys.executable, "tools/build_kernels.py", "--levels", str(self.level)]
+        if sanitizer:
+            command += ["--into", str(self.sanitized(sanitizer)), "--work", f"{self.sanitized(sanitizer)}-objects",
+                        "--flags", f"-fsanitize={sanitizer} -g"]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
         if done.returncode:
             raise MutationError(f"the kernels do not compile: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")
+
+    def sanitized(self, sanitizer: str) -> Path:
+        return self.folder / "build" / f"sanitized-{sanitizer}"
 
     def readers(self, file: str) -> list[Path]:
         """The C sources that are, or include, directly or not, the file."""
@@ -143,14 +150,19 @@ class Copy:
 
     # ── tests ───────────────────────────────────────────────────────────────────────────────────────
 
-    def test(self, arguments: Sequence[str], stop: bool = True) -> tuple[int, str]:
+    def test(self, arguments: Sequence[str], stop: bool = True, sanitizer: str = "") -> tuple[int, str]:
         """(exit status, output) of pytest in the copy; a run that takes too long has status −1."""
         environment = {**os.environ, "ENGINE_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1",
                        "PYTHONPATH": str(ROOT / "tools")}
         for name in ("ENGINE_ISA", "ENGINE_KERNELS"):
             environment.pop(name, None)
+        if sanitizer:
+            library = subprocess.run([os.environ.get("CC", "cc"), f"-print-file-name={SANITIZERS[sanitizer][0]}"],
+                                     capture_output=True, text=True).stdout.strip()
+            environment.update(LD_PRELOAD=library, ENGINE_KERNELS=str(self.sanitized(sanitizer)),
+                               TSAN_OPTIONS="halt_on_error=1")
         command = [sys.executable, "-m", "pytest", *(["-x"] if stop else []), "-q", "-p", "no:cacheprovider",
-                   "-p", "no:xdist", "-p", "mutate_plugin", "--tb=no", *arguments]
+                   "-p", "no:xdist", "-p", "mutate_plugin", "--tb=no", *(["-s"] if sanitizer else []), *arguments]
         process = subprocess.Popen(command, cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -174,6 +186,8 @@ class Planted:
         """The changed file, and what is compiled from it."""
         if not self.mutant.file.startswith("kernels/"):
             return [self.path]
+        if self.mutant.sanitizer:
+            return [self.path, *[r for r in self.copy.readers(self.mutant.file) if r != self.path]]
         work, stems = self.copy.folder / "build" / "kernels", [p.stem for p in self.copy.readers(self.mutant.file)]
         objects = [o for stem in stems for o in work.glob(f"{self.copy.level}_{stem}_[36][24].o")]
         module = self.copy.folder / "engine" / "_kernels" / f"cpu_{self.copy.level}.abi3.so"
@@ -188,6 +202,11 @@ class Planted:
         self.path.write_text(text.replace(self.mutant.old, self.mutant.new), encoding="utf-8")
         if not self.mutant.file.startswith("kernels/"):
             return
+        if self.mutant.sanitizer:
+            for source in self.copy.readers(self.mutant.file):
+                source.touch()
+            self.copy.build(self.mutant.sanitizer)
+            return
         if self.path.suffix == ".h":  # every object depends on every header: let only those that read it be stale
             os.utime(self.path, ns=(times.st_atime_ns, times.st_mtime_ns))
             for source in self.copy.readers(self.mutant.file):
@@ -198,16 +217,23 @@ class Planted:
         for i, path in enumerate(self.touched):
             shutil.copy2(self.kept / str(i), path)
         shutil.rmtree(self.kept)
+        if self.mutant.sanitizer:  # compiled with the bug, and younger than the source without it
+            for source in self.copy.readers(self.mutant.file):
+                for stale in self.copy.sanitized(self.mutant.sanitizer).parent.glob(f"*-objects/*_{source.stem}*.o"):
+                    stale.unlink()
 
 
 # ── verdicts ──────────────────────────────────────────────────────────────────────────────────────────
 
 def killer_of(status: int, output: str) -> str | None:
-    """The test that noticed, from pytest's exit status and output; None if none did."""
+    """The test or the sanitizer that noticed, from pytest's exit status and output; None if none did."""
     if status == 0:
         return None
     if status == -1:
         return f"time: more than {SECONDS_ALLOWED} seconds"
+    for _, report in SANITIZERS.values():
+        if race := re.search(rf"WARNING: {report}: ([\w ]+)", output):
+            return f"{report}: {race[1].strip()}"
     found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, flags=re.M)
     if found:
         return found[1]
@@ -223,9 +249,13 @@ def judge(copy: Copy, mutant: Mutant) -> dict[str, Any]:
     start = time.monotonic()
     verdict, by = SURVIVED, ""
     try:
+        if mutant.sanitizer:
+            copy.build(mutant.sanitizer)
+            if copy.test(shlex.split(mutant.tests), sanitizer=mutant.sanitizer)[0]:
+                raise MutationError(f"the {mutant.sanitizer} sanitizer reports something without the bug too")
         with copy.plant(mutant):
-            for arguments in (shlex.split(mutant.tests), WIDER):
-                killer = killer_of(*copy.test(arguments))
+            for arguments in (shlex.split(mutant.tests), *([] if mutant.sanitizer else [WIDER])):
+                killer = killer_of(*copy.test(arguments, sanitizer=mutant.sanitizer))
                 if killer is not None:
                     verdict, by = KILLED, killer
                     break

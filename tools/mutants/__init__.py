@@ -1,15 +1,16 @@
 """The bugs that tools/mutate.py plants: in C (kernels.py), in Python (engine.py), on the GPU (cuda.py), in the
-breadth of the ops (surface.py), and in what is sparse or compressed (sparse.py)."""
+breadth of the ops (surface.py), in what is sparse or compressed (sparse.py), and data races (races.py)."""
 
 from __future__ import annotations
 
 from tools.mutants.cuda import CUDA
 from tools.mutants.engine import ENGINE
 from tools.mutants.kernels import KERNELS
+from tools.mutants.races import RACES
 from tools.mutants.record import Mutant
 from tools.mutants.sparse import SPARSE
 from tools.mutants.surface import SURFACE
 
-MUTANTS: list[Mutant] = [*KERNELS, *ENGINE, *CUDA, *SURFACE, *SPARSE]
+MUTANTS: list[Mutant] = [*KERNELS, *ENGINE, *CUDA, *SURFACE, *SPARSE, *RACES]
 
 __all__ = ["MUTANTS", "Mutant"]

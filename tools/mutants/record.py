@@ -14,6 +14,8 @@ class Mutant(NamedTuple):
     new:   what stands there instead
     what:  the mistake, in one line
     tests: pytest's arguments for the tests that should notice, run before the wider suite
+    sanitizer: "thread" for a data race, which no result need show: the kernels are built with that sanitizer, and it
+           should notice while these tests run
     """
 
     name: str
@@ -22,3 +24,4 @@ class Mutant(NamedTuple):
     new: str
     what: str
     tests: str
+    sanitizer: str = ""
