@@ -29,6 +29,7 @@
 #define COLUMNS 4096              /* of a product that keeps its old C beside the sum so far */
 #define IN_PLACE (1 << 13)        /* an operand this small is as good unpacked: it fits the first-level cache */
 #define PIECE_FLOPS (1 << 19)     /* a few microseconds: the least work worth waking a thread for */
+#define LONG_FLOPS (1 << 27)      /* about a millisecond */
 #define BATCH_FLOPS (1 << 24)     /* products smaller than this are spread over the batch, not cut up */
 
 struct product {
@@ -151,11 +152,12 @@ static void multiply_tasks(void *context, int64_t begin, int64_t end) {
 
 /* ── one product ─────────────────────────────────────────────────────────────────────────────────── */
 
-/* Tasks as large as the caches like them, but two for every thread. Of the time that a task of w column panels and h
- * row panels multiplies, packing A takes 0.6/w and packing B 1/h. */
+/* Tasks as large as the caches like them, but one for every thread, and two where there is time to even out their
+ * speeds. Of the time that a task of w column panels and h row panels multiplies, packing A takes 0.6/w and B 1/h. */
 static void choose_tasks(struct stage *s) {
-    int64_t threads = threads_get(), wanted = threads == 1 ? 1 : 2 * threads;
-    int64_t column_panels = divide_up(s->columns, NR);
+    int64_t threads = threads_get(), column_panels = divide_up(s->columns, NR);
+    int long_work = 2.0 * (double)s->product->m * (double)s->columns * (double)s->product->k > LONG_FLOPS;
+    int64_t wanted = threads > 1 && long_work ? 2 * threads : threads;
     s->spans = divide_up(column_panels, SPAN);
     s->groups = divide_up(s->row_panels, GROUP);
     while (s->groups * s->spans < wanted) {
