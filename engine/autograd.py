@@ -148,23 +148,28 @@ def _consumers(roots: list[Any], targets: dict[int, Any] | None) -> dict[int, in
     """
     oldest = min((_order_of(t) for t in targets.values()), default=0) if targets is not None else -1
     seen = {id(root): root for root in roots}
+    count = dict.fromkeys(seen, 0)
     stack = list(seen.values())
     while stack:
         for edge in _edges(stack.pop()):
-            if id(edge) not in seen and _order_of(edge) >= oldest:
-                seen[id(edge)] = edge
+            key = id(edge)
+            if key in count:
+                count[key] += 1
+            elif targets is None or _order_of(edge) >= oldest:
+                seen[key], count[key] = edge, 1
                 stack.append(edge)
-    if targets is not None:  # inputs are older than what they make: one pass in that order marks what leads to a target
-        leads = set(targets)
-        for edge in sorted(seen.values(), key=_order_of):
-            if any(id(e) in leads for e in _edges(edge)):
-                leads.add(id(edge))
-        seen = {key: edge for key, edge in seen.items() if key in leads}
-    count = dict.fromkeys(seen, 0)
+    if targets is None:
+        return count
+    leads = set(targets)
+    for edge in sorted(seen.values(), key=_order_of):  # inputs are older than what they make: one pass in that order
+        if any(id(e) in leads for e in _edges(edge)):
+            leads.add(id(edge))
+    count = {key: 0 for key in seen if key in leads}
     for edge in seen.values():
-        for e in _edges(edge):
-            if id(e) in count:
-                count[id(e)] += 1
+        if id(edge) in count:
+            for e in _edges(edge):
+                if id(e) in count:
+                    count[id(e)] += 1
     return count
 
 

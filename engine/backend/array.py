@@ -67,6 +67,11 @@ class Array:
         self.storage.has_views = True
         return Array(data, self.dtype, None, self.storage)
 
+    def turned(self, data: Any) -> Array:
+        """A view from the same element on, with axes permuted, repeated or of length 1: its address is this one's."""
+        self.storage.has_views = True
+        return Array(data, self.dtype, self.ptr, self.storage)
+
     def reshaped(self, shape: tuple[int, ...]) -> Array:
         """A C-contiguous Array under another shape: same memory, same address."""
         self.storage.has_views = True

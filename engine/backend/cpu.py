@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 from functools import lru_cache
 from typing import Any
@@ -87,10 +88,7 @@ class CpuBackend(Backend):
         return memoryview(self.ffi.buffer(owner, size)), pointer
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
-        size = dtype.itemsize
-        for n in shape:
-            size *= n
-        block = self.pool.allocate(size)
+        block = self.pool.allocate(math.prod(shape) * dtype.itemsize)
         return Array(np.ndarray(shape, dtype.numpy, block), dtype, block.pointer)
 
     def address(self, array: Array) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ SLAB = 1 << 20  # small blocks are cut from slabs of this size
 SMALL = 1 << 16  # up to here
 
 
+@lru_cache(maxsize=4096)
 def size_class(size: int) -> int:
     """The smallest class that holds `size` bytes: multiples of 64 to 256, then four to a power of two."""
     if size <= 4 * ALIGNMENT:
@@ -54,13 +56,18 @@ class PoolFigures:
 class Block(np.ndarray):
     """One block, as an array of bytes. When its last view is gone, its memory goes back to the pool."""
 
-    pool: Pool | None = None
-    memory: memoryview
-    pointer: Any
+    __slots__ = ("pool", "space")
+    pool: Pool
+    space: tuple[memoryview, Any]  # (bytes, address), as it lies on its list when it is free
+
+    @property
+    def pointer(self) -> Any:
+        return self.space[1]
 
     def __del__(self) -> None:
-        if self.pool is not None:
-            self.pool._release(self)
+        pool = getattr(self, "pool", None)  # a view of a block belongs to it and not to the pool
+        if pool is not None:
+            pool._release(self)
 
 
 class Pool:
@@ -84,11 +91,11 @@ class Pool:
         if free is None:
             free = self._free.setdefault(size, [])
         try:
-            memory, pointer = free.pop()
+            space = free.pop()
         except IndexError:
-            memory, pointer = self._more(size, free)
-        block = np.ndarray.__new__(Block, (size,), np.uint8, memory)
-        block.memory, block.pointer, block.pool = memory, pointer, self
+            space = self._more(size, free)
+        block = np.ndarray.__new__(Block, (size,), np.uint8, space[0])
+        block.space, block.pool = space, self
         self._blocks += 1
         self._allocations += 1
         self._live += size
@@ -106,10 +113,10 @@ class Pool:
         return pieces[0]
 
     def _release(self, block: Block) -> None:
-        size = block.memory.nbytes
+        size = block.nbytes
         self._live -= size
         self._blocks -= 1
-        self._free[size].append((block.memory, block.pointer))
+        self._free[size].append(block.space)
 
     def trim(self) -> None:
         """Give free large blocks back to the system (slabs of small ones are kept)."""

@@ -24,7 +24,7 @@ class GuardedPool(Pool):
         whole = super().allocate(size + 2 * ZONE)
         whole[...] = PAINT
         inner = np.ndarray.__new__(Block, (size,), np.uint8, whole, ZONE)  # keeps `whole` alive as its base
-        inner.pointer = self._pointer_at(whole.pointer, ZONE)
+        inner.space = (whole.space[0][ZONE:ZONE + size], self._pointer_at(whole.pointer, ZONE))
         return inner
 
 

@@ -33,7 +33,6 @@ def reshape(k: Any, x: Array, shape: Shape) -> Array:
         raise ValueError(f"reshape: x has shape {x.shape} ({x.size} elements), which does not fit {tuple(new)}")
     if not x.data.flags.c_contiguous:
         return k.contiguous(x).reshaped(new)
-    x.storage.has_views = True
     return x.reshaped(new)
 
 
@@ -48,7 +47,7 @@ def permute_dims(k: Any, x: Array, axes: Sequence[int]) -> Array:
     order = tuple(axis_index("permute_dims", a, x.data.ndim) for a in axes)
     if sorted(order) != list(range(x.data.ndim)):
         raise ValueError(f"permute_dims: axes are {tuple(axes)}, expected each of the {x.data.ndim} axes of x once")
-    return x.view(x.data.transpose(order))
+    return x.turned(x.data.transpose(order))
 
 
 @permute_dims.vjp
@@ -63,7 +62,7 @@ def broadcast_to(k: Any, x: Array, shape: Shape) -> Array:
     """x repeated along axes of length 1, and along new leading axes, to `shape`. A view."""
     new = _shape_tuple("broadcast_to", shape)
     try:
-        return x.view(np.broadcast_to(x.data, new))
+        return x.turned(np.broadcast_to(x.data, new))
     except ValueError:
         raise ValueError(f"broadcast_to: x has shape {x.shape}, which does not broadcast to {new}") from None
 
@@ -139,7 +138,7 @@ def squeeze(x: Tensor, axis: int | Sequence[int] | None = None) -> Tensor:
 @op("... -> ...", types="any", public=False)
 def reshape_view(k: Any, x: Array, shape: tuple[int, ...]) -> Array:
     """A reshape that only adds or drops axes of length 1: a view whatever the strides."""
-    return x.view(x.data.reshape(shape))
+    return x.turned(x.data.reshape(shape))
 
 
 @reshape_view.vjp

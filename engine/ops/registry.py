@@ -72,8 +72,10 @@ class Op:
         self.rule: Callable[..., Any] | None = None
         self.kernel_rule: Callable[..., Any] | None = None
         self.composed: Callable[..., Any] | None = None
+        self.differentiable = False
         self.needed: tuple[str, ...] = ()
         self.inputs, self.attributes = self._parameters()
+        self.binds = self.variadic or bool(self.attributes)  # a call's arguments are not just its operands
         self.required = [name for name, default in self.attributes.items() if default is inspect.Parameter.empty]
         self.optional = {name for name, p in inspect.signature(forward).parameters.items() if p.default is None}
         self.__doc__ = forward.__doc__
@@ -95,13 +97,13 @@ class Op:
 
     def vjp(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         """Register a rule on Tensors: rule(g, ...)."""
-        self.rule = rule
+        self.rule, self.differentiable = rule, True
         self.needed = tuple(inspect.signature(rule).parameters)[1:]
         return rule
 
     def kernel_vjp(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         """Register a rule on raw Arrays: rule(k, g, ...)."""
-        self.kernel_rule = rule
+        self.kernel_rule, self.differentiable = rule, True
         self.needed = tuple(inspect.signature(rule).parameters)[2:]
         return rule
 
@@ -109,10 +111,6 @@ class Op:
         """Register the op as a composition of primitive ops."""
         self.composed = function
         return function
-
-    @property
-    def differentiable(self) -> bool:
-        return self.rule is not None or self.kernel_rule is not None
 
     @property
     def fused(self) -> bool:
@@ -127,10 +125,11 @@ class Op:
         if self.composite:
             return self.forward(*self._composite_operands(args), **attributes)
         values: Sequence[Any] = args
-        if attributes or self.attributes or self.variadic or len(args) != len(self.inputs):
+        if attributes or self.binds or len(args) != len(self.inputs):
             values, attributes = self._bind(args, attributes)
         tensors = values if self._alike(values) else self._promoted(self._as_tensors(values))
-        device = next((t.device for t in tensors if t is not None), default_device())
+        first = tensors[0] if tensors else None
+        device = first.device if first is not None else self._device_of(tensors)
         k = get_backend(device)
         if self.composed is not None and not k.has_fused(self.kernel):
             return self.composed(*tensors, **attributes)
@@ -147,6 +146,9 @@ class Op:
                 if t is not None and t.requires_grad:
                     return Tensor(y, device, True, self._record(tensors, arrays, attributes, y, extra, device))
         return Tensor(y, device)
+
+    def _device_of(self, tensors: Sequence[Tensor | None]) -> str:
+        return next((t.device for t in tensors if t is not None), default_device())
 
     def _composite_operands(self, args: tuple[Any, ...]) -> Sequence[Any]:
         """A composite's arguments, with operands that are arrays, lists or numbers as tensors (indices as they are)."""
