@@ -63,9 +63,8 @@ HOST_WORK = {
     ("engine/models/transformer.py", "sinusoids"): "a table of angles in float64, made once",
     ("engine/models/generation.py", "*"): "sampling: decisions on the host, in float64, about one row of logits",
     ("engine/models/huggingface.py", "*"): "rearranges files' arrays on the host",
-    ("engine/sharder/shard.py", "Shard._reduce"): "joins the sums of blocks, one number each",
-    ("engine/sharder/coordinator.py", "*"): "joins the sums of blocks, one number each",
-    ("engine/sharder/cluster.py", "*"): "copies parameters in and out",
+    ("engine/sharder/shard.py", "Shard._report"): "joins the sums of blocks, one number each",
+    ("engine/sharder/drivers/plain.py", "Plain._next"): "joins the sums of blocks, one number each",
     ("engine/sharder/codecs.py", "*"): "positions and row numbers of what travels",
 }
 METHODS = {"all", "any", "argmax", "argmin", "argsort", "clip", "cumprod", "cumsum", "dot", "fill", "max", "mean",

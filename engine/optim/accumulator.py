@@ -64,6 +64,12 @@ class Accumulator:
     def __contains__(self, index: int) -> bool:
         return index in self._added
 
+    def __copy__(self) -> Accumulator:
+        """One that goes its own way from here; what was summed so far is shared."""
+        twin = Accumulator(self.microbatches, self.k)
+        twin._added, twin._finished = set(self._added), dict(self._finished)
+        return twin
+
     @property
     def complete(self) -> bool:
         return len(self._added) == self.microbatches

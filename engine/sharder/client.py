@@ -48,7 +48,9 @@ class Client:
         self.ended = False
 
     def clock(self) -> bool:
-        """Wait for the next clock: True when it has begun, False when training is over.
+        """Wait for the next work: True when there is some, False when training is over.
+
+        It is the next clock's, or what a lost worker left undone of an earlier one.
 
         Raises RuntimeError if microbatches of the present clock were not pushed, or if the server refuses this worker.
         """
@@ -66,7 +68,7 @@ class Client:
         """name -> the parameters of this clock, read-only; a replica (module or name -> Tensor) is bound to them."""
         outcome = self._until(PullRequested())
         assert isinstance(outcome, Pulled)
-        values = assemble(self._cluster.partition, outcome.values, self._cluster.k, self._cluster.copied)
+        values = assemble(self._machine.partition, outcome.values, self._cluster.k, self._cluster.copied)
         if replica is not None:
             bind(replica, values)
         return values
@@ -80,7 +82,7 @@ class Client:
         """
         if hasattr(gradients, "named_parameters"):
             gradients = take_gradients(gradients)
-        flat = flat_gradients(self._cluster.partition, self._cluster.dtype, gradients, self._cluster.copied)
+        flat = flat_gradients(self._machine.partition, self._cluster.dtype, gradients, self._cluster.copied)
         self._perform(self._machine.step(PushRequested(index, flat, float(loss), tokens)))
 
     def _until(self, request: Any) -> Any:

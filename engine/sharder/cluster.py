@@ -8,94 +8,114 @@ with 3 shards loads into 5.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from engine.backend import Array, get_backend
 from engine.dtypes import as_dtype
-from engine.optim import clip
 from engine.sharder.binding import named
+from engine.sharder.consistency import Consistency, Damping
 from engine.sharder.coordinator import Coordinator
-from engine.sharder.partition import Partition, Piece
-from engine.sharder.shard import Hyper, Memory, Shard
+from engine.sharder.memory import Checkpoint, gather, place
+from engine.sharder.messages import Term
+from engine.sharder.partition import Partition
+from engine.sharder.setup import Hyper, Setup
+from engine.sharder.shard import Shard
 from engine.sharder.versions import Counter, Versions, assemble
-from engine.sharder.worker import Worker
+from engine.sharder.worker import Encode, Worker
 
 
 class Cluster:
-    """Parameters under an update rule, in `shards` shards, trained by `workers` workers in BSP.
+    """Parameters under an update rule, in `shards` shards, trained by `workers` workers.
 
     parameters:   a module, or a mapping name -> Tensor, Array or NumPy array; of one floating dtype. They are copied.
     rule:         an update rule (engine.optim.rules)
-    microbatches: how many make one clock; with them fixed, results do not depend on shards or workers
+    microbatches: how many make one clock; with them fixed, BSP's results do not depend on shards or workers
     clip_norm:    the mean gradient of a clock is clipped to this global norm; None: it is not
     hyper:        hyper-parameters that override the rule's own: a dict, or a pure function (step, parameter name) ->
-                  dict for schedules and parameter groups, where step counts from 1
+                  dict for schedules and parameter groups, where step counts updates from 1
+    consistency:  "bsp", "ssp:3" (a staleness of at most 3), "asp", or a Consistency
+    damping:      damping(staleness) -> factor on the learning rate of late updates, as inverse_staleness
+    placement:    "ranges" or "hashing" (partition.py)
+    encode:       encode(clock, microbatch, piece, gradient) -> what travels instead (worker.Encode)
+    save_every:   so many clocks lie between two snapshots, in drivers that keep any; 0: there are none
     """
 
     shared = True  # whether all shards write into one buffer
 
     def __init__(self, parameters: Any, rule: Any, *, microbatches: int, shards: int = 1, workers: int = 1,
-                 clip_norm: float | None = None, hyper: Mapping[str, Any] | Hyper | None = None, device: str = "cpu"):
+                 clip_norm: float | None = None, hyper: Mapping[str, Any] | Hyper | None = None,
+                 consistency: Consistency | str = "bsp", damping: Damping | None = None, placement: str = "ranges",
+                 encode: Encode | None = None, save_every: int = 0, device: str = "cpu"):
         for name, value in (("microbatches", microbatches), ("shards", shards), ("workers", workers)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"ParameterServer: {name} is {value!r}, expected a whole number of at least 1")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"ParameterServer: clip_norm is {clip_norm!r}, expected a positive number or None")
-        self.rule, self.microbatches, self.workers, self.clip_norm = rule, microbatches, workers, clip_norm
-        self.hyper: Hyper = hyper if callable(hyper) else lambda step, name: fixed
+        if isinstance(consistency, str):
+            consistency = Consistency.parse(consistency)
+        if consistency.asynchronous and clip_norm is not None:
+            raise ValueError("ParameterServer: clip_norm needs the whole gradient of a clock, which asp never sees")
+        if consistency.backups >= microbatches:
+            raise ValueError(f"ParameterServer: backups is {consistency.backups}, expected fewer than the "
+                             f"{microbatches} microbatches of a clock")
+        if placement not in ("ranges", "hashing"):
+            raise ValueError(f"ParameterServer: placement is {placement!r}, expected ranges or hashing")
+        self.rule, self.workers, self.encode = rule, workers, encode
         fixed = {} if hyper is None or callable(hyper) else dict(hyper)
         self.k, self.device = get_backend(device), device
         self.copied = Counter()
         self.epoch = -1  # of the workers of the latest run
         self.active = False  # whether a run has begun and not ended
-        self.busy = False  # whether a clock of it is running at this moment
+        self.busy = False  # whether parameters may be changing at this moment
         values = {name: to_numpy(value) for name, value in named(parameters).items()}
         self.dtype = as_dtype(one_dtype(values))
-        self.partition = Partition({name: value.shape for name, value in values.items()}, shards)
-        zeros = dict.fromkeys(rule.slots)
-        self._place(0, values, zeros)
+        self.setup = Setup(
+            shapes={name: value.shape for name, value in values.items()}, dtype=self.dtype, k=self.k, rule=rule,
+            hyper=hyper if callable(hyper) else lambda step, name: fixed, microbatches=microbatches,
+            clip_norm=clip_norm, consistency=consistency, damping=damping, placement=placement, save_every=save_every)
+        self.term = Term(0, shards, 0)
+        self._place(Checkpoint(0, values, dict.fromkeys(rule.slots)))
 
     # ── memory ──────────────────────────────────────────────────────────────────────────────────────
 
-    def _place(self, clock: int, values: Mapping[str, np.ndarray],
-               slots: Mapping[str, Mapping[str, np.ndarray] | None]) -> None:
-        """Make the memory of every shard: parameters, and each slot (None: as the rule begins)."""
-        k, dtype, ranges = self.k, self.dtype, self.partition.ranges
-        if self.shared:
-            versions = [Versions(k, 0, self.partition.size, dtype, clock, writers=len(ranges))] * len(ranges)
-        else:
-            versions = [Versions(k, begin, end - begin, dtype, clock) for begin, end in ranges]
-        self.memories = []
-        for pieces, of_shard in zip(self.partition.pieces, versions):
-            fresh = [self.rule.init(k, piece.size, dtype) for piece in pieces]
-            own = {slot: tuple(state[slot] for state in fresh) for slot in self.rule.slots}
-            for i, piece in enumerate(pieces):
-                self._write(of_shard.current.piece(piece), piece, values)
-                for slot, saved in slots.items():
-                    if saved is not None:
-                        self._write(own[slot][i], piece, saved)
-            self.memories.append(Memory(of_shard, own, clock))
+    @property
+    def partition(self) -> Partition:
+        return self.setup.partition(self.term.shards)
 
-    def _write(self, target: Array, piece: Piece, source: Mapping[str, np.ndarray]) -> None:
-        elements = np.ascontiguousarray(source[piece.parameter.name]).reshape(-1)[piece.start:piece.stop]
-        self.k.cast(target, self.k.from_numpy(elements))
+    def _place(self, checkpoint: Checkpoint) -> None:
+        """Make the memory of every shard."""
+        partition, older = self.partition, self.setup.consistency.staleness
+        number, shards = self.setup.updates(checkpoint.clock), self.term.shards
+        if self.shared and not self.setup.consistency.asynchronous:
+            one = Versions(self.k, partition.size, self.dtype, number, writers=shards, shared=True, older=older)
+            versions = [one] * shards
+        else:  # in ASP each shard has versions of its own
+            versions = [Versions(self.k, size, self.dtype, number, older=older) for size in partition.sizes]
+        self.memories = [place(self.k, self.rule, pieces, of_shard, checkpoint)
+                         for pieces, of_shard in zip(partition.pieces, versions)]
 
     @property
     def clock(self) -> int:
         """How many clocks are done. Raises RuntimeError after an update failed in its middle."""
         versions = {memory.version for memory in self.memories}
+        clocks = {version // self.setup.updates(1) for version in versions}
         if len(versions) != 1 or any(memory.torn for memory in self.memories):
-            raise RuntimeError(f"ParameterServer: the update of clock {min(versions)} failed before every shard had "
+            raise RuntimeError(f"ParameterServer: the update of clock {min(clocks)} failed before every shard had "
                                "done it; load() a saved state")
-        return versions.pop()
+        return clocks.pop()
 
     def parameters(self) -> dict[str, np.ndarray]:
         """name -> the current parameters, read-only. They stay as they are when training goes on."""
         values = tuple(memory.versions.current for memory in self.memories)
         return assemble(self.partition, values, self.k, self.copied)
+
+    def checkpoint(self) -> Checkpoint:
+        """Copies of everything a resumed run needs, whole."""
+        return gather(self.partition, self.clock, [memory.versions.current for memory in self.memories],
+                      [memory.slots for memory in self.memories], self.rule.slots)
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs, independent of the number of shards and workers; arrays are copies.
@@ -104,15 +124,10 @@ class Cluster:
         """
         if self.busy:
             raise RuntimeError("state: a clock is running; ask between two clocks, in the loop over run()")
-        state: dict[str, Any] = {"clock": self.clock}
-        state.update({f"parameters/{name}": value.copy() for name, value in self.parameters().items()})
-        for slot in self.rule.slots:
-            for name, p in self.partition.parameters.items():
-                parts = [memory.slots[slot][i].data for pieces, memory in zip(self.partition.pieces, self.memories)
-                         for i, piece in enumerate(pieces) if piece.parameter is p]
-                whole = np.concatenate(parts) if parts else np.empty(0, self.dtype.numpy)
-                state[f"{slot}/{name}"] = whole.reshape(p.shape)
-        return state
+        saved = self.checkpoint()
+        kinds = {"parameters": saved.parameters, **saved.slots}
+        return {"clock": saved.clock, **{f"{kind}/{name}": array for kind, values in kinds.items()
+                                         for name, array in (values or {}).items()}}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a state(). Raises ValueError with one line, and changes nothing, if it does not fit."""
@@ -131,40 +146,29 @@ class Cluster:
                                  f"expected {self.dtype} {shape}")
         values, *slots = ({name: np.asarray(state[f"{kind}/{name}"]) for name in self.partition.parameters}
                           for kind in kinds)
-        self._place(int(state["clock"]), values, dict(zip(self.rule.slots, slots)))
+        self._place(Checkpoint(int(state["clock"]), values, dict(zip(self.rule.slots, slots))))
 
     # ── machines ────────────────────────────────────────────────────────────────────────────────────
 
-    def start(self) -> tuple[Coordinator, list[Shard], list[Worker]]:
-        """The machines of a new run. Whatever an interrupted run had not committed is forgotten."""
+    def start(self, clocks: int | None = None) -> tuple[Coordinator, list[Shard], list[Worker]]:
+        """The machines of a new run of so many clocks. Whatever an interrupted run had not committed is forgotten."""
         if self.active:
             raise RuntimeError("run: training is running already; end the loop over run() first")
+        self.term = Term(self.term.number + 1, self.term.shards, self.clock)
         self.epoch += 1
         for memory in self.memories:
             memory.versions.discard()
-        shards = [self.make_shard(s) for s in range(self.partition.shards)]
+        shards = [Shard(s, self.setup, self.term, memory) for s, memory in enumerate(self.memories)]
         workers = [self.make_worker(w, self.epoch) for w in range(self.workers)]
-        coordinator = self.make_coordinator()
+        coordinator = self.make_coordinator(None if clocks is None else self.clock + clocks)
         self.active = True
         return coordinator, shards, workers
 
-    def make_shard(self, number: int) -> Shard:
-        return Shard(number, self.partition, self.memories[number], self.rule, self.hyper, self.k, self.microbatches,
-                     clip=self.clip_norm is not None)
-
     def make_worker(self, number: int, epoch: int) -> Worker:
-        return Worker(number, epoch, self.partition)
+        return Worker(number, epoch, self.setup, self.term, self.encode)
 
-    def make_coordinator(self) -> Coordinator:
-        clipping: Callable[[np.ndarray], tuple[float, float]] | None = None
-        if self.clip_norm is not None:
-            clipping = self._clip
-        return Coordinator(self.partition.shards, self.workers, self.microbatches, self.clock, clipping)
-
-    def _clip(self, squares: np.ndarray) -> tuple[float, float]:
-        assert self.clip_norm is not None
-        norm = clip.norm_of_blocks(self.k, squares)
-        return norm, clip.clip_scale(norm, self.clip_norm)
+    def make_coordinator(self, last: int | None = None) -> Coordinator:
+        return Coordinator(self.setup, self.term, self.workers, last)
 
 
 def to_numpy(value: Any) -> np.ndarray:

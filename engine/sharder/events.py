@@ -1,4 +1,4 @@
-"""What drivers and machines say to each other: where to send, that time has passed, what a program wants and gets.
+"""What drivers and machines say to each other: where to send, that time has passed, what storage and programs want.
 
 Nothing here travels. A driver calls machine.step(event) and carries out the actions that come back, in order.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.backend import Array
+from engine.sharder.messages import Term
 from engine.sharder.versions import Version
 
 Address = tuple[str, int]
@@ -17,6 +18,10 @@ COORDINATOR: Address = ("coordinator", 0)
 
 def shard_address(number: int) -> Address:
     return "shard", number
+
+
+def backup_address(number: int) -> Address:
+    return "backup", number
 
 
 def worker_address(number: int) -> Address:
@@ -29,8 +34,21 @@ class Timeout:
 
 
 @dataclass(frozen=True)
+class Send:
+    """Action: deliver `message` to `to`. It may be lost, late or repeated."""
+
+    to: Address
+    message: Any
+
+
+# ── the run and the coordinator ───────────────────────────────────────────────────────────────────────
+
+@dataclass(frozen=True)
 class Proceed:
-    """To the coordinator: begin the next clock."""
+    """To the coordinator: clocks up to `clock` may be applied. Ends in Committed for each; asked again, it answers
+    again, with the last of them."""
+
+    clock: int
 
 
 @dataclass(frozen=True)
@@ -39,8 +57,37 @@ class Finish:
 
 
 @dataclass(frozen=True)
+class Reshard:
+    """To the coordinator: go on with so many shards, from the next clock boundary on."""
+
+    shards: int
+
+
+@dataclass(frozen=True)
+class Committed:
+    """Action of the coordinator: clock `clock` is done on every shard.
+
+    loss: sum over all tokens of the clock; tokens: their number; norm: of the mean gradient, None without clipping;
+    version: the clock was computed on; dropped: microbatches that came too late to be waited for.
+    """
+
+    clock: int
+    loss: float
+    tokens: float
+    norm: float | None
+    version: int = 0
+    dropped: tuple[int, ...] = ()
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.tokens
+
+
+# ── a program and its worker ──────────────────────────────────────────────────────────────────────────
+
+@dataclass(frozen=True)
 class ClockRequested:
-    """To a worker: its program has pushed everything and waits for the next clock. Ends in Began or Ended."""
+    """To a worker: its program has pushed everything and waits for work. Ends in Began or Ended."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +106,6 @@ class PushRequested:
 
 
 @dataclass(frozen=True)
-class Send:
-    """Action: deliver `message` to `to`. It may be lost, late or repeated."""
-
-    to: Address
-    message: Any
-
-
-@dataclass(frozen=True)
 class Began:
     """Action of a worker: a clock began, with these microbatches to compute."""
 
@@ -76,7 +115,7 @@ class Began:
 
 @dataclass(frozen=True)
 class Pulled:
-    """Action of a worker: the parameters, one read-only view a shard, all of one version."""
+    """Action of a worker: the parameters, one read-only view a shard, all of one version (except in ASP)."""
 
     values: tuple[Version, ...]
 
@@ -88,18 +127,49 @@ class Ended:
     refused: str = ""
 
 
+# ── storage ───────────────────────────────────────────────────────────────────────────────────────────
+
 @dataclass(frozen=True)
-class Committed:
-    """Action of the coordinator: clock `clock` is done on every shard.
+class Append:
+    """Action: put record `number` at the end of the log. Ends in Written."""
 
-    loss: sum over all tokens of the clock; tokens: their number; norm: of the mean gradient, None without clipping.
-    """
+    number: int
+    record: Any
 
-    clock: int
-    loss: float
-    tokens: float
-    norm: float | None
 
-    @property
-    def mean_loss(self) -> float:
-        return self.loss / self.tokens
+@dataclass(frozen=True)
+class Written:
+    """The log is on record up to `number`."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Save:
+    """Action: keep this snapshot, which holds everything up to log record `number`. Ends in Stored."""
+
+    snapshot: Any
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A snapshot of `term` and `version` is on record."""
+
+    term: int
+    version: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """Action: read the consistent snapshot that `term` begins with. Ends in Loaded."""
+
+    term: Term
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The snapshot that `term` begins with: an engine.sharder.memory.Checkpoint."""
+
+    term: Term
+    checkpoint: Any = field(repr=False)

@@ -1,25 +1,27 @@
 """What workers, shards and the coordinator say to each other. README.md has the picture.
 
 Every message is immutable and names its sender: a worker by number and epoch (its epoch grows with each restart, so
-that words of a dead incarnation are recognised), a push also by sequence number. Only a push changes anything, so
-only a push must be applied exactly once; every other message can be lost, repeated or late without harm, since its
-answer depends on the clock it names and not on how often it was asked. Whoever waits for an answer asks again at a
-Timeout.
+that words of a dead incarnation are recognised), a push also by sequence number. Only a push changes anything that
+could be changed twice, so only a push must be applied exactly once; every other message can be lost, repeated or late
+without harm, since its answer depends on what it names and not on how often it was asked. Whoever waits for an answer
+asks again at a Timeout.
 
 A *clock* is one step of training: its microbatches are summed and applied together. Parameters of *version* v are
-those after v clocks, so clock c computes on version c and its commit makes version c + 1.
+those after v clocks, so the commit of clock c makes version c + 1. A *term* is a stretch of training with one
+partition; it ends when shards are added or removed, or when all of them go back to a snapshot, and what was said in
+it is void in the next.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from engine.backend import Array
 from engine.sharder.versions import Version
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Message:
@@ -39,25 +41,38 @@ class Identity:
     sequence: int
 
 
+@dataclass(frozen=True)
+class Term:
+    """Term `number` began at version `start` and has so many shards; they decide the partition."""
+
+    number: int
+    shards: int
+    start: int
+
+
 # ── worker and coordinator ────────────────────────────────────────────────────────────────────────────
 
 @dataclass(frozen=True)
 class Ready(Message):
-    """Worker: I can begin any clock from `clock` on. Answered by Begin, End or Refused."""
+    """Worker: I have taken `taken` Begins and computed them; give me the next. Answered by Begin, End or Refused."""
 
     worker: int
     epoch: int
-    clock: int
+    taken: int
     protocol: int = PROTOCOL
 
 
 @dataclass(frozen=True)
 class Begin(Message):
-    """Coordinator: compute these microbatches of `clock`, on parameters of version `clock`."""
+    """Coordinator: compute these microbatches of `clock` on parameters of `version` (ASP: on any). number: of the
+    Begins to this incarnation, from 1."""
 
     worker: int
     epoch: int
+    number: int
+    term: Term
     clock: int
+    version: int
     microbatches: tuple[int, ...]
 
 
@@ -78,37 +93,53 @@ class Refused(Message):
     reason: str
 
 
+@dataclass(frozen=True)
+class Gone(Message):
+    """This incarnation leaves, or whoever watches over it says that it is lost: others are to do its work."""
+
+    worker: int
+    epoch: int
+
+
 # ── worker and shard ──────────────────────────────────────────────────────────────────────────────────
 
 @dataclass(frozen=True)
 class Pull(Message):
-    """Worker: your parameters, of at least `version`. Answered by Parameters, once there is such a version."""
+    """Worker: your parameters of `version`. Answered by Parameters: of a later version if this one is no longer
+    needed by any clock, not at all if it is yet to come. ASP: of that version or any later one."""
 
     worker: int
     epoch: int
+    term: int
     version: int
 
 
 @dataclass(frozen=True)
 class Parameters(Message):
-    """Shard: a read-only view of my parameters; it stays what it is while anybody holds it."""
+    """Shard: a read-only view of my parameters, to whom asked for this version; it stays what it is while anybody
+    holds it."""
 
     worker: int
     epoch: int
     shard: int
+    term: int
+    version: int
     values: Version
 
 
 @dataclass(frozen=True)
 class Push(Message):
-    """Worker: gradients of the loss sum of one microbatch, for the pieces this shard owns. Answered by Pushed."""
+    """Worker: gradients of the loss sum of one microbatch, for the pieces this shard owns, as computed on parameters
+    of `version`. A gradient is an Array, or anything with decode(k, size, dtype) -> Array. Answered by Pushed."""
 
     identity: Identity
+    term: int
     clock: int
+    version: int
     microbatch: int
     loss: float
     tokens: float
-    gradients: tuple[Array, ...] = field(repr=False)
+    gradients: tuple[Any, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -119,13 +150,42 @@ class Pushed(Message):
     shard: int
 
 
+@dataclass(frozen=True)
+class Moved(Message):
+    """Shard, to words of an older term: we are in this one now."""
+
+    worker: int
+    epoch: int
+    term: Term
+
+
 # ── shard and coordinator ─────────────────────────────────────────────────────────────────────────────
 
 @dataclass(frozen=True)
-class Reduced(Message):
-    """Shard: I hold every microbatch of `clock`. squares: Σg² of each of my blocks. Answered by Apply."""
+class Held(Message):
+    """Shard: I hold these microbatches of `clock`, which are enough. Answered by Choose. (Only with backups.)"""
 
     shard: int
+    term: int
+    clock: int
+    microbatches: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Choose(Message):
+    """Coordinator: these microbatches, which every shard holds, make up `clock`; drop the others."""
+
+    term: int
+    clock: int
+    microbatches: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reduced(Message):
+    """Shard: I have summed all of `clock`. squares: Σg² of each of my blocks. Answered by Apply."""
+
+    shard: int
+    term: int
     clock: int
     loss: float
     tokens: float
@@ -134,10 +194,12 @@ class Reduced(Message):
 
 @dataclass(frozen=True)
 class Apply(Message):
-    """Coordinator: every shard holds every microbatch of `clock`; update, with gradients times `scale`."""
+    """Coordinator: every shard has summed `clock`; update, with gradients times `scale`. save: and make a snapshot."""
 
+    term: int
     clock: int
     scale: float
+    save: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,4 +207,38 @@ class Applied(Message):
     """Shard: my parameters are of version clock + 1."""
 
     shard: int
+    term: int
     clock: int
+
+
+@dataclass(frozen=True)
+class Saved(Message):
+    """Shard: my snapshot of `version` is on record."""
+
+    shard: int
+    term: int
+    version: int
+
+
+@dataclass(frozen=True)
+class Blank(Message):
+    """Shard: I have lost my memory and everything since my last snapshot. `incarnation` counts how often."""
+
+    shard: int
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class Restore(Message):
+    """Coordinator: `term` begins; take your part of the snapshot of version term.start. Answered by Restored."""
+
+    term: Term
+
+
+@dataclass(frozen=True)
+class Restored(Message):
+    """Shard: I am in this term."""
+
+    shard: int
+    term: int
+

@@ -1,98 +1,108 @@
 """A shard: owns some pieces of the parameters and their optimizer state, and updates them once a clock.
 
-    collecting --every microbatch is in, send Reduced--> reduced --Apply: update, commit, send Applied--> collecting
+    gathering --every microbatch is in, send Reduced--> reduced --Apply: update, commit, send Applied--> (next clock)
 
 A shard sums the gradients it is pushed by the tree over microbatch index, never by arrival (optim.Accumulator). It
 does not update when its own sum is ready but when the coordinator says that every shard's is: then either all shards
 go to the next version or none does, whoever fails in between; and the coordinator knows the norm of the whole
-gradient by then, which clipping needs.
+gradient by then, which clipping needs. In SSP several clocks gather at a time and are applied in their order. In ASP a
+push is an update of its own as soon as it arrives, and Apply only closes the clock's account.
 
-The state machine is pure: step(event) -> actions, with no thread, clock, socket or random source.
+A shard that has lost its memory, or is new, is blank: it takes no part until it is told which term to Restore. One
+that has been removed remembers the term, so that it can tell those who have not heard.
+
+The state machine is pure: step(event) -> actions, with no thread, clock, socket, file or random source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from copy import copy
+from typing import Any, ClassVar
 
 import numpy as np
 
-from engine.backend import Array, Backend
-from engine.optim.accumulator import Accumulated, Accumulator
+from engine.backend import Array
+from engine.optim.accumulator import Accumulator
 from engine.optim.clip import sums_of_squares
-from engine.sharder.events import COORDINATOR, Send, Timeout, worker_address
-from engine.sharder.messages import Applied, Apply, Identity, Parameters, ProtocolError, Pull, Push, Pushed, Reduced
-from engine.sharder.partition import Partition
+from engine.sharder.events import COORDINATOR, Load, Loaded, Save, Send, Stored, Timeout, worker_address
+from engine.sharder.memory import Gathering, Memory, Snapshot, Window, decoded, place
+from engine.sharder.messages import (
+    Applied,
+    Apply,
+    Blank,
+    Choose,
+    Held,
+    Moved,
+    Parameters,
+    ProtocolError,
+    Pull,
+    Push,
+    Pushed,
+    Reduced,
+    Restore,
+    Restored,
+    Saved,
+    Term,
+)
+from engine.sharder.partition import Piece
+from engine.sharder.setup import Setup
 from engine.sharder.versions import Versions
-
-Hyper = Callable[[int, str], Mapping[str, Any]]
-"""hyper(step, parameter name): what the update rule is given besides its defaults. step counts from 1."""
-
-
-@dataclass
-class Memory:
-    """What outlives a run of the protocol: parameters, optimizer state (in place), and how many clocks made them."""
-
-    versions: Versions
-    slots: dict[str, tuple[Array, ...]]  # by name: one Array a piece
-    version: int
-    torn: bool = False  # an update began and did not end
-
-
-class Window:
-    """Which sequence numbers of one incarnation have been seen: all below `floor`, and those in `above`."""
-
-    def __init__(self, epoch: int):
-        self.epoch = epoch
-        self.floor = 0
-        self.above: set[int] = set()
-
-    def first_time(self, sequence: int) -> bool:
-        """Record a sequence number; False if it was there already."""
-        if sequence < self.floor or sequence in self.above:
-            return False
-        self.above.add(sequence)
-        while self.floor in self.above:
-            self.above.remove(self.floor)
-            self.floor += 1
-        return True
 
 
 class Shard:
-    """Shard `number` of `partition`. `rule` updates; `microbatches` are due each clock; `clip`: squares are wanted."""
+    """Shard `number`; blank without a term and its memory. `incarnation` counts how often it lost its memory."""
 
-    def __init__(self, number: int, partition: Partition, memory: Memory, rule: Any, hyper: Hyper, k: Backend,
-                 microbatches: int, clip: bool):
-        self.number, self.pieces, self.memory = number, partition.pieces[number], memory
-        self.rule, self.hyper, self.k = rule, hyper, k
-        self.microbatches, self.clip = microbatches, clip
-        self.windows: dict[int, Window] = {}
-        self.waiting: dict[int, Pull] = {}  # by worker: pulls of a version that is yet to come
-        self._collect()
+    RECORDED = (Push, Choose, Apply, Restore, Loaded)  # what changes the state, unless it is a repetition
+    HANDLERS: ClassVar[dict[type, str]] = {
+        Push: "_push", Pull: "_pull", Choose: "_choose", Apply: "_apply", Timeout: "_remind",
+        Restore: "_restore", Loaded: "_loaded", Stored: "_stored"}
 
-    @property
-    def version(self) -> int:
-        return self.memory.version
+    def __init__(self, number: int, setup: Setup, term: Term | None = None, memory: Memory | None = None,
+                 incarnation: int = 0):
+        self.number, self.setup, self.incarnation = number, setup, incarnation
+        self.k, self.asynchronous = setup.k, setup.consistency.asynchronous
+        self.loading: Term | None = None  # what storage was asked for
+        self.repeated = False  # whether the last event was known already, and changed nothing
+        self.stored = -1  # the version of the newest snapshot on record
+        self.term: Term | None = None
+        self.pieces: tuple[Piece, ...] = ()
+        self.active = False  # whether it has memory, and a part in its term
+        if term is not None and memory is not None:
+            self._enter(term, memory)
 
-    def _collect(self) -> None:
-        self.accumulator = Accumulator(self.microbatches, self.k)
-        self.mean: Accumulated | None = None
-        self.reduced: Reduced | None = None
+    def _enter(self, term: Term, memory: Memory) -> None:
+        self.term, self.memory, self.clock = term, memory, term.start
+        self.pieces = self.setup.partition(term.shards).pieces[self.number]
+        self.windows: dict[int, Window] = {}  # by worker
+        self.gatherings: dict[int, Gathering] = {}  # by clock
+        self.active = True
 
-    def step(self, event: Any) -> list[Send]:
-        """React to a Push, Pull, Apply or Timeout."""
-        if isinstance(event, Push):
-            return self._push(event)
-        if isinstance(event, Pull):
-            return self._pull(event)
-        if isinstance(event, Apply):
-            return self._apply(event)
-        if isinstance(event, Timeout):
-            return [Send(COORDINATOR, self.reduced)] if self.reduced else []
-        raise ProtocolError(f"shard {self.number}: got {event!r}, which is not for a shard")
+    def step(self, event: Any) -> list[Any]:
+        """React to a message, a Timeout, or an answer of the storage."""
+        handler = self.HANDLERS.get(type(event))
+        if handler is None:
+            raise ProtocolError(f"shard {self.number}: got {event!r}, which is not for a shard")
+        self.repeated = False
+        if not self.active and isinstance(event, (Choose, Apply, Stored)):
+            return self._repeated()
+        return getattr(self, handler)(event)
+
+    def _repeated(self, *answers: Any) -> list[Any]:
+        self.repeated = True
+        return list(answers)
+
+    def _tell(self, message: Any) -> Send:
+        return Send(COORDINATOR, message)
 
     # ── workers ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _other_term(self, worker: int, epoch: int, term: int) -> list[Send] | None:
+        """The answer to words of another term, or of a dead incarnation; None: they are of now."""
+        if self.term is not None and term < self.term.number:
+            return [Send(worker_address(worker), Moved(worker, epoch, self.term))]
+        if not self.active or term > self._term() or not self._alive(worker, epoch):
+            return []
+        return None
 
     def _alive(self, worker: int, epoch: int) -> bool:
         """Whether these are words of the worker's newest incarnation known here."""
@@ -103,67 +113,170 @@ class Shard:
         return epoch == window.epoch
 
     def _pull(self, pull: Pull) -> list[Send]:
-        if not self._alive(pull.worker, pull.epoch):
+        answer = self._other_term(pull.worker, pull.epoch, pull.term)
+        if answer is not None:
+            return answer
+        if pull.version > self.memory.version:
+            return []  # yet to come: it will be asked for again
+        values = self.memory.versions.current if self.asynchronous else self.memory.versions.at(pull.version)
+        return [Send(worker_address(pull.worker),
+                     Parameters(pull.worker, pull.epoch, self.number, pull.term, pull.version, values))]
+
+    def _push(self, push: Push) -> list[Any]:
+        worker, epoch, sequence = push.identity.worker, push.identity.epoch, push.identity.sequence
+        answer = self._other_term(worker, epoch, push.term)
+        if answer is not None:
+            return self._repeated(*answer)
+        consistency = self.setup.consistency
+        if push.clock > self.clock + consistency.staleness and not self.asynchronous:
+            raise ProtocolError(f"shard {self.number}: got a push for clock {push.clock} at clock {self.clock}")
+        acknowledgement = Send(worker_address(worker), Pushed(push.identity, self.number))
+        if push.clock < self.clock or not self.windows[worker].first_time(sequence):
+            return self._repeated(acknowledgement)
+        return [acknowledgement, *self._take(push)]
+
+    def _gathering(self, clock: int) -> Gathering:
+        if clock not in self.gatherings:
+            self.gatherings[clock] = Gathering(self.setup, self.pieces)
+        return self.gatherings[clock]
+
+    def _take(self, push: Push) -> list[Send]:
+        """Make a push count."""
+        gathering = self._gathering(push.clock)
+        if self.asynchronous:
+            if gathering.add(push, ()):
+                alone = Accumulator(1, self.k)
+                alone.add(0, decoded(push, self.pieces, self.setup), push.loss, push.tokens)
+                self._update(alone.mean().gradients, 1.0, self.memory.version - push.version)
+        elif gathering.add(push):
+            gathering.check(push)
+        return self._report(push.clock)
+
+    # ── the clock ───────────────────────────────────────────────────────────────────────────────────
+
+    def _report(self, clock: int) -> list[Send]:
+        """Tell the coordinator when there is enough to choose from, and when the sum is made."""
+        gathering, term = self.gatherings[clock], self._term()
+        if gathering.chosen is None and len(gathering.held) >= gathering.needed:
+            return [self._tell(Held(self.number, term, clock, tuple(sorted(gathering.held))))]
+        if not gathering.complete or gathering.reduced:
             return []
-        if pull.version > self.version:
-            self.waiting[pull.worker] = pull
-            return []
-        return [self._parameters(pull)]
+        gathering.mean = gathering.sum.mean()
+        squares = [] if self.setup.clip_norm is None else [
+            sums_of_squares(self.k, g).data for g in gathering.mean.gradients]
+        gathering.reduced = Reduced(self.number, term, clock, gathering.mean.loss, gathering.mean.tokens,
+                                    np.concatenate(squares) if squares else np.empty(0))
+        return [self._tell(gathering.reduced)]
 
-    def _parameters(self, pull: Pull) -> Send:
-        return Send(worker_address(pull.worker),
-                    Parameters(pull.worker, pull.epoch, self.number, self.memory.versions.current))
+    def _term(self) -> int:
+        assert self.term is not None
+        return self.term.number
 
-    def _push(self, push: Push) -> list[Send]:
-        identity = push.identity
-        if not self._alive(identity.worker, identity.epoch):
-            return []
-        if push.clock > self.version:
-            raise ProtocolError(f"shard {self.number}: got a push for clock {push.clock} at clock {self.version}")
-        if self.windows[identity.worker].first_time(identity.sequence) and self._wanted(push):
-            self.accumulator.add(push.microbatch, push.gradients, push.loss, push.tokens)
-        return [_acknowledge(identity, self.number), *self._reduce()]
+    def _choose(self, choose: Choose) -> list[Send]:
+        if choose.term != self._term() or choose.clock < self.clock:
+            return self._repeated()
+        gathering = self._gathering(choose.clock)
+        if gathering.chosen is None:
+            gathering.choose(choose.microbatches)
+            return self._report(choose.clock)
+        return self._repeated(*([self._tell(gathering.reduced)] if gathering.reduced else []))
 
-    def _wanted(self, push: Push) -> bool:
-        """Not if the clock is over, or if a dead incarnation of some worker delivered this microbatch already:
-        a microbatch's gradients are a function of the clock and its index, so both have the same bits."""
-        return push.clock == self.version and push.microbatch not in self.accumulator
-
-    # ── the update ──────────────────────────────────────────────────────────────────────────────────
-
-    def _reduce(self) -> list[Send]:
-        if self.reduced or not self.accumulator.complete:
-            return []
-        self.mean = self.accumulator.mean()
-        squares = [sums_of_squares(self.k, g).data for g in self.mean.gradients] if self.clip else []
-        self.reduced = Reduced(self.number, self.version, self.mean.loss, self.mean.tokens,
-                               np.concatenate(squares) if squares else np.empty(0))
-        return [Send(COORDINATOR, self.reduced)]
-
-    def _apply(self, apply: Apply) -> list[Send]:
-        if apply.clock == self.version:
-            if self.mean is None:
+    def _apply(self, apply: Apply) -> list[Any]:
+        if apply.term != self._term():
+            return self._repeated()
+        self.repeated = apply.clock < self.clock
+        if apply.clock == self.clock:
+            gathering = self.gatherings.get(apply.clock)
+            if gathering is None or gathering.mean is None:
                 raise ProtocolError(f"shard {self.number}: told to apply clock {apply.clock} before all of it is here")
-            self.memory.torn = True
-            self._update(self.mean.gradients, apply.scale)
-            self.memory.version, self.memory.torn = self.version + 1, False
-            self._collect()
-        elif apply.clock > self.version:
-            raise ProtocolError(f"shard {self.number}: got {apply!r} at clock {self.version}")
-        ready = [self.waiting.pop(w) for w in sorted(self.waiting) if self.waiting[w].version <= self.version]
-        return [Send(COORDINATOR, Applied(self.number, apply.clock)), *map(self._parameters, ready)]
+            if not self.asynchronous:
+                late = self.clock - (gathering.version if gathering.version is not None else self.clock)
+                self._update(gathering.mean.gradients, apply.scale, late)
+            del self.gatherings[self.clock]
+            self.clock += 1
+        elif apply.clock > self.clock:
+            raise ProtocolError(f"shard {self.number}: got {apply!r} at clock {self.clock}")
+        actions: list[Any] = [self._tell(Applied(self.number, apply.term, apply.clock))]
+        if apply.save and self.clock == apply.clock + 1:
+            actions.append(Save(self.snapshot()) if self.stored < self.clock else self._saved())
+        return actions
 
-    def _update(self, gradients: tuple[Array, ...], scale: float) -> None:
+    def _update(self, gradients: tuple[Array, ...], scale: float, staleness: int) -> None:
         """new parameters, new state = rule(parameters, state, scale · gradient), parameters into the next version."""
-        old, new, k = self.memory.versions.current, self.memory.versions.reserve(), self.k
+        memory, k = self.memory, self.k
+        memory.torn = True
+        old, new, step = memory.versions.current, memory.versions.reserve(), memory.version + 1
         for i, (piece, gradient) in enumerate(zip(self.pieces, gradients, strict=True)):
             if scale != 1.0:
                 gradient = k.map("multiply", gradient, k.constant(scale, gradient.dtype))
-            state = {slot: of_pieces[i] for slot, of_pieces in self.memory.slots.items()}
-            self.rule.apply(k, new.piece(piece), state, old.piece(piece), state, gradient, self.version + 1,
-                            **self.hyper(self.version + 1, piece.parameter.name))
-        self.memory.versions.commit()
+            state = {slot: of_pieces[i] for slot, of_pieces in memory.slots.items()}
+            self.setup.rule.apply(k, new.piece(piece), state, old.piece(piece), state, gradient, step,
+                                  **self.setup.hyper_at(step, piece.parameter.name, staleness))
+        memory.versions.commit()
+        memory.version, memory.torn = step, False
 
+    def _remind(self, _: Timeout) -> list[Any]:
+        """Ask again for whatever is unanswered."""
+        again: list[Any] = [Load(self.loading)] if self.loading else []
+        if self.term is None:
+            return [*again, self._tell(Blank(self.number, self.incarnation))]
+        if not self.active:
+            return again
+        for clock, gathering in sorted(self.gatherings.items()):
+            again += [self._tell(gathering.reduced)] if gathering.reduced else self._report(clock)
+        return again
 
-def _acknowledge(identity: Identity, shard: int) -> Send:
-    return Send(worker_address(identity.worker), Pushed(identity, shard))
+    # ── snapshots and terms ─────────────────────────────────────────────────────────────────────────
+
+    def snapshot(self) -> Snapshot:
+        """All it remembers; with this, and what it is told from here on, another can stand in for it."""
+        assert self.term is not None
+        slots = {slot: tuple(self.k.map("copy", array) for array in arrays)
+                 for slot, arrays in self.memory.slots.items()}
+        return Snapshot(self.term, self.clock, self.memory.version, self.memory.versions.kept(), slots,
+                        {worker: copy(window) for worker, window in self.windows.items()},
+                        {clock: copy(gathering) for clock, gathering in self.gatherings.items()})
+
+    def resume(self, snapshot: Snapshot) -> None:
+        """Be as the shard was that gave this snapshot."""
+        versions = self._versions(snapshot.term, snapshot.version)
+        versions.reset(snapshot.kept)
+        slots = {slot: tuple(self.k.map("copy", array) for array in arrays) for slot, arrays in snapshot.slots.items()}
+        self._enter(snapshot.term, Memory(versions, slots, snapshot.version))
+        self.clock, self.stored = snapshot.clock, snapshot.clock
+        self.windows = {worker: copy(window) for worker, window in snapshot.windows.items()}
+        self.gatherings = {clock: copy(gathering) for clock, gathering in snapshot.gatherings.items()}
+
+    def _versions(self, term: Term, number: int) -> Versions:
+        size = self.setup.partition(term.shards).sizes[self.number]
+        return Versions(self.k, size, self.setup.dtype, number, older=self.setup.consistency.staleness)
+
+    def _stored(self, stored: Stored) -> list[Send]:
+        if stored.term != self._term():
+            return []
+        self.stored = max(self.stored, stored.version)
+        return [self._saved()]
+
+    def _saved(self) -> Send:
+        return self._tell(Saved(self.number, self._term(), self.stored))
+
+    def _restore(self, restore: Restore) -> list[Any]:
+        newest = self.loading or self.term
+        if newest is None or restore.term.number > newest.number:
+            if self.number >= restore.term.shards:
+                self.term, self.loading, self.active = restore.term, None, False  # it has been removed
+                return []
+            self.loading = restore.term
+            return [Load(restore.term)]
+        known = restore.term == self.term and self.active
+        return self._repeated(*([self._tell(Restored(self.number, restore.term.number))] if known else []))
+
+    def _loaded(self, loaded: Loaded) -> list[Any]:
+        term = loaded.term
+        if term != self.loading:
+            return self._repeated()
+        pieces = self.setup.partition(term.shards).pieces[self.number]
+        versions = self._versions(term, self.setup.updates(term.start))
+        self._enter(term, place(self.k, self.setup.rule, pieces, versions, loaded.checkpoint))
+        self.loading, self.stored = None, -1
+        return [Save(self.snapshot()), self._tell(Restored(self.number, term.number))]

@@ -3,13 +3,14 @@
 Parameters update out of place. Each version lies in a flat buffer of its own, and committing it is one store of one
 reference, so a reader sees the version before or the version after and never a mixture. A view keeps its buffer
 alive; when no view of an old version is left, the engine's memory pool takes the buffer back and hands the same
-memory out again for a later version. So the versions of a run circulate through a small ring of buffers (two, plus
-what slow readers hold), with no bookkeeping here.
+memory out again for a later version. So the versions of a run circulate through a small ring of buffers (the current,
+the next, as many as clocks still compute on, and what slow readers hold), with no bookkeeping here.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 
 import numpy as np
 
@@ -19,36 +20,32 @@ from engine.sharder.partition import Parameter, Partition, Piece
 
 
 class Version:
-    """Elements [begin, begin + size) of the flat parameters after `number` clocks."""
+    """The parameters after `number` updates: all of them (shared), or the pieces of one shard."""
 
-    __slots__ = ("begin", "flat", "number")
+    __slots__ = ("flat", "number", "shared")
 
-    def __init__(self, number: int, begin: int, flat: Array):
-        self.number = number
-        self.begin = begin
-        self.flat = flat
+    def __init__(self, number: int, shared: bool, flat: Array):
+        self.number, self.shared, self.flat = number, shared, flat
+
+    def _start(self, piece: Piece) -> int:
+        return piece.offset if self.shared else piece.local
 
     def piece(self, piece: Piece) -> Array:
         """What the update rule reads or writes: a flat Array over the piece."""
-        start = piece.offset - self.begin
+        start = self._start(piece)
         return self.flat.view(self.flat.data[start:start + piece.size])
 
     def read(self, piece: Piece) -> np.ndarray:
         """The piece, flat and read-only."""
-        start = piece.offset - self.begin
+        start = self._start(piece)
         return _read_only(self.flat.data[start:start + piece.size])
 
-    def holds(self, parameter: Parameter) -> bool:
-        """Whether the whole parameter lies in here."""
-        return self.begin <= parameter.offset and parameter.offset + parameter.size <= self.begin + self.flat.size
-
-    def parameter(self, parameter: Parameter) -> np.ndarray:
-        """The whole parameter in its shape, read-only."""
-        start = parameter.offset - self.begin
-        return _read_only(self.flat.data[start:start + parameter.size].reshape(parameter.shape))
+    def whole(self, parameter: Parameter) -> np.ndarray:
+        """A parameter in its shape, read-only; of a shared version."""
+        return _read_only(self.flat.data[parameter.offset:parameter.offset + parameter.size].reshape(parameter.shape))
 
     def __repr__(self) -> str:
-        return f"Version({self.number}, elements {self.begin}..{self.begin + self.flat.size})"
+        return f"Version({self.number}, {self.flat.size} elements)"
 
 
 def _read_only(view: np.ndarray) -> np.ndarray:
@@ -57,40 +54,62 @@ def _read_only(view: np.ndarray) -> np.ndarray:
 
 
 class Versions:
-    """The current version of flat elements [begin, begin + size), and the next one while `writers` write it.
+    """The current version, the `older` ones before it, and the next one while `writers` write it.
 
-    Shards that share an address space share one Versions: each writes its own range of the next version, and the
+    Shards that share an address space share one Versions: each writes its own pieces of the next version, and the
     version is current from the moment the last of them commits. A shard that is alone has one to itself.
     """
 
-    def __init__(self, k: Backend, begin: int, size: int, dtype: DType, number: int = 0, writers: int = 1):
-        self.k, self.dtype, self.writers = k, dtype, writers
-        self.current = Version(number, begin, k.empty((size,), dtype))
+    def __init__(self, k: Backend, size: int, dtype: DType, number: int = 0, writers: int = 1, shared: bool = False,
+                 older: int = 0):
+        self.k, self.dtype, self.writers, self.shared = k, dtype, writers, shared
+        self.current = Version(number, shared, k.empty((size,), dtype))
+        self._kept: deque[Version] = deque([self.current], maxlen=older + 1)
         self._next: Version | None = None
         self._commits = 0
         self._lock = threading.Lock()
+
+    def at(self, number: int) -> Version:
+        """Version `number`, or the current one if there is none of that number (yet, or any more)."""
+        current = self.current
+        if number >= current.number:
+            return current
+        with self._lock:
+            return next((version for version in self._kept if version.number == number), current)
 
     def reserve(self) -> Version:
         """Where the next version is to be written: the same buffer for every writer."""
         with self._lock:
             if self._next is None:
-                begin, size = self.current.begin, self.current.flat.size
-                self._next = Version(self.current.number + 1, begin, self.k.empty((size,), self.dtype))
+                flat = self.k.empty((self.current.flat.size,), self.dtype)
+                self._next = Version(self.current.number + 1, self.shared, flat)
             return self._next
 
     def commit(self) -> None:
-        """One writer has written its range; with the last one's call the next version becomes the current."""
+        """One writer has written its pieces; with the last one's call the next version becomes the current."""
         with self._lock:
             self._commits += 1
             if self._commits == self.writers:
                 assert self._next is not None
+                self._kept.append(self._next)
                 self.current, self._next, self._commits = self._next, None, 0
-
 
     def discard(self) -> None:
         """Forget a next version that an interrupted run left half written."""
         with self._lock:
             self._next, self._commits = None, 0
+
+    def kept(self) -> tuple[Version, ...]:
+        """The current version and the older ones, oldest first."""
+        with self._lock:
+            return tuple(self._kept)
+
+    def reset(self, kept: tuple[Version, ...]) -> None:
+        """Go back to what kept() gave."""
+        self.discard()
+        self._kept.clear()
+        self._kept.extend(kept)
+        self.current = kept[-1]
 
 
 class Counter:
@@ -104,19 +123,24 @@ class Counter:
 
 
 def assemble(partition: Partition, values: tuple[Version, ...], k: Backend, counter: Counter) -> dict[str, np.ndarray]:
-    """Every parameter in its shape, read-only: a view where one of `values` (one a shard) holds it whole, or a copy."""
-    held = {piece.parameter.name: version
-            for pieces, version in zip(partition.pieces, values) for piece in pieces if version.holds(piece.parameter)}
-    return {name: held[name].parameter(p) if name in held else _gather(partition, p, values, k, counter)
-            for name, p in partition.parameters.items()}
-
-
-def _gather(partition: Partition, parameter: Parameter, values: tuple[Version, ...], k: Backend,
-            counter: Counter) -> np.ndarray:
-    whole = k.empty((parameter.size,), values[0].flat.dtype)
+    """Every parameter in its shape, read-only, of `values` (one a shard): a view where it lies in one place, or a copy.
+    """
+    if values[0].shared:
+        return {name: values[0].whole(p) for name, p in partition.parameters.items()}
+    parts: dict[str, list[tuple[Piece, Version]]] = {name: [] for name in partition.parameters}
     for pieces, version in zip(partition.pieces, values):
         for piece in pieces:
-            if piece.parameter is parameter:
-                k.cast(whole.view(whole.data[piece.start:piece.stop]), version.piece(piece))
+            parts[piece.parameter.name].append((piece, version))
+    return {name: _join(p, parts[name], values[0].flat.dtype, k, counter) for name, p in partition.parameters.items()}
+
+
+def _join(parameter: Parameter, parts: list[tuple[Piece, Version]], dtype: DType, k: Backend,
+          counter: Counter) -> np.ndarray:
+    if len(parts) == 1:
+        piece, version = parts[0]
+        return version.read(piece).reshape(parameter.shape)
+    whole = k.empty((parameter.size,), dtype)
+    for piece, version in parts:
+        k.cast(whole.view(whole.data[piece.start:piece.stop]), version.piece(piece))
     counter.copied(whole.data.nbytes)
     return _read_only(whole.data.reshape(parameter.shape))

@@ -5,14 +5,16 @@
                                            '--End--> ended      '------- Parameters of every shard ----'
 
 Pushes go out while it computes and need no waiting: each is kept until every shard has acknowledged it. The program
-may ask for the next clock while acknowledgements are still on their way.
+may ask for the next clock while acknowledgements are still on their way. When it learns of a new term, by a Begin or
+because a shard has Moved, all that it was doing in the old one is void: the program finishes it and nobody listens.
 
 The state machine is pure: step(event) -> actions, with no thread, clock, socket or random source.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from engine.backend import Array
 from engine.sharder.events import (
@@ -27,18 +29,40 @@ from engine.sharder.events import (
     Timeout,
     shard_address,
 )
-from engine.sharder.messages import Begin, End, Identity, Parameters, ProtocolError, Pull, Push, Pushed, Ready, Refused
-from engine.sharder.partition import Partition
+from engine.sharder.messages import (
+    Begin,
+    End,
+    Identity,
+    Moved,
+    Parameters,
+    ProtocolError,
+    Pull,
+    Push,
+    Pushed,
+    Ready,
+    Refused,
+    Term,
+)
+from engine.sharder.partition import Partition, Piece
+from engine.sharder.setup import Setup
 from engine.sharder.versions import Version
+
+Encode = Callable[[int, int, Piece, Array], Any]
+"""encode(clock, microbatch, piece, its gradient, flat) -> what travels, with decode(k, size, dtype) -> Array."""
 
 
 class Worker:
-    """Incarnation `epoch` of worker `number`."""
+    """Incarnation `epoch` of worker `number`, in `term` until it hears of another."""
 
-    def __init__(self, number: int, epoch: int, partition: Partition):
-        self.number, self.epoch, self.partition = number, epoch, partition
-        self.clock = -1  # none yet
+    HANDLERS: ClassVar[dict[type, str]] = {
+        ClockRequested: "_next_clock", PullRequested: "_pull_requested", PushRequested: "_push", Timeout: "_resend",
+        Begin: "_begin", End: "_end", Refused: "_end", Parameters: "_parameters", Pushed: "_pushed", Moved: "_moved"}
+
+    def __init__(self, number: int, epoch: int, setup: Setup, term: Term, encode: Encode | None = None):
+        self.number, self.epoch, self.setup, self.term, self.encode = number, epoch, setup, term, encode
+        self.begun: Begin | None = None
         self.due: set[int] = set()  # microbatches of this clock that are yet to be pushed
+        self.taken = 0  # Begins
         self.sequence = 0
         self.ready: Ready | None = None
         self.pulls: dict[int, Pull] = {}  # by shard: unanswered
@@ -46,95 +70,131 @@ class Worker:
         self.pushes: dict[tuple[int, int], Push] = {}  # by shard and sequence: unacknowledged
         self.ended = False
 
+    @property
+    def partition(self) -> Partition:
+        return self.setup.partition(self.term.shards)
+
+    @property
+    def clock(self) -> int:
+        """The clock it computes; −1 before the first."""
+        return self.begun.clock if self.begun else -1
+
     def step(self, event: Any) -> list[Any]:
         """React to a request of the program, a message or a Timeout."""
-        if isinstance(event, (ClockRequested, PullRequested, PushRequested)):
-            return self._request(event)
-        if isinstance(event, Timeout):
-            return self._resend()
-        if isinstance(event, Pushed):
-            if (event.identity.worker, event.identity.epoch) == (self.number, self.epoch):
-                self.pushes.pop((event.shard, event.identity.sequence), None)
-            return []
-        if not isinstance(event, (Begin, End, Refused, Parameters)):
+        handler = self.HANDLERS.get(type(event))
+        if handler is None:
             raise ProtocolError(f"worker {self.number}: got {event!r}, which is not for a worker")
-        if (event.worker, event.epoch) != (self.number, self.epoch):
-            return []  # meant for an earlier incarnation
-        if isinstance(event, Parameters):
-            return self._parameters(event)
-        return self._answered(event)
+        return getattr(self, handler)(event)
 
-    def _resend(self) -> list[Any]:
+    def _mine(self, worker: int, epoch: int) -> bool:
+        """Whether it is meant for this incarnation."""
+        return (worker, epoch) == (self.number, self.epoch)
+
+    def _resend(self, _: Timeout) -> list[Any]:
         unanswered = [Send(COORDINATOR, self.ready)] if self.ready else []
         unanswered += [Send(shard_address(s), pull) for s, pull in self.pulls.items()]
         return unanswered + [Send(shard_address(s), push) for (s, _), push in self.pushes.items()]
 
     # ── requests of the program ─────────────────────────────────────────────────────────────────────
 
-    def _request(self, request: ClockRequested | PullRequested | PushRequested) -> list[Any]:
-        if isinstance(request, ClockRequested):
-            return self._next_clock()
-        if self.clock < 0 or self.ready or self.ended:
-            raise RuntimeError(f"worker {self.number}: pull and push belong to a clock, and none has begun; "
-                               "call clock() first, and stop when it returns False")
-        return self._pull(self.clock) if isinstance(request, PullRequested) else self._push(request)
-
-    def _next_clock(self) -> list[Any]:
+    def _next_clock(self, _: ClockRequested) -> list[Any]:
         if self.due:
             raise RuntimeError(f"worker {self.number}: clock() before microbatches {sorted(self.due)} of clock "
                                f"{self.clock} were pushed")
-        self.ready = Ready(self.number, self.epoch, self.clock + 1)
+        self.ready = Ready(self.number, self.epoch, self.taken)
         return [Send(COORDINATOR, self.ready)]
 
+    def _in_clock(self) -> Begin:
+        if self.begun is None or self.ready or self.ended:
+            raise RuntimeError(f"worker {self.number}: pull and push belong to a clock, and none has begun; "
+                               "call clock() first, and stop when it returns False")
+        return self.begun
+
+    def _pull_requested(self, _: PullRequested) -> list[Any]:
+        begun = self._in_clock()
+        return self._pull(begun.version if begun.term == self.term else 0)
+
     def _pull(self, version: int) -> list[Any]:
-        self.values = {}
-        self.pulls = {s: Pull(self.number, self.epoch, version) for s in range(self.partition.shards)}
+        seen = {s: v.number for s, v in self.values.items()} if self.setup.consistency.asynchronous else {}
+        self.pulls = {s: Pull(self.number, self.epoch, self.term.number, max(version, seen.get(s, 0)))
+                      for s in range(self.term.shards)}
         return [Send(shard_address(s), pull) for s, pull in self.pulls.items()]
 
     def _push(self, request: PushRequested) -> list[Any]:
+        begun = self._in_clock()
         if request.microbatch not in self.due:
             raise ValueError(f"worker {self.number}: push of microbatch {request.microbatch} in clock {self.clock}, "
                              f"expected one of {sorted(self.due)}, each once")
         self.due.remove(request.microbatch)
+        if begun.term != self.term:
+            return []  # void
         identity = Identity(self.number, self.epoch, self.sequence)
         self.sequence += 1
         sends = []
-        for shard in range(self.partition.shards):
-            push = Push(identity, self.clock, request.microbatch, request.loss, request.tokens,
-                        self._share(shard, request.gradients))
+        for shard in range(self.term.shards):
+            version = begun.version
+            if self.setup.consistency.asynchronous and shard in self.values:
+                version = self.values[shard].number
+            push = Push(identity, self.term.number, begun.clock, version, request.microbatch, request.loss,
+                        request.tokens, self._share(shard, request))
             self.pushes[shard, identity.sequence] = push
             sends.append(Send(shard_address(shard), push))
         return sends
 
-    def _share(self, shard: int, gradients: dict[str, Array]) -> tuple[Array, ...]:
-        """The part of each gradient that a shard owns, as views."""
-        share = []
+    def _share(self, shard: int, request: PushRequested) -> tuple[Any, ...]:
+        """The part of each gradient that a shard owns: views, or what they are encoded as."""
+        share: list[Any] = []
         for piece in self.partition.pieces[shard]:
-            whole = gradients[piece.parameter.name]
-            share.append(whole.view(whole.data[piece.start:piece.stop]))
+            whole = request.gradients[piece.parameter.name]
+            part = whole.view(whole.data[piece.start:piece.stop])
+            share.append(self.encode(self.clock, request.microbatch, piece, part) if self.encode else part)
         return tuple(share)
 
     # ── answers ─────────────────────────────────────────────────────────────────────────────────────
 
-    def _answered(self, answer: Begin | End | Refused) -> list[Any]:
-        if self.ready is None or (isinstance(answer, Begin) and answer.clock < self.ready.clock):
+    def _begin(self, begin: Begin) -> list[Any]:
+        if not self._mine(begin.worker, begin.epoch) or self.ready is None or begin.number != self.taken + 1:
             return []  # late or repeated
-        self.ready = None
-        if isinstance(answer, Begin):
-            self.clock, self.due = answer.clock, set(answer.microbatches)
-            return [Began(answer.clock, answer.microbatches)]
-        self.ended = True
+        self.taken = begin.number
+        if begin.term.number < self.term.number:
+            return self._next_clock(ClockRequested())  # void before it began
+        self._enter(begin.term)
+        self.ready, self.begun, self.due = None, begin, set(begin.microbatches)
+        return [Began(begin.clock, begin.microbatches)]
+
+    def _end(self, answer: End | Refused) -> list[Any]:
+        if not self._mine(answer.worker, answer.epoch) or self.ready is None:
+            return []
+        self.ready, self.ended = None, True
         return [Ended(answer.reason if isinstance(answer, Refused) else "")]
+
+    def _pushed(self, pushed: Pushed) -> list[Any]:
+        if self._mine(pushed.identity.worker, pushed.identity.epoch):
+            self.pushes.pop((pushed.shard, pushed.identity.sequence), None)
+        return []
 
     def _parameters(self, answer: Parameters) -> list[Any]:
         pull = self.pulls.get(answer.shard)
-        if pull is None or answer.values.number < pull.version:
+        if (pull is None or not self._mine(answer.worker, answer.epoch)
+                or (answer.term, answer.version) != (pull.term, pull.version)):
             return []
         del self.pulls[answer.shard]
         self.values[answer.shard] = answer.values
         if self.pulls:
             return []
         newest = max(version.number for version in self.values.values())
-        if any(version.number < newest for version in self.values.values()):
-            return self._pull(newest)  # a worker with nothing to compute was overtaken: ask again, never mix
-        return [Pulled(tuple(self.values[s] for s in range(self.partition.shards)))]
+        if not self.setup.consistency.asynchronous and any(v.number < newest for v in self.values.values()):
+            return self._pull(newest)  # its clock is over, and it was overtaken: ask again, never mix
+        return [Pulled(tuple(self.values[s] for s in range(self.term.shards)))]
+
+    def _moved(self, moved: Moved) -> list[Any]:
+        if not self._mine(moved.worker, moved.epoch) or moved.term.number <= self.term.number:
+            return []
+        pulling = bool(self.pulls)
+        self._enter(moved.term)
+        return self._pull(0) if pulling else []
+
+    def _enter(self, term: Term) -> None:
+        """Forget what belongs to older terms."""
+        if term != self.term:
+            self.term, self.values, self.pulls, self.pushes = term, {}, {}, {}

@@ -10,7 +10,9 @@ from engine.backend import get_backend
 from engine.optim import clip
 from engine.optim.accumulator import Accumulator
 from engine.sharder import ParameterServer
-from engine.sharder.drivers.simulator import Simulation
+from engine.sharder.consistency import Consistency
+from engine.sharder.drivers.plain import Plain
+from engine.sharder.drivers.simulator import FAULTS, Simulation, Weather
 
 DEVICE = "reference"
 SMALL = {"w": (3, 5), "b": (7,), "scale": (), "nothing": (0, 4), "v": (11,), "u": (2, 2, 2), "t": (9,)}
@@ -50,6 +52,68 @@ def program(client):
         parameters = client.pull()
         for index in client.microbatches:
             client.push(index, *gradient(parameters, client.step, index))
+
+
+# ── a problem so small that thousands of whole histories can be looked at ────────────────────────────
+
+TINY = {"a": np.array([1.0, 2.0], "float32"), "b": np.array([0.3, 0.1, -1.0], "float32")}
+MODES = {  # name: (durability, consistency)
+    "bsp, snapshots": ("snapshot", "bsp"),
+    "bsp, logs": ("log", "bsp"),
+    "bsp, replicas": ("backup", "bsp"),
+    "ssp, logs": ("log", "ssp:2"),
+    "ssp, replicas": ("backup", "ssp:1"),
+    "backup workers, logs": ("log", Consistency(backups=1)),
+    "ssp with backup workers, replicas": ("backup", Consistency(staleness=1, backups=1)),
+    "asp, logs": ("log", "asp"),
+    "asp, replicas": ("backup", "asp"),
+}
+WEATHERS = [
+    Weather(),
+    Weather(latency=(1, 50), duplication=0.3, timeout=150),
+    Weather(latency=(1, 20), loss=0.1, duplication=0.2),
+    Weather(stalling=0.3),
+    Weather(crashing=0.004, absence=25),
+]
+HISTORIES = 10_000  # drawn in every test run
+STRIKES = (*FAULTS, "reshard:1", "reshard:2", "reshard:3")
+
+
+def tiny_gradient(parameters, clock, microbatch):
+    """Gradients of sizes far enough apart to feel any reordering, without the cost of random numbers."""
+    size = np.float32(10.0 ** (microbatch % 3) * (clock + 1.1))
+    noise = size * np.float32(0.1 + 0.37 * microbatch)
+    gradients = {name: np.float32(0.25) * value + noise for name, value in parameters.items()}
+    return gradients, 0.1 * (microbatch + 1) * (clock + 0.3), 2 + microbatch % 3
+
+
+def tiny_simulation(mode="bsp, logs", workers=2, shards=2, microbatches=3, clip_norm=None, **arguments):
+    durability, consistency = MODES[mode]
+    return Simulation(TINY, Momentum(), durability=durability, consistency=consistency, workers=workers, shards=shards,
+                      microbatches=microbatches, clip_norm=clip_norm, device=DEVICE, **arguments)
+
+
+_PLAINS = {}  # by mode, microbatches, clip_norm: what is right is computed once
+
+
+def tiny(mode="bsp, logs", workers=2, shards=2, microbatches=3, clip_norm=None, seed=0, faults=(), weather=None,
+         clocks=3, stride=1, **arguments):
+    """A history of the tiny problem, every invariant checked at every event: (simulation, history)."""
+    simulation = tiny_simulation(mode, workers, shards, microbatches, clip_norm, **arguments)
+    key = (mode, microbatches, clip_norm, arguments.get("damping"))
+    if key not in _PLAINS:
+        _PLAINS[key] = Plain(simulation.setup, simulation.checkpoint(), tiny_gradient)
+    weather = WEATHERS[seed % len(WEATHERS)] if weather is None else weather
+    history = simulation.run(tiny_gradient, clocks, seed, weather, faults, 6_000, stride, _PLAINS[key])
+    return simulation, history
+
+
+def tiny_drawn(mode, seed, workers, shards, faults):
+    """One draw: what is left open follows from the seed."""
+    clip_norm = 1.0 if seed % 2 and "asp" not in mode else None
+    clocks = 3 if "ssp" in mode or seed % 4 == 0 else 2
+    return tiny(mode, workers, shards, 2 + seed % 3, clip_norm, seed, faults, clocks=clocks,
+                stride=3 if seed % 7 == 0 else 1, save_every=1 + (seed % 8 < 5))
 
 
 def arrays(values, k):
@@ -93,13 +157,6 @@ def clipped(k, gradients, clip_norm):
     scale = clip.clip_scale(norm, clip_norm)
     gradients[:] = [k.map("multiply", g, k.constant(scale, g.dtype)) for g in gradients]
     return norm
-
-
-def oracle(wide, microbatches, clip_norm, clocks):
-    """version -> parameters, for the simulator's invariants."""
-    states = plain(wide, microbatches, clip_norm, clocks)[0]
-    return lambda version: {name.removeprefix("parameters/"): value for name, value in states[version].items()
-                            if name.startswith("parameters/")}
 
 
 def make(kind, wide=False, rule=None, **arguments):

@@ -8,6 +8,7 @@ from sharder_problems import make, start
 
 import engine as eg
 from engine.backend import get_backend
+from engine.sharder.consistency import Consistency
 from engine.sharder.drivers.simulator import Simulation
 from engine.sharder.events import (
     COORDINATOR,
@@ -20,17 +21,24 @@ from engine.sharder.events import (
     Pulled,
     PullRequested,
     PushRequested,
+    Reshard,
     Send,
     Timeout,
     shard_address,
     worker_address,
 )
+from engine.sharder.memory import Window
 from engine.sharder.messages import (
     Applied,
     Apply,
     Begin,
+    Blank,
+    Choose,
     End,
+    Gone,
+    Held,
     Identity,
+    Moved,
     Parameters,
     ProtocolError,
     Pull,
@@ -39,25 +47,37 @@ from engine.sharder.messages import (
     Ready,
     Reduced,
     Refused,
+    Restore,
+    Restored,
+    Saved,
+    Term,
 )
-from engine.sharder.shard import Window
+from engine.sharder.setup import Setup
 
 K = get_backend("reference")
 
 
+TERM = Term(1, 2, 0)
+
+
 def machines(**arguments):
-    cluster = make(Simulation, **{"shards": 2, "workers": 2, "microbatches": 2, **arguments})
+    cluster = make(Simulation, **{"shards": 2, "workers": 2, "microbatches": 2, "save_every": 0, **arguments})
     coordinator, shards, workers = cluster.start()
     return cluster, coordinator, shards, workers
 
 
-def push_to(shard, worker=0, epoch=0, sequence=0, clock=0, microbatch=0, value=1.0):
+def push_to(shard, worker=0, epoch=0, sequence=0, clock=0, microbatch=0, value=1.0, term=1, version=None):
     gradients = tuple(K.full((piece.size,), value, eg.float32) for piece in shard.pieces)
-    return Push(Identity(worker, epoch, sequence), clock, microbatch, 0.5, 1, gradients)
+    version = clock if version is None else version
+    return Push(Identity(worker, epoch, sequence), term, clock, version, microbatch, 0.5, 1, gradients)
 
 
 def acknowledged(actions):
     return [a.message for a in actions if isinstance(a.message, Pushed)]
+
+
+def mean(shard, clock=0):
+    return shard.gatherings[clock].mean
 
 
 # ── shard ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -70,9 +90,9 @@ def test_a_shard_reports_when_it_has_all_of_a_clock_and_updates_when_told():
     *_, reduced = shard.step(push_to(shard, worker=1, microbatch=1))
     assert reduced.to == COORDINATOR and isinstance(reduced.message, Reduced)
     assert (reduced.message.clock, reduced.message.loss, reduced.message.tokens) == (0, 1.0, 2)
-    assert shard.version == 0
-    assert shard.step(Apply(0, 1.0)) == [Send(COORDINATOR, Applied(0, 0))]
-    assert shard.version == 1 and shard.memory.versions.current.number == 1
+    assert shard.clock == 0
+    assert shard.step(Apply(1, 0, 1.0)) == [Send(COORDINATOR, Applied(0, 1, 0))]
+    assert shard.clock == 1 and shard.memory.versions.current.number == 1
     assert before.flat.data.tobytes() == bits  # out of place: who holds the old version still has it
     assert shard.memory.versions.current.flat.data.tobytes() != bits
 
@@ -82,32 +102,32 @@ def test_a_repeated_push_is_acknowledged_again_and_applied_once():
     push = push_to(shard)
     assert acknowledged(shard.step(push)) == acknowledged(shard.step(push)) == [Pushed(push.identity, 0)]
     shard.step(push_to(shard, worker=1, microbatch=1, value=3.0))
-    assert shard.mean.gradients[0].data[0] == 2.0
+    assert mean(shard).gradients[0].data[0] == 2.0
 
 
 def test_a_microbatch_from_a_new_incarnation_counts_once():
     _, _, (shard, _), _ = machines()
     shard.step(push_to(shard, epoch=0))
     actions = shard.step(push_to(shard, epoch=1, value=100.0))
-    assert len(acknowledged(actions)) == 1 and not shard.accumulator.complete
+    assert len(acknowledged(actions)) == 1 and mean(shard) is None
     shard.step(push_to(shard, worker=1, microbatch=1))
-    assert shard.mean.gradients[0].data[0] == 1.0
+    assert mean(shard).gradients[0].data[0] == 1.0
 
 
 def test_words_of_a_dead_incarnation_are_ignored():
     _, _, (shard, _), _ = machines()
-    shard.step(Pull(0, 5, 0))
+    shard.step(Pull(0, 5, 1, 0))
     assert shard.step(push_to(shard, epoch=4)) == []
-    assert shard.step(Pull(0, 4, 0)) == []
-    assert 0 not in shard.accumulator
+    assert shard.step(Pull(0, 4, 1, 0)) == []
+    assert not shard.gatherings
 
 
 def test_a_late_push_is_acknowledged_and_changes_nothing():
     _, _, (shard, _), _ = machines(microbatches=1)
     shard.step(push_to(shard))
-    shard.step(Apply(0, 1.0))
+    shard.step(Apply(1, 0, 1.0))
     assert len(acknowledged(shard.step(push_to(shard, sequence=9, clock=0)))) == 1
-    assert not shard.accumulator.complete
+    assert not shard.gatherings
 
 
 def test_a_shard_refuses_what_no_correct_peer_sends():
@@ -115,28 +135,38 @@ def test_a_shard_refuses_what_no_correct_peer_sends():
     with pytest.raises(ProtocolError, match="got a push for clock 1 at clock 0"):
         shard.step(push_to(shard, clock=1))
     with pytest.raises(ProtocolError, match="told to apply clock 0 before all of it is here"):
-        shard.step(Apply(0, 1.0))
+        shard.step(Apply(1, 0, 1.0))
     with pytest.raises(ProtocolError, match="at clock 0"):
-        shard.step(Apply(3, 1.0))
+        shard.step(Apply(1, 3, 1.0))
     with pytest.raises(ProtocolError, match="is not for a shard"):
-        shard.step(Begin(0, 0, 0, ()))
+        shard.step(Begin(0, 0, 1, TERM, 0, 0, ()))
 
 
 def test_apply_is_answered_again_but_done_once():
     _, _, (shard, _), _ = machines(microbatches=1)
     shard.step(push_to(shard))
-    first = shard.step(Apply(0, 1.0))
+    first = shard.step(Apply(1, 0, 1.0))
     bits = shard.memory.versions.current.flat.data.tobytes()
-    assert shard.step(Apply(0, 1.0)) == first
+    assert shard.step(Apply(1, 0, 1.0)) == first
     assert shard.memory.versions.current.flat.data.tobytes() == bits
 
 
-def test_a_pull_of_a_version_to_come_waits_for_it():
+def test_a_pull_of_a_version_to_come_is_answered_when_it_is_asked_again():
     _, _, (shard, _), _ = machines(microbatches=1)
-    assert shard.step(Pull(1, 0, 1)) == []
+    assert shard.step(Pull(1, 0, 1, 1)) == []
     shard.step(push_to(shard))
-    _, answer = shard.step(Apply(0, 1.0))
-    assert answer.to == worker_address(1) and answer.message.values.number == 1
+    shard.step(Apply(1, 0, 1.0))
+    (answer,) = shard.step(Pull(1, 0, 1, 1))
+    assert answer.to == worker_address(1) and answer.message.values.number == answer.message.version == 1
+
+
+def test_words_of_another_term_change_nothing():
+    _, _, (shard, _), _ = machines(microbatches=1)
+    moved = [Send(worker_address(0), Moved(0, 0, TERM))]
+    assert shard.step(push_to(shard, term=0)) == shard.step(Pull(0, 0, 0, 0)) == moved
+    assert shard.step(push_to(shard, term=2)) == shard.step(Pull(0, 0, 2, 0)) == []
+    assert shard.step(Apply(0, 0, 1.0)) == shard.step(Apply(2, 0, 1.0)) == []
+    assert shard.clock == 0 and not shard.gatherings and not shard.windows
 
 
 def test_a_shard_asks_again_until_it_is_told():
@@ -144,7 +174,7 @@ def test_a_shard_asks_again_until_it_is_told():
     assert shard.step(Timeout()) == []
     *_, reduced = shard.step(push_to(shard))
     assert shard.step(Timeout()) == [reduced]
-    shard.step(Apply(0, 1.0))
+    shard.step(Apply(1, 0, 1.0))
     assert shard.step(Timeout()) == []
 
 
@@ -152,7 +182,7 @@ def test_a_clock_without_tokens_is_an_error():
     _, _, (shard, _), _ = machines(microbatches=1)
     push = push_to(shard)
     with pytest.raises(ValueError, match="sum to 0, expected > 0"):
-        shard.step(Push(push.identity, 0, 0, 0.0, 0, push.gradients))
+        shard.step(Push(push.identity, 1, 0, 0, 0, 0.0, 0, push.gradients))
 
 
 def test_the_window_knows_what_it_has_seen_and_stays_small():
@@ -163,9 +193,13 @@ def test_the_window_knows_what_it_has_seen_and_stays_small():
 
 # ── worker ────────────────────────────────────────────────────────────────────────────────────────────
 
+def begin(number, clock=0, microbatches=(0,), epoch=0, term=TERM):
+    return Begin(0, epoch, number, term, clock, clock, microbatches)
+
+
 def begun(worker, clock=0, microbatches=(0,)):
     worker.step(ClockRequested())
-    assert worker.step(Begin(worker.number, worker.epoch, clock, microbatches)) == [Began(clock, microbatches)]
+    assert worker.step(begin(worker.taken + 1, clock, microbatches)) == [Began(clock, microbatches)]
 
 
 def flat(value=1.0):
@@ -180,8 +214,8 @@ def test_a_worker_asks_to_begin_and_begins():
     _, _, _, (worker, _) = machines()
     assert worker.step(ClockRequested()) == [Send(COORDINATOR, Ready(0, 0, 0))]
     assert worker.step(Timeout()) == [Send(COORDINATOR, Ready(0, 0, 0))]
-    assert worker.step(Begin(0, 0, 0, (0,))) == [Began(0, (0,))]
-    assert worker.step(Begin(0, 0, 0, (0,))) == []
+    assert worker.step(begin(1)) == [Began(0, (0,))]
+    assert worker.step(begin(1)) == []
     assert worker.step(Timeout()) == []
 
 
@@ -190,10 +224,22 @@ def test_a_worker_ignores_answers_to_an_earlier_incarnation_or_clock():
     begun(worker)
     worker.step(PushRequested(0, flat(), 0.0, 1))
     worker.step(ClockRequested())
-    assert worker.step(Begin(0, 0, 0, (0,))) == []
-    assert worker.step(Begin(0, 7, 1, (0,))) == []
+    assert worker.step(begin(1)) == []
+    assert worker.step(begin(2, 1, epoch=7)) == []
     assert worker.step(End(0, 7)) == []
-    assert worker.step(Begin(0, 0, 1, (0,))) == [Began(1, (0,))]
+    assert worker.step(begin(2, 1)) == [Began(1, (0,))]
+
+
+def test_work_of_an_older_term_is_void():
+    _, _, _, (worker, _) = machines()
+    begun(worker)
+    later = Term(2, 1, 0)
+    assert worker.step(Moved(0, 0, later)) == worker.step(Moved(0, 0, TERM)) == []
+    assert worker.step(PullRequested()) == [Send(shard_address(0), Pull(0, 0, 2, 0))]  # of the shards that are left
+    assert worker.step(PushRequested(0, flat(), 0.0, 1)) == []
+    worker.step(ClockRequested())
+    assert worker.step(begin(2)) == [Send(COORDINATOR, Ready(0, 0, 2))]  # taken, and void before it began
+    assert worker.step(begin(3, term=later)) == [Began(0, (0,))]
 
 
 def test_a_push_is_kept_until_every_shard_has_it():
@@ -223,16 +269,16 @@ def test_a_pull_never_mixes_versions():
     _, _, shards, (worker, _) = machines(microbatches=1)
     begun(worker)
     shards[1].step(push_to(shards[1]))
-    shards[1].step(Apply(0, 1.0))
+    shards[1].step(Apply(1, 0, 1.0))
     pulls = worker.step(PullRequested())
     older, newer = (shard.step(pull.message)[0].message for shard, pull in zip(shards, pulls))
     assert (older.values.number, newer.values.number) == (0, 1)
     assert worker.step(older) == []
     again = worker.step(newer)
-    assert again == [Send(shard_address(s), Pull(0, 0, 1)) for s in (0, 1)]
+    assert again == [Send(shard_address(s), Pull(0, 0, 1, 1)) for s in (0, 1)]
     assert worker.step(older) == []  # repeated by the network
     shards[0].step(push_to(shards[0]))
-    shards[0].step(Apply(0, 1.0))
+    shards[0].step(Apply(1, 0, 1.0))
     answers = [shard.step(pull.message)[0].message for shard, pull in zip(shards, again)]
     assert worker.step(answers[0]) == []
     (pulled,) = worker.step(answers[1])
@@ -253,7 +299,7 @@ def test_a_program_that_breaks_the_rules_gets_one_clear_line():
     with pytest.raises(ValueError, match=r"push of microbatch 0 in clock 0, expected one of \[2\], each once"):
         worker.step(PushRequested(0, flat(), 0.0, 1))
     with pytest.raises(ProtocolError, match="is not for a worker"):
-        worker.step(Apply(0, 1.0))
+        worker.step(Apply(1, 0, 1.0))
 
 
 def test_the_end_and_a_refusal_reach_the_program():
@@ -267,54 +313,174 @@ def test_the_end_and_a_refusal_reach_the_program():
 # ── coordinator ───────────────────────────────────────────────────────────────────────────────────────
 
 def reduced(shard, clock=0, loss=1.0, squares=()):
-    return Reduced(shard, clock, loss, 2, np.array(squares, "float64"))
+    return Reduced(shard, 1, clock, loss, 2, np.array(squares, "float64"))
+
+
+def shares(sends):
+    return {send.message.worker: (send.message.clock, send.message.version, send.message.microbatches)
+            for send in sends}
+
+
+def running(workers=2, clocks=1, **arguments):
+    """A coordinator that has begun its first clock with every worker."""
+    _, coordinator, _, _ = machines(workers=workers, **arguments)
+    for worker in range(workers):
+        coordinator.step(Ready(worker, 0, 0))
+    coordinator.step(Proceed(clocks - 1))
+    return coordinator
+
+
+def commit(coordinator, clock):
+    actions = []
+    for message in (*(reduced(s, clock) for s in range(2)), *(Applied(s, 1, clock) for s in range(2))):
+        actions += coordinator.step(message)
+    return [action for action in actions if isinstance(action, Committed)]
 
 
 def test_microbatch_i_goes_to_worker_i_modulo_the_workers():
     _, coordinator, _, _ = machines(workers=3, microbatches=7)
-    assert [coordinator.assignment(w) for w in range(3)] == [(0, 3, 6), (1, 4), (2, 5)]
+    for worker in range(3):
+        assert coordinator.step(Ready(worker, 0, 0)) == []
+    given = shares(coordinator.step(Proceed(0)))
+    assert given == {0: (0, 0, (0, 3, 6)), 1: (0, 0, (1, 4)), 2: (0, 0, (2, 5))}
 
 
 def test_a_clock_begins_when_the_driver_says_so():
     _, coordinator, _, _ = machines()
     assert coordinator.step(Ready(1, 0, 0)) == []
-    assert coordinator.step(Proceed()) == [Send(worker_address(1), Begin(1, 0, 0, (1,)))]
-    assert coordinator.step(Ready(0, 0, 0)) == [Send(worker_address(0), Begin(0, 0, 0, (0,)))]
-    assert coordinator.step(Ready(0, 0, 1)) == []  # done with its share: waits for the next clock
-    with pytest.raises(ProtocolError, match="while clock 0 is running"):
-        coordinator.step(Finish())
+    first = Send(worker_address(1), Begin(1, 0, 1, TERM, 0, 0, (1,)))
+    assert coordinator.step(Proceed(0)) == [first]
+    assert coordinator.step(Ready(0, 0, 0)) == [Send(worker_address(0), Begin(0, 0, 1, TERM, 0, 0, (0,)))]
+    assert coordinator.step(Ready(1, 0, 0)) == [first]  # it was lost
+    assert coordinator.step(Ready(1, 0, 1)) == []  # done with its share: waits for the next clock
+    assert coordinator.step(Ready(1, 0, 0)) == [first]  # repeated by the network; the worker knows that it had it
+
+
+def test_the_work_of_a_lost_worker_goes_to_whoever_asks():
+    coordinator = running(microbatches=4)
+    assert coordinator.step(Ready(0, 0, 1)) == []
+    assert shares(coordinator.step(Gone(1, 0))) == {0: (0, 0, (1, 3))}
+    assert coordinator.step(Gone(1, 0)) == []
+    commit(coordinator, 0)
+    coordinator.step(Proceed(1))
+    assert shares(coordinator.step(Ready(0, 0, 2))) == {0: (1, 1, (0, 1, 2, 3))}  # it is alone now
+
+
+def test_a_new_incarnation_gets_the_work_of_the_one_before():
+    coordinator = running(microbatches=4)
+    assert shares(coordinator.step(Ready(1, 1, 0))) == {1: (0, 0, (1, 3))}
+    assert coordinator.step(Gone(1, 0)) == []  # old news
+
+
+def test_a_worker_that_comes_later_gets_a_share_of_the_next_clock():
+    coordinator = running(microbatches=6)
+    assert coordinator.step(Ready(2, 0, 0)) == []
+    commit(coordinator, 0)
+    given = shares(coordinator.step(Proceed(1)))
+    assert given == {2: (1, 1, (2, 5))}
+    assert shares(coordinator.step(Ready(0, 0, 1))) == {0: (1, 1, (0, 3))}
+
+
+def test_ssp_begins_clocks_ahead_each_on_one_version():
+    coordinator = running(consistency="ssp:2")
+    assert shares(coordinator.step(Ready(0, 0, 1))) == {0: (1, 0, (0,))}
+    assert shares(coordinator.step(Ready(0, 0, 2))) == {0: (2, 0, (0,))}
+    assert coordinator.step(Ready(0, 0, 3)) == []  # clock 3 needs the commit of clock 0
+    (committed,) = commit(coordinator, 0)
+    assert (committed.clock, committed.version) == (0, 0)
+    assert shares(coordinator.step(Proceed(1))) == {0: (3, 1, (0,))}
+    assert shares(coordinator.step(Ready(1, 0, 1))) == {1: (1, 0, (1,))}  # the version it was begun on
+
+
+def test_nothing_is_applied_that_was_not_granted():
+    coordinator = running(consistency="ssp:2")
+    commit(coordinator, 0)
+    coordinator.step(Ready(0, 0, 1))
+    assert coordinator.step(reduced(0, 1)) == coordinator.step(reduced(1, 1)) == []
+    applies = [send for send in coordinator.step(Proceed(1)) if isinstance(send.message, Apply)]
+    assert [send.message.clock for send in applies] == [1, 1]
+
+
+def test_backup_workers_are_not_waited_for_and_all_shards_leave_out_the_same():
+    coordinator = running(workers=3, microbatches=3, consistency=Consistency(backups=1))
+    assert coordinator.step(Held(0, 1, 0, (0, 1))) == coordinator.step(Held(1, 1, 0, (1, 2))) == []
+    choices = coordinator.step(Held(1, 1, 0, (0, 1, 2)))
+    assert choices == [Send(shard_address(s), Choose(1, 0, (0, 1))) for s in (0, 1)]
+    assert coordinator.step(Held(0, 1, 0, (0, 1, 2))) == choices[:1]  # it did not hear: tell it again
+    (committed,) = commit(coordinator, 0)
+    assert committed.dropped == (2,)
+
+
+def test_a_lost_shard_takes_all_back_to_the_last_snapshot_they_share():
+    _, coordinator, _, _ = machines(durability="snapshot", save_every=1)
+    for worker in range(2):
+        coordinator.step(Ready(worker, 0, 0))
+    coordinator.step(Proceed(1))
+    commit(coordinator, 0)
+    for shard in range(2):
+        coordinator.step(Saved(shard, 1, 1))
+    coordinator.step(Ready(0, 0, 1))
+    commit(coordinator, 1)
+    coordinator.step(Saved(0, 1, 2))
+    later = Term(2, 2, 1)
+    restores = [Send(shard_address(s), Restore(later)) for s in (0, 1)]
+    assert coordinator.step(Blank(1, 1)) == coordinator.step(Timeout()) == restores
+    assert coordinator.step(Blank(1, 1)) == []
+    assert coordinator.step(Ready(1, 0, 1)) == coordinator.step(Restored(0, 2)) == []
+    assert shares(coordinator.step(Restored(1, 2))) == {1: (1, 1, (1,))}  # clock 1 once more
+    assert coordinator.step(Applied(0, 1, 1)) == []  # of the older term
+
+
+def test_only_bsp_can_go_back():
+    coordinator = running(consistency="ssp:1")
+    with pytest.raises(ProtocolError, match="shard 1 lost its memory; only BSP can compute it again"):
+        coordinator.step(Blank(1, 1))
+
+
+def test_resharding_waits_for_the_clock_and_for_its_snapshots():
+    coordinator = running(clocks=2)
+    assert coordinator.step(Reshard(3)) == []
+    assert coordinator.step(Ready(0, 0, 1)) == coordinator.step(reduced(0)) == []
+    assert [send.message.save for send in coordinator.step(reduced(1))] == [True, True]
+    coordinator.step(Applied(0, 1, 0))
+    assert [type(action) for action in coordinator.step(Applied(1, 1, 0))] == [Committed]
+    assert coordinator.step(Saved(1, 1, 1)) == []
+    assert coordinator.step(Timeout()) == [Send(shard_address(0), Apply(1, 0, 1.0, True))]
+    assert coordinator.step(Saved(0, 1, 1)) == [Send(shard_address(s), Restore(Term(2, 3, 1))) for s in range(3)]
+    assert coordinator.term.shards == 3
 
 
 def test_nobody_updates_before_every_shard_has_everything():
-    _, coordinator, _, _ = machines()
-    coordinator.step(Proceed())
+    coordinator = running()
     assert coordinator.step(reduced(1)) == []
     assert coordinator.step(reduced(1)) == []
-    applies = [Send(shard_address(s), Apply(0, 1.0)) for s in (0, 1)]
+    applies = [Send(shard_address(s), Apply(1, 0, 1.0)) for s in (0, 1)]
     assert coordinator.step(reduced(0)) == applies
     assert coordinator.step(Timeout()) == applies
-    assert coordinator.step(Applied(1, 0)) == []
+    assert coordinator.step(Applied(1, 1, 0)) == []
     assert coordinator.step(Timeout()) == applies[:1]
     assert coordinator.step(reduced(0)) == applies[:1]  # it did not hear: tell it again
     assert coordinator.step(reduced(1)) == []
-    assert coordinator.step(Applied(1, 0)) == []
-    assert coordinator.step(Applied(0, 0)) == [Committed(0, 1.0, 2, None)]
-    assert coordinator.step(Applied(0, 0)) == coordinator.step(reduced(0)) == coordinator.step(Timeout()) == []
+    assert coordinator.step(Applied(1, 1, 0)) == []
+    assert coordinator.step(Applied(0, 1, 0)) == [Committed(0, 1.0, 2, None)]
+    assert coordinator.step(Applied(0, 1, 0)) == coordinator.step(reduced(0)) == coordinator.step(Timeout()) == []
     assert coordinator.clock == 1
 
 
-def test_the_norm_is_of_all_blocks_in_their_order():
+def test_the_norm_is_of_all_blocks_in_their_order(monkeypatch):
     seen = []
-    _, coordinator, _, _ = machines(shards=3)
-    coordinator.clip = lambda squares: seen.append(squares.tolist()) or (7.0, 0.25)
-    coordinator.step(Proceed())
+    monkeypatch.setattr(Setup, "clip", lambda self, squares: seen.append(squares.tolist()) or (7.0, 0.25))
+    coordinator = running(shards=3, clip_norm=1.0)
+    counts = [sum(len(p.blocks) for p in pieces) for pieces in coordinator.setup.partition(3).pieces]
+    assert counts == [1, 3, 2]
     coordinator.step(reduced(2, squares=[5.0, 6.0]))
     coordinator.step(reduced(0, squares=[1.0]))
-    assert {send.message for send in coordinator.step(reduced(1, squares=[]))} == {Apply(0, 0.25)}
-    assert seen == [[1.0, 5.0, 6.0]]
+    decision = {send.message for send in coordinator.step(reduced(1, squares=[2.0, 3.0, 4.0]))}
+    assert decision == {Apply(1, 0, 0.25)}
+    assert seen == [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]
     for shard in range(2):
-        coordinator.step(Applied(shard, 0))
-    assert coordinator.step(Applied(2, 0)) == [Committed(0, 1.0, 2, 7.0)]
+        coordinator.step(Applied(shard, 1, 0))
+    assert coordinator.step(Applied(2, 1, 0)) == [Committed(0, 1.0, 2, 7.0)]
 
 
 def test_the_end_reaches_who_waits_and_who_comes_later():
@@ -325,8 +491,7 @@ def test_the_end_reaches_who_waits_and_who_comes_later():
 
 
 @pytest.mark.parametrize(("ready", "reason"), [
-    (Ready(0, 0, 0, protocol=99), "worker 0 speaks protocol 99, the coordinator 1"),
-    (Ready(5, 0, 0), "worker 5 is none of the 2 workers"),
+    (Ready(0, 0, 0, protocol=99), "worker 0 speaks protocol 99, the coordinator 2"),
     (Ready(1, 2, 0), "worker 1 of epoch 2 was replaced by epoch 3"),
 ])
 def test_strangers_are_refused_with_a_reason(ready, reason):
@@ -337,14 +502,13 @@ def test_strangers_are_refused_with_a_reason(ready, reason):
 
 
 def test_a_coordinator_refuses_what_no_correct_peer_sends():
-    _, coordinator, _, _ = machines()
-    coordinator.step(Proceed())
+    coordinator = running()
     with pytest.raises(ProtocolError, match="before clock 0 was decided"):
-        coordinator.step(Applied(0, 0))
-    with pytest.raises(ProtocolError, match="at clock 0"):
+        coordinator.step(Applied(0, 1, 0))
+    with pytest.raises(ProtocolError, match="clock 1 has not begun"):
         coordinator.step(reduced(0, clock=1))
     coordinator.step(reduced(0))
     with pytest.raises(ProtocolError, match="the shards disagree on the loss of clock 0"):
         coordinator.step(reduced(1, loss=2.0))
     with pytest.raises(ProtocolError, match="is not for the coordinator"):
-        coordinator.step(Parameters(0, 0, 0, None))
+        coordinator.step(Parameters(0, 0, 0, 0, 0, None))

@@ -160,7 +160,7 @@ ENGINE = [
            "if block < len(ends) and ends[block] - target > target - below:",
            "boundaries go to the further of two blocks",
            "tests/sharder/test_partition.py"),
-    Mutant("push applied twice", "engine/sharder/shard.py",
+    Mutant("push applied twice", "engine/sharder/memory.py",
            "if sequence < self.floor or sequence in self.above:",
            "if sequence in self.above:",
            "a shard forgets that it has seen an old sequence number",

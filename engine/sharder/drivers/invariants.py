@@ -1,93 +1,180 @@
-"""What must hold after every event of a simulated history, whatever the network does.
+"""What must hold after every event of a simulated history, whatever fails.
 
-1. A version only grows; no shard is more than one ahead of another; the coordinator counts a clock only when every
-   shard has done it.
-2. The decision to apply a clock is taken only when every shard holds all of it: all shards update, or none.
-3. A pull gives one version, on every shard, not older than the clock it is for, nor than what the worker saw before;
-   and a worker goes from clock to later clock.
+1. All or none. A shard is at the coordinator's clock, or one ahead when that clock is decided; a clock is decided only
+   when every shard has summed all of it.
+2. Nothing that was said is taken back. Whatever a shard has told anybody it has done, it has done, after any crash.
+3. No mixtures. The microbatches of a clock are computed on one version, at most `staleness` old; a later clock's is not
+   older; a worker gets exactly that version of every shard. In ASP what it reads never goes back.
 4. Parameters that somebody holds never change.
-5. With an oracle: at every version, every shard holds the bits that plain training has. This includes that each
-   microbatch was applied exactly once, and summed in the order of the tree.
+5. The bits. At every version every shard holds the parameters and optimizer state of plain training (plain.py) along
+   the same course; in ASP, of a loop over the pushes in the order in which this shard took them. This includes that
+   each microbatch counts exactly once, in the order of the tree.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from engine.sharder.events import Pulled
+from engine.sharder.drivers.history import History
+from engine.sharder.drivers.ledger import Ledger
+from engine.sharder.events import COORDINATOR, Address, Pulled, Send
+from engine.sharder.memory import Checkpoint
+from engine.sharder.messages import Applied, Begin
+from engine.sharder.shard import Shard
 from engine.sharder.versions import Version
 from engine.sharder.worker import Worker
 
 if TYPE_CHECKING:
+    from engine.sharder.drivers.plain import Plain
     from engine.sharder.drivers.simulator import _Run
-
-Oracle = Callable[[int], Mapping[str, np.ndarray]]
 
 
 class Violated(AssertionError):
     """An invariant is broken; the message ends with the last events of the history."""
 
-    def __init__(self, what: str, log: list[str]):
-        super().__init__("\n  ".join([what, f"the last of {len(log)} events:", *log[-12:]]))
+    def __init__(self, what: str, history: History):
+        super().__init__("\n  ".join([what, f"the last of {len(history.events)} events:", *history.tail(16)]))
 
 
 class Invariants:
-    """Watches one run; check() after each event, pulled() at each completed pull."""
+    """Watches one run: check() after each event, said() at each message of a shard, pulled() at each completed pull."""
 
-    def __init__(self, run: _Run, oracle: Oracle | None):
-        self.run, self.oracle = run, oracle
-        self.versions = [-1] * len(run.shards)
-        self.seen: dict[tuple[int, int], tuple[int, int]] = {}  # by worker and epoch: its last clock and version
+    def __init__(self, run: _Run, plain: Plain):
+        self.run, self.plain, self.setup = run, plain, run.cluster.setup
+        self.asynchronous = self.setup.consistency.asynchronous
+        self.course: list[tuple[int, tuple[int, ...]]] = []
+        self.ledger = Ledger(self)
+        self.seen: dict[int, tuple[Shard, int, int, int]] = {}  # by shard: machine, term, clock, version
+        self.promised: dict[int, tuple[int, int]] = {}  # by shard: term and clock
+        self.begun: dict[tuple[int, int], int] = {}  # by term and clock: the version it is computed on
+        self.read: dict[tuple[int, int, int, int], int] = {}  # by worker, epoch, term, shard: the newest version
         self.held: dict[int, tuple[tuple[Version, ...], int]] = {}  # by worker: what it pulled last, and its checksum
 
     def require(self, holds: bool, what: str, *values: Any) -> None:
         if not holds:
-            raise Violated(what.format(*values), self.run.history.log)
+            raise Violated(what.format(*values), self.run.history)
 
-    def check(self) -> None:
-        clock, decision = self.run.coordinator.clock, self.run.coordinator.decision
-        versions = [shard.version for shard in self.run.shards]
-        for number, (shard, before) in enumerate(zip(self.run.shards, self.versions)):
-            version = versions[number]
-            self.require(version in (before, before + 1) or before == -1, "shard {} went from version {} to {}", number,
-                         before, version)
-            self.require(version == clock or (version == clock + 1 and decision is not None),
-                         "shard {} is at version {} while the coordinator is at clock {}", number, version, clock)
-            self.require(decision is None or version > clock or shard.accumulator.complete,
-                         "clock {} was decided while shard {} had not all of it", clock, number)
-            if version != before and self.oracle:
-                self.compare(number, version)
-        self.versions = versions
-        for worker, (values, checksum) in self.held.items():
-            self.require(_checksum(values) == checksum, "the parameters that worker {} holds have changed", worker)
+    def check(self, to: Address, event: Any) -> None:
+        """Of what this event can have changed: the machine it was for, and what others have of it."""
+        coordinator = self.run.coordinator
+        for shard in self.run.shards() if to == COORDINATOR else [self.run.machine(to)] if to[0] == "shard" else []:
+            if shard is None or not shard.active:
+                continue
+            if shard.term == coordinator.term and not coordinator.restoring:
+                self._check_clock(shard, shard.clock)
+            if to != COORDINATOR:
+                self._check_shard(shard, event)
+        if to[0] == "shard":
+            for worker, (values, checksum) in self.held.items():
+                self.require(_checksum(values) == checksum, "the parameters that worker {} holds have changed", worker)
 
-    def compare(self, number: int, version: int) -> None:
-        assert self.oracle is not None
-        expected, current = self.oracle(version), self.run.shards[number].memory.versions.current
-        self.require(current.number == version, "shard {} shows version {} at {}", number, current.number, version)
-        for piece in self.run.cluster.partition.pieces[number]:
-            whole = np.ascontiguousarray(expected[piece.parameter.name]).reshape(-1)
-            same = whole[piece.start:piece.stop].tobytes() == current.read(piece).tobytes()
-            self.require(same, "shard {}, version {}: {!r} has other bits than plain training", number, version,
-                         piece.parameter.name)
+    # ── shards ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _check_shard(self, shard: Shard, event: Any) -> None:
+        assert shard.term is not None
+        number, term, clock, version = shard.number, shard.term, shard.clock, shard.memory.version
+        machine, *before = self.seen.get(number, (None, -1, -1, -1))
+        if machine is shard and before == [term.number, clock, version]:
+            return
+        self.seen[number] = shard, term.number, clock, version
+        self.require((term.number, clock) >= self.promised.get(number, (-1, -1)),
+                     "shard {} is at term {}, clock {}, and had told of {}", number, term.number, clock,
+                     self.promised.get(number))
+        if machine is shard and before[0] == term.number:
+            self.require(before[1] <= clock <= before[1] + 1 and before[2] <= version <= before[2] + 1,
+                         "shard {} went from clock {} and version {} to {} and {}", number, *before[1:], clock, version)
+        self.require(shard.memory.versions.current.number == version, "shard {} shows version {} at {}", number,
+                     shard.memory.versions.current.number, version)
+        if self.asynchronous:
+            self.ledger.check(shard, event)
+        else:
+            self.compare(shard, self.expected(clock), clock)
+
+    def _check_clock(self, shard: Shard, clock: int) -> None:
+        coordinator = self.run.coordinator
+        running = coordinator.clocks.get(coordinator.clock)
+        decided = running is not None and running.decision is not None
+        self.require(clock == coordinator.clock or (clock == coordinator.clock + 1 and decided),
+                     "shard {} is at clock {} while the coordinator is at {}", shard.number, clock, coordinator.clock)
+        if decided and clock == coordinator.clock:
+            gathering = shard.gatherings.get(clock)
+            self.require(gathering is not None and gathering.reduced is not None,
+                         "clock {} was decided while shard {} had not all of it", clock, shard.number)
+
+    def expected(self, clock: int) -> Checkpoint:
+        """What plain training has along the course so far, which the coordinator decides clock by clock."""
+        length = clock - self.run.first
+        if length > len(self.course):
+            running = self.run.coordinator.clocks[clock - 1]
+            self.course.append((running.version, running.chosen or tuple(range(self.setup.microbatches))))
+        return self.plain.after(tuple(self.course[:length]))
+
+    def compare(self, shard: Shard, expected: Checkpoint, version: int) -> None:
+        """Hold parameters and optimizer state of a shard against a checkpoint."""
+        current = shard.memory.versions.current
+        for i, piece in enumerate(shard.pieces):
+            name = piece.parameter.name
+            kinds = [("parameters", expected.parameters, current.read(piece))]
+            kinds += [(slot, saved, shard.memory.slots[slot][i].data)
+                      for slot, saved in expected.slots.items() if saved]
+            for kind, saved, own in kinds:
+                right = saved[name].reshape(-1)[piece.start:piece.stop]
+                self.require(right.tobytes() == own.tobytes(), "shard {}, version {}: {}/{} has other bits than plain "
+                             "training", shard.number, version, kind, name)
+
+    def said(self, source: Address, send: Send) -> None:
+        """A shard tells the coordinator that it has applied a clock."""
+        if isinstance(send.message, Applied):
+            applied = send.message
+            self.promised[source[1]] = max(self.promised.get(source[1], (-1, -1)), (applied.term, applied.clock + 1))
+
+    # ── workers ─────────────────────────────────────────────────────────────────────────────────────
 
     def pulled(self, worker: Worker, pulled: Pulled) -> None:
-        numbers = [version.number for version in pulled.values]
-        self.require(len(set(numbers)) == 1, "worker {} pulled a mixture of versions {}", worker.number, numbers)
-        clock, version = self.seen.get((worker.number, worker.epoch), (-1, 0))
-        self.require(worker.clock > clock, "worker {} began clock {} after {}", worker.number, worker.clock, clock)
-        self.require(numbers[0] >= max(worker.clock, version), "worker {} pulled version {} for clock {}, after {}",
-                     worker.number, numbers[0], worker.clock, version)
-        self.seen[worker.number, worker.epoch] = worker.clock, numbers[0]
+        begun, numbers = worker.begun, [version.number for version in pulled.values]
+        assert begun is not None
         self.held[worker.number] = pulled.values, _checksum(pulled.values)
+        if self.asynchronous:
+            for shard, number in enumerate(numbers):
+                key = worker.number, worker.epoch, worker.term.number, shard
+                self.require(number >= self.read.get(key, 0), "worker {} read version {} of shard {} after {}",
+                             worker.number, number, shard, self.read.get(key))
+                self.read[key] = number
+            return
+        self.require(len(set(numbers)) == 1, "worker {} pulled a mixture of versions {}", worker.number, numbers)
+        if begun.term == worker.term:
+            self._check_version(worker, begun, numbers[0])
+
+    def _check_version(self, worker: Worker, begun: Begin, number: int) -> None:
+        term, clock, version = begun.term.number, begun.clock, begun.version
+        self.require(clock - self.setup.consistency.staleness <= version <= clock, "clock {} was begun on version {}",
+                     clock, version)
+        self.require(self.begun.setdefault((term, clock), version) == version,
+                     "clock {} is computed on versions {} and {}", clock, self.begun[term, clock], version)
+        earlier = [v for (t, c), v in self.begun.items() if t == term and c < clock]
+        self.require(not earlier or max(earlier) <= version, "clock {} is computed on version {}, an earlier one on {}",
+                     clock, version, max(earlier, default=0))
+        coordinator = self.run.coordinator
+        over = coordinator.term != begun.term or any(
+            shard is not None and shard.term == begun.term and shard.clock > clock for shard in self.run.shards())
+        self.require(number == version or over, "worker {} pulled version {} for clock {}, which is computed on {}",
+                     worker.number, number, clock, version)
+
+    # ── the end ─────────────────────────────────────────────────────────────────────────────────────
+
+    def check_end(self) -> None:
+        """Every clock was committed, once; and the parameters are what they must be after them."""
+        run = self.run
+        clocks = [committed.clock for committed in run.history.committed]
+        if run.stride == 1:
+            self.require(clocks == list(range(run.first, run.last)), "the committed clocks are {}", clocks)
+        if self.asynchronous:
+            self.ledger.check_end()
 
 
 def _checksum(values: tuple[Version, ...]) -> int:
     checksum = 0
     for version in values:
-        checksum = zlib.crc32(version.flat.data.tobytes(), checksum)
+        checksum = zlib.crc32(version.flat.data.data, checksum)
     return checksum

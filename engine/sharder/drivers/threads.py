@@ -6,8 +6,9 @@
         if done.clock % 100 == 99:
             save(server.state())
 
-run() is a generator: while the caller looks at a finished clock, every worker stands before the next one, so the
-state it sees is that of all shards at this clock. Leaving the loop ends the run, and a later run() goes on from there.
+run() is a generator: while the caller looks at a finished clock nothing is applied, so the state it sees is that of all
+shards at this clock. (In BSP every worker stands before the next clock; in SSP they are computing ahead.) Leaving the
+loop ends the run, and a later run() goes on from there.
 An exception in any thread ends the run at once and is raised in the caller; Ctrl-C ends it at the end of the running
 clock, and a second one at once. In all these cases the server stands at the last clock that was committed.
 
@@ -21,7 +22,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from queue import SimpleQueue
 from typing import Any
 
@@ -58,21 +58,30 @@ class _Returned:
 class ParameterServer(Cluster):
     """A parameter server in this process; the arguments are Cluster's."""
 
-    def run(self, program: Program, clocks: int | None = None) -> Iterator[Committed]:
+    def run(self, program: Program, clocks: int | None = None, stride: int = 1) -> Iterator[Committed]:
         """Train: `program(client)` on a thread for each worker, for `clocks` clocks or until the caller stops.
 
-        Yields a Committed for each clock done. Raises what a program, a shard or the rule raises; KeyboardInterrupt
-        is raised at the end of the clock in which it came.
+        Yields a Committed for each clock done. With a stride, parameters stand still only after so many clocks (and
+        state() can be asked for then), not after each: ASP needs one to run ahead at all. Raises what a program, a
+        shard or the rule raises; KeyboardInterrupt is raised at the end of the stride in which it came.
         """
-        machines = self.start()
+        machines = self.start(clocks)
         try:
             team = _Team(self, program, *machines)
+            last = None if clocks is None else team.clock + clocks
             try:
-                for _ in count() if clocks is None else range(clocks):
-                    yield team.one_clock()
-                    team.heed_interrupt()
+                while last is None or team.clock < last:
+                    if team.clock == team.granted:
+                        team.heed_interrupt()
+                        team.grant(team.clock + stride if last is None else min(team.clock + stride, last))
+                    yield team.next_clock()
+                team.heed_interrupt()
                 team.finish()
                 team.heed_interrupt()
+            except GeneratorExit:
+                while team.clock < team.granted:
+                    team.next_clock()
+                raise
             finally:
                 team.stop()
         finally:
@@ -85,6 +94,7 @@ class _Team:
     def __init__(self, server: ParameterServer, program: Program, coordinator: Coordinator, shards: list[Shard],
                  workers: list[Worker]):
         self.server, self.program = server, program
+        self.clock = self.granted = server.clock  # committed; may be applied
         self.interrupted = False
         self.news: deque[Any] = deque()  # to the caller: Committed, _Returned, _Failed
         self.arrived = threading.Semaphore(0)
@@ -141,12 +151,16 @@ class _Team:
 
     # ── in the caller ───────────────────────────────────────────────────────────────────────────────
 
-    def one_clock(self) -> Committed:
-        """Let one clock run to its end."""
-        self.server.busy = True
-        self.inboxes[COORDINATOR].put(Proceed())
+    def grant(self, clock: int) -> None:
+        """Let the clocks before `clock` be applied."""
+        self.granted, self.server.busy = clock, True
+        self.inboxes[COORDINATOR].put(Proceed(clock - 1))
+
+    def next_clock(self) -> Committed:
+        """Wait for the end of the next clock."""
         committed = self._next_news()
-        self.server.busy = False
+        self.clock += 1
+        self.server.busy = self.clock < self.granted
         return committed
 
     def finish(self) -> None:
@@ -194,8 +208,8 @@ class _Port:
     def send(self, send: Send) -> None:
         if isinstance(send.message, Pull):
             pull, shard = send.message, send.to[1]
-            current = self.team.server.memories[shard].versions.current
-            self.inbox.put(Parameters(pull.worker, pull.epoch, shard, current))
+            values = self.team.server.memories[shard].versions.at(pull.version)
+            self.inbox.put(Parameters(pull.worker, pull.epoch, shard, pull.term, pull.version, values))
         else:
             self.team.inboxes[send.to].put(send.message)
 

@@ -1,0 +1,73 @@
+"""Training in one loop, without the protocol: what every version must be, bit for bit.
+
+A run in BSP or SSP is a function of its *course*: for each clock, the version it was computed on and the microbatches
+that make it up. In BSP the course is always the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from engine.backend import Array
+from engine.optim.accumulator import Accumulator
+from engine.optim.clip import sums_of_squares
+from engine.sharder.memory import Checkpoint
+from engine.sharder.setup import Setup
+
+Values = Mapping[str, np.ndarray]
+Gradient = Callable[[Values, int, int], "tuple[Values, float, float]"]
+Course = tuple[tuple[int, tuple[int, ...]], ...]
+
+
+class Plain:
+    """The states that training with `gradient` goes through from `origin` on; each is computed once."""
+
+    def __init__(self, setup: Setup, origin: Checkpoint, gradient: Gradient):
+        self.setup, self.origin, self.gradient, self.k = setup, origin, gradient, setup.k
+        self.states: dict[Course, Checkpoint] = {(): origin}
+
+    def after(self, course: Course) -> Checkpoint:
+        """The state after the clocks of this course."""
+        found = self.states.get(course)
+        if found is None:
+            found = self.states[course] = self._next(self.after(course[:-1]), course)
+        return found
+
+    def _next(self, before: Checkpoint, course: Course) -> Checkpoint:
+        setup, k, start = self.setup, self.k, self.origin.clock
+        version, microbatches = course[-1]
+        read = self.after(course[:version - start]).parameters
+        accumulator = Accumulator(len(microbatches), k)
+        for rank, index in enumerate(microbatches):
+            gradients, loss, tokens = self.gradient(read, before.clock, index)
+            accumulator.add(rank, [self._array(gradients[name]) for name in setup.shapes], loss, tokens)
+        means, scale = accumulator.mean().gradients, 1.0
+        if setup.clip_norm is not None:
+            _, scale = setup.clip(np.concatenate([sums_of_squares(k, g).data for g in means]))
+        return self.update(before, dict(zip(setup.shapes, means)), scale, before.clock - version)
+
+    def _array(self, values: Any) -> Array:
+        return self.k.array(np.asarray(values).reshape(-1))
+
+    def update(self, before: Checkpoint, gradients: Mapping[str, Array], scale: float, staleness: int) -> Checkpoint:
+        """One update of every parameter."""
+        setup, k, parameters = self.setup, self.k, {}
+        slots: dict[str, dict[str, np.ndarray]] = {slot: {} for slot in setup.rule.slots}
+        step = before.clock + 1
+        for name, gradient in gradients.items():
+            if scale != 1.0:
+                gradient = k.map("multiply", gradient, k.constant(scale, gradient.dtype))
+            old = self._array(before.parameters[name])
+            state = setup.rule.init(k, old.size, old.dtype)
+            for slot, saved in before.slots.items():
+                if saved is not None:
+                    state[slot] = self._array(saved[name])
+            new = k.empty_like(old)
+            setup.rule.apply(k, new, state, old, state, gradient, step, **setup.hyper_at(step, name, staleness))
+            parameters[name] = new.data.reshape(setup.shapes[name])
+            for slot in slots:
+                slots[slot][name] = state[slot].data.reshape(setup.shapes[name])
+        return Checkpoint(step, parameters, slots)

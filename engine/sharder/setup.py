@@ -1,0 +1,67 @@
+"""What every machine of a cluster knows from the start, and never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from engine.backend import Backend
+from engine.dtypes import DType
+from engine.optim import clip
+from engine.sharder.consistency import BSP, Consistency, Damping
+from engine.sharder.partition import Partition
+
+Hyper = Callable[[int, str], Mapping[str, Any]]
+"""hyper(step, parameter name): what the update rule is given besides its defaults. step counts from 1."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """shapes: of the parameters, by name   rule: engine.optim.rules    microbatches: in a clock
+    clip_norm: the mean gradient of a clock is clipped to it       damping: of the learning rate, by staleness
+    save_every: so many clocks lie between two consistent snapshots; 0: none are made
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: DType
+    k: Backend
+    rule: Any
+    hyper: Hyper
+    microbatches: int
+    clip_norm: float | None = None
+    consistency: Consistency = BSP
+    damping: Damping | None = None
+    placement: str = "ranges"
+    save_every: int = 0
+    _partitions: dict[int, Partition] = field(default_factory=dict)
+
+    def partition(self, shards: int) -> Partition:
+        """The parameters over so many shards; everybody works out the same."""
+        if shards not in self._partitions:
+            self._partitions[shards] = Partition(self.shapes, shards, self.placement)
+        return self._partitions[shards]
+
+    @property
+    def needed(self) -> int:
+        """How many microbatches complete a clock."""
+        return self.microbatches - self.consistency.backups
+
+    def updates(self, clock: int) -> int:
+        """How many updates make so many clocks."""
+        return clock * self.microbatches if self.consistency.asynchronous else clock
+
+    def hyper_at(self, step: int, name: str, staleness: int) -> Mapping[str, Any]:
+        """The hyper-parameters of an update that comes `staleness` updates late."""
+        hyper = self.hyper(step, name)
+        if self.damping is None:
+            return hyper
+        return {**hyper, "lr": hyper.get("lr", self.rule.lr) * self.damping(staleness)}
+
+    def clip(self, squares: np.ndarray) -> tuple[float, float]:
+        """Σg² of every block -> (norm of the gradient, factor that clips it)."""
+        assert self.clip_norm is not None
+        norm = clip.norm_of_blocks(self.k, squares)
+        return norm, clip.clip_scale(norm, self.clip_norm)
