@@ -86,6 +86,9 @@ mutate: build ## plant bugs one by one, and see that the tests catch every one
 exhaustive: build ## prove the accuracy of the float functions over all 2^32 floats (an hour; goes on where it stopped)
 	@$(RUN) tools/exhaustive.py $(ARGS)
 
+bench: build ## ours beside the peers that are installed (make bench ARGS="gemm --threads 1")
+	@$(RUN) tools/bench.py $(or $(ARGS),all)
+
 lines: ## the reader's budget: lines of source beside their goals
 	@$(PYTHON) tools/lines.py $(ARGS)
 

@@ -52,6 +52,7 @@ class Contest:
 
     @property
     def limited_by_flops(self) -> bool:
+        """Whether the bound is flops/peak; else it is bytes/bandwidth, of bytes that come from memory."""
         return not (self.streams and self.bytes)
 
 
