@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := build
-.PHONY: build help venv train test test-isa test-asan test-ubsan test-peers test-crashes test-gpu test-cuda-compile test-wheel lint mutate exhaustive lines doctor wheel clean
+.PHONY: build help venv train test test-isa test-asan test-ubsan test-peers test-crashes test-gpu test-cuda-compile test-wheel lint mutate exhaustive bench lines doctor wheel clean
 .DELETE_ON_ERROR:
 
 build: $(READY) ## compile the kernels in place (what plain `make` does)
