@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := build
-.PHONY: build help venv train test test-isa test-asan test-ubsan test-peers test-crashes test-gpu test-cuda-compile test-wheel lint mutate exhaustive bench lines doctor wheel clean
+.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-gpu test-cuda-compile test-wheel lint mutate exhaustive bench lines doctor wheel clean
 .DELETE_ON_ERROR:
 
 build: $(READY) ## compile the kernels in place (what plain `make` does)
@@ -63,6 +63,9 @@ test-ubsan: $(READY) ## the same with the undefined-behaviour sanitizer
 test-tsan: $(READY) ## the same with the thread sanitizer
 	@$(BUILD_SANITIZED) "-fsanitize=thread -g"
 	@LD_PRELOAD="$$($(CC) -print-file-name=libtsan.so) $$($(CC) -print-file-name=libstdc++.so)" TSAN_OPTIONS=halt_on_error=1 $(SANITIZED)
+
+test-peers: build $(VENV)/peers ## hold ops, layers, optimizers and models against PyTorch and transformers
+	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q tests/peers $(ARGS)
 
 test-crashes: build ## a crash and a reshard at every event boundary, for 1..8 workers and 1..7 shards (hours)
 	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q -m slow -n $(JOBS) tests/sharder/test_crashes.py $(ARGS)
