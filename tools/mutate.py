@@ -67,7 +67,8 @@ def check_record(mutant: Mutant, root: Path) -> None:
     for argument in shlex.split(mutant.tests):
         tests, _, function = argument.partition("[")[0].partition("::")
         path = root / tests
-        if not path.exists() or (function and f"def {function}(" not in path.read_text(encoding="utf-8")):
+        if not path.exists() or (function and not re.search(rf"^(def {function}\(|{function} = )",
+                                                            path.read_text(encoding="utf-8"), flags=re.M)):
             raise MutationError(f"{mutant.name}: there is no test {argument}")
 
 

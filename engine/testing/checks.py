@@ -14,7 +14,7 @@ import engine as eg
 from engine.backend import Array
 from engine.testing.bounds import ulp_error, unit_roundoff
 from engine.testing.differences import directional, second_directional
-from engine.testing.failure import CheckFailure
+from engine.testing.failure import CheckFailure, Reproduction, reproduction
 from engine.testing.layouts import LAYOUTS
 
 Function = Callable[..., Any]
@@ -36,7 +36,7 @@ def as_numpy(y: Any) -> np.ndarray:
 # ── values ────────────────────────────────────────────────────────────────────────────────────────────
 
 def check_close(got: Any, want: Any, bound: Any, *, check: str = "check_close", origin: str = "",
-                reproduction: str = "") -> None:
+                reproduction: Reproduction = "") -> None:
     """|got − want| ≤ bound elementwise, want and bound in float64. NaN must meet NaN, and an infinity an equal one; a
     number whose bound reaches beyond the largest float may be infinite, or the other way round. Where the bound is 0,
     zeros must agree in their signs."""
@@ -65,7 +65,7 @@ def check_close(got: Any, want: Any, bound: Any, *, check: str = "check_close", 
                            origin=origin, reproduction=reproduction)
 
 
-def check_bits(got: Any, want: Any, *, check: str, origin: str = "", reproduction: str = "") -> None:
+def check_bits(got: Any, want: Any, *, check: str, origin: str = "", reproduction: Reproduction = "") -> None:
     """The same type, shape and bits; NaNs of any bits are equal."""
     a, b = as_numpy(got), as_numpy(want)
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -153,7 +153,8 @@ def check_adjoint(f: Function, *xs: Any, reference: Function | None = None, vjp:
     if not abs(left - right) <= bound:
         raise CheckFailure("check_adjoint", got=right, want=left, bound=bound,
                            origin="⟨J v, u⟩ from central differences: truncation + rounding/h",
-                           reproduction=_reproduction(f, arrays, seed))
+                           reproduction=reproduction("check_adjoint", {"f": f, "reference": reference, "vjp": vjp},
+                                                     arrays, create_graph=create_graph, seed=seed))
 
 
 def check_second_order(f: Function, *xs: Any, reference: Function | None = None, rounding: Any = None,
@@ -165,6 +166,7 @@ def check_second_order(f: Function, *xs: Any, reference: Function | None = None,
     arrays = _float64("check_second_order", xs)
     rng = np.random.default_rng(seed)
     plain = reference or _plain(f)
+    again = reproduction("check_second_order", {"f": f, "reference": reference}, arrays, seed=seed)
     y0 = np.asarray(plain(*arrays))
     u, vs, ws = _directions([y0], rng)[0], _directions(arrays, rng), _directions(arrays, rng)
     leaves, cotangent = [as_tensor(x, True) for x in arrays], as_tensor(u, True)
@@ -178,14 +180,14 @@ def check_second_order(f: Function, *xs: Any, reference: Function | None = None,
     error = _rounding(y0, rounding)
     want, bound = directional(plain, arrays, vs, error)
     check_close(jv, want, bound + unit_roundoff("float64") * np.abs(want), check="check_second_order: J v",
-                origin="central differences", reproduction=_reproduction(f, arrays, seed))
+                origin="central differences", reproduction=again)
     mixed, bound = second_directional(plain, arrays, vs, ws, error)
     left, right = float(np.sum(mixed * u)), float(sum(np.sum(w * d) for w, d in zip(ws, second)))
     allowed = float(np.sum(np.abs(u) * bound)) + y0.size * unit_roundoff("float64") * float(np.sum(np.abs(mixed * u)))
     if not abs(left - right) <= allowed:
         raise CheckFailure("check_second_order", got=right, want=left, bound=allowed,
                            origin="∂ₜ∂ₛ⟨f(x + t v + s w), u⟩ from central differences: truncation + rounding/h²",
-                           reproduction=_reproduction(f, arrays, seed))
+                           reproduction=again)
 
 
 def check_grads(f: Function, *xs: Any, order: int = 2, seed: int = 0) -> None:
@@ -197,17 +199,19 @@ def check_grads(f: Function, *xs: Any, order: int = 2, seed: int = 0) -> None:
 
 
 def check_linear_vjp(vjp: Function, xs: Sequence[np.ndarray], shape: tuple[int, ...], *, seed: int = 0) -> None:
-    """vjp(xs, u/2 − 2w) = vjp(xs, u)/2 − 2 vjp(xs, w): a vjp is linear in its cotangent, of shape `shape`.
-
-    Powers of two scale without rounding, so the two sides differ by the roundings of the vjps' own sums.
+    """A vjp is linear in its cotangent, of shape `shape`: vjp(xs, −2u) = −2 vjp(xs, u) bit for bit, since scaling by two
+    is exact, and vjp(xs, u − 2w) = vjp(xs, u) − 2 vjp(xs, w) in half of the digits, since nobody knows what cancels
+    inside a vjp; a rule that is not linear (clipped, squared, with a constant left in) is far beyond either.
     """
     rng = np.random.default_rng(seed)
     u, w = _directions([np.empty(shape)] * 2, rng)
-    both, of_u, of_w = (vjp(xs, g)[1] for g in (0.5 * u - 2.0 * w, u, w))
-    for got, p, q in zip(both, of_u, of_w):
-        size = 0.5 * np.abs(p) + 2.0 * np.abs(q)
-        check_close(got, 0.5 * p - 2.0 * q, 64 * unit_roundoff("float64") * (size + size.max(initial=0.0)),
-                    check="check_linear_vjp", origin="64 roundings of the largest term")
+    of_u, of_w, scaled, both = (vjp(xs, g)[1] for g in (u, w, -2.0 * u, u - 2.0 * w))
+    for got, p, q, twice in zip(both, of_u, of_w, scaled):
+        again = reproduction("check_linear_vjp", {"f": vjp}, [list(xs), shape], seed=seed)
+        check_bits(twice + 0.0, -2.0 * p + 0.0, check="check_linear_vjp: −2u", reproduction=again)
+        size = np.abs(p) + 2.0 * np.abs(q)
+        check_close(got, p - 2.0 * q, 2.0**-26 * size.max(initial=0.0), check="check_linear_vjp: u − 2w",
+                    origin="half of the digits", reproduction=again)
 
 
 def check_no_alias(f: Function, *xs: Any) -> None:
@@ -221,7 +225,8 @@ def check_no_alias(f: Function, *xs: Any) -> None:
     for i, (name, a) in enumerate(held):
         for other, b in held[i + 1:]:
             if "gradient" in name and np.shares_memory(a, b):
-                raise CheckFailure("check_no_alias", got=f"{name} and {other} share memory", want="memory of their own")
+                raise CheckFailure("check_no_alias", got=f"{name} and {other} share memory", want="memory of their own",
+                                   reproduction=reproduction("check_no_alias", {"f": f}, map(as_numpy, xs)))
 
 
 # ── the same bits ─────────────────────────────────────────────────────────────────────────────────────
@@ -232,7 +237,8 @@ def check_layouts(f: Function, *xs: np.ndarray, seed: int = 0) -> None:
     want = as_numpy(f(*[as_tensor(LAYOUTS["C"](x, rng)) for x in xs])).copy()
     for name, layout in LAYOUTS.items():
         got = f(*[as_tensor(layout(x, rng)) for x in xs])
-        check_bits(got, want, check=f"check_layouts: {name} against C order")
+        check_bits(got, want, check=f"check_layouts: {name} against C order",
+                   reproduction=reproduction("check_layouts", {"f": f}, xs, seed=seed))
 
 
 def check_threads(f: Callable[[], Any], counts: Sequence[int] = THREADS) -> None:
@@ -248,7 +254,8 @@ def check_threads(f: Callable[[], Any], counts: Sequence[int] = THREADS) -> None
         eg.set_num_threads(before)
     for n, result in zip((*counts[1:], counts[0]), results[1:]):
         for got, want in zip(result, results[0]):
-            check_bits(got, want, check=f"check_threads: {n} threads against {counts[0]}")
+            check_bits(got, want, check=f"check_threads: {n} threads against {counts[0]}",
+                       reproduction=reproduction("check_threads", {"f": f}, [], counts=tuple(counts)))
 
 
 def check_backends(f: Function, *xs: np.ndarray, bound: Any, devices: tuple[str, str] = ("cpu", "reference")) -> None:
@@ -257,7 +264,29 @@ def check_backends(f: Function, *xs: np.ndarray, bound: Any, devices: tuple[str,
     for device in devices:
         with eg.device(device):
             results.append(as_numpy(f(*[eg.tensor(x, device=device) for x in xs])))
-    check_close(results[0], results[1], bound, check=f"check_backends: {devices[0]} against {devices[1]}")
+    check_close(results[0], results[1], bound, check=f"check_backends: {devices[0]} against {devices[1]}",
+                reproduction=reproduction("check_backends", {"f": f}, xs, bound=bound, devices=devices))
+
+
+def check_capture(f: Function, captured: Function, *xs: np.ndarray, rounds: int = 3) -> None:
+    """A function and what a capture, compilation or cache has made of it give the same bits: every result, each time.
+
+    Both get arrays of their own. The first round may record and the others replay, on other values of the same shapes:
+    a replay that remembers values, or keeps memory that a caller still holds, is found.
+    """
+    again = reproduction("check_capture", {"f": f, "captured": captured}, xs, rounds=rounds)
+    held: list[tuple[str, np.ndarray, np.ndarray]] = []
+    for n in range(rounds):
+        moved = [x if x.dtype.kind != "f" else np.asarray(x * (1 - n / 8)).astype(x.dtype) for x in xs]
+        wanted, found = ([as_numpy(y) for y in (out if isinstance(out, (tuple, list)) else [out])]
+                         for out in (run(*[as_tensor(x.copy()) for x in moved]) for run in (f, captured)))
+        if len(wanted) != len(found):
+            raise CheckFailure("check_capture", got=f"{len(found)} results", want=f"{len(wanted)}", reproduction=again)
+        for i, (got, want) in enumerate(zip(found, wanted)):
+            check_bits(got, want, check=f"check_capture: result {i}, round {n}", reproduction=again)
+            held.append((f"check_capture: result {i} of round {n}, after round {rounds - 1}", got, want.copy()))
+    for name, got, want in held:
+        check_bits(got, want, check=name, reproduction=again)
 
 
 # ── manners ───────────────────────────────────────────────────────────────────────────────────────────
@@ -268,7 +297,9 @@ def check_inputs_unmutated(f: Function, *xs: np.ndarray) -> Any:
     out = f(*xs)
     for i, (x, was) in enumerate(zip(xs, before)):
         if x.tobytes() != was:
-            raise CheckFailure("check_inputs_unmutated", got=f"input {i} changed", want="inputs left alone")
+            given = [np.frombuffer(b, x.dtype).reshape(x.shape) for x, b in zip(xs, before)]
+            raise CheckFailure("check_inputs_unmutated", got=f"input {i} changed", want="inputs left alone",
+                               reproduction=reproduction("check_inputs_unmutated", {"f": f}, given))
     return out
 
 
@@ -285,9 +316,3 @@ def check_errors(f: Callable[[], Any], kind: type[BaseException], *words: str) -
     except Exception as error:
         raise CheckFailure("check_errors", got=f"{type(error).__name__}: {error}", want=kind.__name__) from None
     raise CheckFailure("check_errors", got="no error", want=kind.__name__)
-
-
-def _reproduction(f: Function, arrays: Sequence[np.ndarray], seed: int) -> str:
-    shown = ", ".join(np.array2string(x, separator=", ", threshold=40, floatmode="unique") for x in arrays)
-    name = getattr(f, "__name__", type(f).__name__)
-    return f"xs = [{shown}]  # float64\ncheck(lambda *xs: {name}(*xs), *xs, seed={seed})"

@@ -91,3 +91,14 @@ LAYOUTS: dict[str, Layout] = {
 
 FOREIGN: dict[str, Layout] = {"misaligned": _misaligned, "odd stride": _odd_stride}
 """Layouts that NumPy has and C cannot walk: what takes arrays from outside must copy them, or refuse."""
+
+
+def placed(x: np.ndarray, strides: tuple[int, ...]) -> np.ndarray:
+    """An array equal to x with these strides, as a failed check prints it; what lies between is NaN or large."""
+    steps = [stride * (n - 1) for stride, n in zip(strides, x.shape)]
+    low = -sum(step for step in steps if step < 0)
+    block = np.full((low + sum(step for step in steps if step > 0)) // x.itemsize + 1, 1, x.dtype)
+    block[:] = np.nan if x.dtype.kind == "f" else np.iinfo(x.dtype).max if x.dtype.kind in "iu" else True
+    view = np.lib.stride_tricks.as_strided(block[low // x.itemsize:], x.shape, strides)
+    view[...] = x
+    return view

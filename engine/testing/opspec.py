@@ -66,6 +66,10 @@ class OpSpec:
     cancels:    roundings of size 1 that the op's composition, by which it is differentiated twice, loses to
                 cancellation where the reference does not
     view:       whether the result may share memory with an operand
+    call:       how it is called, instead of registry[name]
+    vjp:        for a function that is not the engine's: `call` is given NumPy arrays, and
+                vjp(operands, g, **attributes) returns (y, [one gradient for each operand in wrt]). Its values are
+                checked if there is a reference or a formula.
     errors:     calls that must fail
     """
 
@@ -85,6 +89,7 @@ class OpSpec:
     cancels: float = 0.0
     view: bool = False
     call: Callable[..., Any] | None = None
+    vjp: Callable[..., Any] | None = None
     errors: Sequence[ErrorCase] = field(default=())
 
     def __repr__(self) -> str:
@@ -106,6 +111,9 @@ class OpSpec:
 
     def run(self, operands: Sequence[Any], attributes: dict[str, Any]) -> Any:
         """The op on tensors (or on arrays, which become tensors in their own layout)."""
+        if self.vjp is not None:
+            assert self.call is not None
+            return self.call(*operands, **attributes)
         made = [[as_tensor(x) for x in o] if isinstance(o, list) else as_tensor(o) for o in operands]
         return (self.call or ops[self.op])(*made, **attributes)
 
@@ -115,6 +123,11 @@ class OpSpec:
             return self.run(self._filled(case, xs), case.attributes)
         f.__name__ = self.name
         return f
+
+    def vjp_function(self, case: Case) -> Callable[..., Any] | None:
+        """(xs, g) -> (y, gradients of the operands in `wrt`), where the row has a vjp of its own."""
+        vjp = self.vjp
+        return vjp and (lambda xs, g: vjp(self._filled(case, xs), g, **case.attributes))
 
     def numpy_function(self, case: Case) -> Callable[..., np.ndarray]:
         """The same for the reference."""
@@ -144,7 +157,7 @@ class OpSpec:
     # ── what it should give ─────────────────────────────────────────────────────────────────────────
 
     def _oracle(self, operands: Sequence[Any], attributes: dict[str, Any]) -> Any:
-        f = self.formula or self.reference or ops[self.op].reference
+        f = self.formula or self.reference or (self.call if self.vjp else ops[self.op].reference)
         if f is None:
             raise LookupError(f"{self.name}: its row has neither reference nor formula")
         return f(*operands, **attributes)
@@ -176,6 +189,9 @@ class OpSpec:
 
     def rounding(self, case: Case) -> np.ndarray:
         """A bound on the error of one evaluation of the reference in float64, for the differences."""
+        if self.vjp is not None and self.formula is None:
+            value = np.asarray(self.numpy_function(case)(*self.points(case)))
+            return np.full(value.shape, 64 * unit_roundoff("float64") * (1 + np.abs(value).max(initial=0.0)))
         value, bound = self.expected(Case(case.operands, case.attributes, np.dtype("float64")))
         if value.dtype.kind != "f":
             return bound
@@ -209,5 +225,7 @@ def register(spec: OpSpec) -> OpSpec:
     """Make a row known."""
     if spec.name in specs:
         raise ValueError(f"register: there is a row named {spec.name!r} already")
+    if spec.vjp is not None and spec.call is None:
+        raise ValueError(f"register: the row {spec.name!r} has a vjp of its own, expected `call` as well")
     specs[spec.name] = spec
     return spec

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from hypothesis import given
 from hypothesis import strategies as st
 
 import engine as eg
@@ -22,12 +23,14 @@ from engine.backend import Array
 from engine.testing.forms import FORMS
 from engine.testing.layouts import FOREIGN, LAYOUTS
 from engine.testing.machine import EngineMachine
+from engine.testing.opspec import OpSpec
 from engine.testing.programs import SHAPES, build
+from engine.testing.row_checks import CHECKS, RowCheck
 from engine.testing.source import Source, special_values
 from engine.testing.traces import FORMULAS, Change, Save, Trace, Update
 
-__all__ = ["Drawn", "EngineMachine", "arrays", "broadcastable", "cases", "dtypes", "exact_tensors", "floats", "layouts",
-           "optim_traces", "programs", "shapes", "tensors"]
+__all__ = ["Drawn", "EngineMachine", "arrays", "broadcastable", "cases", "checks_of", "dtypes", "exact_tensors",
+           "floats", "layouts", "optim_traces", "programs", "row_examples", "shapes", "tensors"]
 
 
 class Drawn(Source):
@@ -159,6 +162,33 @@ def optim_traces(draw: Any, optimizers: Sequence[str] = tuple(FORMULAS), max_eve
     events = st.builds(Update, seeds, st.sampled_from([None, None, 0.5])) | st.just(Save()) | st.builds(
         Change, _integers(0, groups - 1), st.sampled_from(["lr", "weight_decay"]), RATES)
     return Trace(name, hyper, tuple(shapes), tuple(draw(st.lists(events, max_size=max_events))), second)
+
+
+@st.composite
+def _row_examples(draw: Any, check: RowCheck, spec: OpSpec) -> Any:
+    return check.draw(spec, lambda dtype="float64", **options: Drawn(draw, dtype, **options))
+
+
+def row_examples(check: str | RowCheck, spec: OpSpec) -> Any:
+    """The arguments of one check of a row (row_checks.py): CHECKS[check].run(spec, drawn). Shrinks as its cases do."""
+    found = CHECKS[check] if isinstance(check, str) else check
+    return _row_examples(found, spec).filter(lambda drawn: drawn is not None)
+
+
+def checks_of(spec: OpSpec) -> list[Callable[[], None]]:
+    """Every check that a row has, as a function without arguments that draws examples and shrinks what fails:
+
+        @pytest.mark.parametrize("check", checks_of(my_row), ids=lambda check: check.__name__)
+        def test_my_op(check):
+            check()
+    """
+    def made(check: RowCheck) -> Callable[[], None]:
+        def run(drawn: Any) -> None:
+            check.run(spec, drawn)
+        test = given(row_examples(check, spec))(run)
+        test.__name__ = f"{spec.name}: {check.name}"
+        return test
+    return [made(check) for check in CHECKS.values() if check.applies(spec)]
 
 
 RATES = st.sampled_from([0.125, 0.01, 0.5, 1e-3])

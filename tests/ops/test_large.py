@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from table import rows
-from test_forward import check_forward
 
 import engine as eg
 from engine.testing import OpSpec, Seeded, check_close, specs, sum_bound
 from engine.testing.checks import as_tensor
 from engine.testing.opspec import Case
+from engine.testing.row_checks import forward
 
 LONG = 3 * 65536 + 5  # three pieces of a reduction (kernels/reduce.c) and a tail
 
@@ -27,7 +27,7 @@ def large_case(spec: OpSpec) -> Case:
 
 @rows(lambda spec: spec.large)
 def test_large(spec: OpSpec) -> None:
-    check_forward(spec, large_case(spec))
+    forward(spec, large_case(spec))
 
 
 @rows(lambda spec: spec.large and spec.gradient)
@@ -50,7 +50,7 @@ def test_long_axes(name: str, axis: int) -> None:
     shape = (2, LONG) if axis else (LONG, 3)
     x = np.exp(rng.uniform(-1e-3, 1e-3, shape)) if name == "prod" else rng.uniform(-4, 4, shape)
     case = Case([x.astype("float32")], {"axis": axis}, np.dtype("float32"))
-    check_forward(specs[name], case)
+    forward(specs[name], case)
 
 
 def test_every_piece_counts() -> None:
