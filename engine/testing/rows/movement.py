@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import engine as eg
-from engine.testing import formulas
+from engine.testing import formulas, rounded
 from engine.testing.opspec import Drawing, ErrorCase, OpSpec, register
 from engine.testing.source import Source
 
@@ -166,7 +166,11 @@ def _dropout(s: Source) -> Draw:
                                                  "dtype": str(s.dtype)}
 
 
-register(OpSpec("dropout", _dropout, linear=(0,), view=True,
-                call=lambda x, p, seed, dtype: eg.dropout(x, p, eg.Generator(seed)),
-                formula=lambda x, p, seed, dtype: x * formulas.dropout_scale(x.shape, p, seed, dtype), errors=(
+def _dropout_formula(x: Any, p: float, seed: int, dtype: str) -> Any:
+    scale = formulas.dropout_scale(x.shape, p, seed, dtype)
+    return rounded.where(scale != 0, x * scale, 0.0)  # what is dropped is +0, not 0 x
+
+
+register(OpSpec("dropout", _dropout, linear=(0,), view=True, formula=_dropout_formula,
+                call=lambda x, p, seed, dtype: eg.dropout(x, p, eg.Generator(seed)), errors=(
     ErrorCase(lambda: eg.dropout(eg.zeros(2), 1.5), ValueError, ("dropout", "1.5", "[0, 1]")),)))
