@@ -344,3 +344,11 @@ class EngineMachine(RuleBasedStateMachine):
             if naive.grad is not None:
                 assert isinstance(real.grad, eg.Tensor)
                 check_bits(real.grad.numpy() + 0.0, naive.grad + 0.0, check="EngineMachine: grad")
+
+    @invariant()
+    def gradients_of_their_own(self) -> None:
+        """No two tensors' gradients are one memory: writing to one would change the other."""
+        holders: dict[int, eg.Tensor] = {}
+        for x in self.real:
+            if isinstance(x.grad, eg.Tensor) and holders.setdefault(id(x.grad.array.storage), x) is not x:
+                raise CheckFailure("EngineMachine: gradients", got="two in one memory", want="each in its own")
