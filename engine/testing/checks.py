@@ -199,7 +199,7 @@ def check_grads(f: Function, *xs: Any, order: int = 2, seed: int = 0) -> None:
 
 
 def check_linear_vjp(vjp: Function, xs: Sequence[np.ndarray], shape: tuple[int, ...], *, seed: int = 0) -> None:
-    """A vjp is linear in its cotangent, of shape `shape`: vjp(xs, −2u) = −2 vjp(xs, u) bit for bit, since scaling by two
+    """A vjp is linear in its cotangent, of shape `shape`: vjp(xs, −2u) = −2 vjp(xs, u) bit for bit, since scaling by 2
     is exact, and vjp(xs, u − 2w) = vjp(xs, u) − 2 vjp(xs, w) in half of the digits, since nobody knows what cancels
     inside a vjp; a rule that is not linear (clipped, squared, with a constant left in) is far beyond either.
     """
