@@ -5,7 +5,8 @@
 
 |D₆ − D₄| is D₄'s error but for terms smaller by h², so it bounds that of D₆, which is what is returned. Beside
 truncation there is rounding: an error ε in each f(x) is amplified by Σ|weights|/h = 11/6h, and the displaced values,
-which differ from f(x) by i h J v, are rounded in proportion to that as well: some 64 roundings of J v.
+which differ from f(x) by i h J v, are rounded in proportion to that as well: some 64 roundings of J v. The stencil's
+own products and sums cost 4 roundings of the largest of its values.
 
 Fornberg 1988, "Generation of finite difference formulas on arbitrarily spaced grids", table 1.
 """
@@ -20,6 +21,7 @@ FOURTH = {-2: 1 / 12, -1: -8 / 12, 1: 8 / 12, 2: -1 / 12}
 SIXTH = {-3: -1 / 60, -2: 9 / 60, -1: -45 / 60, 1: 45 / 60, 2: -9 / 60, 3: 1 / 60}
 AMPLIFICATION = sum(abs(w) for w in SIXTH.values())
 OWN = 64 * 2.0**-53
+STENCIL = 4 * 2.0**-53
 STEP = 2.0**-9
 REACH = 3 * STEP  # how far from x the function is evaluated, in units of v
 
@@ -43,7 +45,8 @@ def directional(f: Function, xs: Sequence[np.ndarray], vs: Sequence[np.ndarray],
     """(J v, its error bound), J the Jacobian of f at xs; `rounding` bounds the error of one evaluation of f."""
     values = {i: np.asarray(f(*_moved(xs, (vs, i * h)))) for i in SIXTH}
     best = _weighted(values, SIXTH, h)
-    return best, np.abs(best - _weighted(values, FOURTH, h)) + AMPLIFICATION / h * rounding + OWN * np.abs(best)
+    noise = rounding + STENCIL * np.max(np.abs([*values.values()]), axis=0)
+    return best, np.abs(best - _weighted(values, FOURTH, h)) + AMPLIFICATION / h * noise + OWN * np.abs(best)
 
 
 def second_directional(f: Function, xs: Sequence[np.ndarray], vs: Sequence[np.ndarray], ws: Sequence[np.ndarray],
@@ -52,4 +55,5 @@ def second_directional(f: Function, xs: Sequence[np.ndarray], vs: Sequence[np.nd
     values = {i: {j: np.asarray(f(*_moved(xs, (vs, i * h), (ws, j * h)))) for j in SIXTH} for i in SIXTH}
     best = _weighted({i: _weighted(row, SIXTH, h) for i, row in values.items()}, SIXTH, h)
     less = _weighted({i: _weighted(row, FOURTH, h) for i, row in values.items()}, FOURTH, h)
-    return best, np.abs(best - less) + (AMPLIFICATION / h) ** 2 * rounding + OWN * np.abs(best)
+    noise = rounding + STENCIL * np.max(np.abs([y for row in values.values() for y in row.values()]), axis=0)
+    return best, np.abs(best - less) + (AMPLIFICATION / h) ** 2 * noise + OWN * np.abs(best)
