@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from engine.backend import Array, get_backend
-from engine.dtypes import DType
+from engine.dtypes import DType, as_dtype
+from engine.rowsparse import RowSparse
 from engine.sharder.partition import Partition
 from engine.sharder.versions import Counter
 from engine.tensor import Tensor
@@ -48,8 +49,9 @@ def take_gradients(replica: Any) -> dict[str, Tensor | None]:
 
 
 def flat_gradients(partition: Partition, dtype: DType, gradients: Mapping[str, Any],
-                   counter: Counter) -> dict[str, Array]:
-    """name -> flat Array, of Tensors, Arrays or NumPy arrays; a copy only of what does not lie dense in memory.
+                   counter: Counter) -> dict[str, Array | RowSparse]:
+    """name -> flat Array, of Tensors, Arrays or NumPy arrays; a copy only of what does not lie dense in memory. What is
+    RowSparse stays so.
 
     Raises ValueError with one line for a missing or unknown name, or another shape or dtype.
     """
@@ -57,17 +59,19 @@ def flat_gradients(partition: Partition, dtype: DType, gradients: Mapping[str, A
     if unknown:
         raise ValueError(f"push: the server has no parameter {min(unknown)!r}; "
                          f"it has {', '.join(partition.parameters)}")
-    flat = {}
+    flat: dict[str, Array | RowSparse] = {}
     for name, parameter in partition.parameters.items():
         gradient = gradients.get(name)
         if gradient is None:
             raise ValueError(f"push: {name!r} has no gradient; every parameter of the server needs one in every "
                              "microbatch (leave frozen parameters out of the server)")
-        data = gradient.data if isinstance(gradient, Array) else np.asarray(gradient)  # from a GPU: a copy
-        if data.shape != parameter.shape or data.dtype != dtype.numpy:
+        sparse = isinstance(gradient, RowSparse)
+        data = gradient.data if isinstance(gradient, Array) else \
+            gradient if sparse else np.asarray(gradient)  # from a GPU: a copy
+        if data.shape != parameter.shape or as_dtype(data.dtype) is not dtype:
             raise ValueError(f"push: the gradient of {name!r} is {data.dtype} {data.shape}, "
                              f"expected {dtype} {parameter.shape}")
-        if not data.flags.c_contiguous:
+        if not sparse and not data.flags.c_contiguous:
             counter.copied(data.nbytes)
-        flat[name] = Array(data.reshape(-1), dtype)
+        flat[name] = gradient if sparse else Array(data.reshape(-1), dtype)
     return flat

@@ -76,14 +76,19 @@ class Client:
     def push(self, index: int, gradients: Any, loss: float = 0.0, tokens: float = 1) -> None:
         """Give the gradients of the loss *sum* of microbatch `index`, that sum, and how many tokens it sums over.
 
-        gradients: the replica, whose .grad are taken, or a mapping name -> Tensor, Array or NumPy array; they are given
-        away: nobody may write to them afterwards. The server divides by the tokens of all microbatches of the clock.
-        Returns at once. Raises ValueError with one line for gradients that do not fit and for an index not due.
+        gradients: the replica, whose .grad are taken, or a mapping name -> Tensor, Array, NumPy array, or RowSparse, of
+        which the touched rows are sent. They are given away: nobody may write to them afterwards. The server divides by
+        the tokens of all microbatches of the clock. Returns at once. Raises ValueError with one line for gradients that
+        do not fit and for an index not due.
         """
         if hasattr(gradients, "named_parameters"):
             gradients = take_gradients(gradients)
         flat = flat_gradients(self._machine.partition, self._cluster.dtype, gradients, self._cluster.copied)
-        self._perform(self._machine.step(PushRequested(index, flat, float(loss), tokens)))
+        actions = self._machine.step(PushRequested(index, flat, float(loss), tokens))
+        for send in actions:
+            pieces = self._machine.partition.pieces[send.to[1]]
+            self._cluster.pushed.count(pieces, send.message.gradients, self._cluster.dtype.itemsize)
+        self._perform(actions)
 
     def _until(self, request: Any) -> Any:
         """Make a request and exchange messages until it has its outcome."""

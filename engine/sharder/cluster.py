@@ -16,6 +16,8 @@ import numpy as np
 from engine.backend import Array, get_backend
 from engine.dtypes import as_dtype
 from engine.sharder.binding import named
+from engine.sharder.codecs import codec_of
+from engine.sharder.compression import Compression, check_rule
 from engine.sharder.consistency import Consistency, Damping
 from engine.sharder.coordinator import Coordinator
 from engine.sharder.memory import Checkpoint, gather, place
@@ -23,7 +25,7 @@ from engine.sharder.messages import Term
 from engine.sharder.partition import Partition
 from engine.sharder.setup import Hyper, Setup
 from engine.sharder.shard import Shard
-from engine.sharder.versions import Counter, Versions, assemble
+from engine.sharder.versions import Counter, Traffic, Versions, assemble
 from engine.sharder.worker import Encode, Worker
 
 
@@ -39,7 +41,8 @@ class Cluster:
     consistency:  "bsp", "ssp:3" (a staleness of at most 3), "asp", or a Consistency
     damping:      damping(staleness) -> factor on the learning rate of late updates, as inverse_staleness
     placement:    "ranges" or "hashing" (partition.py)
-    encode:       encode(clock, microbatch, piece, gradient) -> what travels instead (worker.Encode)
+    compress:     how gradients travel, with error feedback: "fp16", "bf16", "int8", "topk:0.01", "1bit" (codecs.py);
+                  None: as they are
     save_every:   so many clocks lie between two snapshots, in drivers that keep any; 0: there are none
     """
 
@@ -48,7 +51,7 @@ class Cluster:
     def __init__(self, parameters: Any, rule: Any, *, microbatches: int, shards: int = 1, workers: int = 1,
                  clip_norm: float | None = None, hyper: Mapping[str, Any] | Hyper | None = None,
                  consistency: Consistency | str = "bsp", damping: Damping | None = None, placement: str = "ranges",
-                 encode: Encode | None = None, save_every: int = 0, device: str = "cpu"):
+                 compress: str | None = None, save_every: int = 0, device: str = "cpu"):
         for name, value in (("microbatches", microbatches), ("shards", shards), ("workers", workers)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"ParameterServer: {name} is {value!r}, expected a whole number of at least 1")
@@ -63,10 +66,10 @@ class Cluster:
                              f"{microbatches} microbatches of a clock")
         if placement not in ("ranges", "hashing"):
             raise ValueError(f"ParameterServer: placement is {placement!r}, expected ranges or hashing")
-        self.rule, self.workers, self.encode = rule, workers, encode
+        self.rule, self.workers = rule, workers
         fixed = {} if hyper is None or callable(hyper) else dict(hyper)
         self.k, self.device = get_backend(device), device
-        self.copied = Counter()
+        self.copied, self.pushed = Counter(), Traffic()
         self.epoch = -1  # of the workers of the latest run
         self.active = False  # whether a run has begun and not ended
         self.busy = False  # whether parameters may be changing at this moment
@@ -76,6 +79,11 @@ class Cluster:
             shapes={name: value.shape for name, value in values.items()}, dtype=self.dtype, k=self.k, rule=rule,
             hyper=hyper if callable(hyper) else lambda step, name: fixed, microbatches=microbatches,
             clip_norm=clip_norm, consistency=consistency, damping=damping, placement=placement, save_every=save_every)
+        self.compression: Compression | None = None
+        if compress is not None:
+            codec = codec_of(compress)
+            check_rule(codec, rule)
+            self.compression = Compression(self.k, codec, self.dtype, consistency.staleness)
         self.term = Term(0, shards, 0)
         self._place(Checkpoint(0, values, dict.fromkeys(rule.slots)))
 
@@ -120,19 +128,23 @@ class Cluster:
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs, independent of the number of shards and workers; arrays are copies.
 
-        {"clock": int, "parameters/<name>": array, "<slot>/<name>": array for each slot of the rule}
+        {"clock": int, "parameters/<name>": array, "<slot>/<name>": array for each slot of the rule, and with
+        compression "residual.<microbatch>/<name>": flat array}
         """
         if self.busy:
             raise RuntimeError("state: a clock is running; ask between two clocks, in the loop over run()")
         saved = self.checkpoint()
         kinds = {"parameters": saved.parameters, **saved.slots}
         return {"clock": saved.clock, **{f"{kind}/{name}": array for kind, values in kinds.items()
-                                         for name, array in (values or {}).items()}}
+                                         for name, array in (values or {}).items()},
+                **(self.compression.state(saved.clock) if self.compression else {})}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a state(). Raises ValueError with one line, and changes nothing, if it does not fit."""
         if self.active:
             raise RuntimeError("load: training is running; end the loop over run() first")
+        residuals = {key: value for key, value in state.items() if self.compression and key.startswith("residual.")}
+        state = {key: value for key, value in state.items() if key not in residuals}
         kinds = ("parameters", *self.rule.slots)
         expected = {f"{kind}/{name}": p.shape for kind in kinds for name, p in self.partition.parameters.items()}
         difference = state.keys() ^ (expected.keys() | {"clock"})
@@ -146,6 +158,8 @@ class Cluster:
                                  f"expected {self.dtype} {shape}")
         values, *slots = ({name: np.asarray(state[f"{kind}/{name}"]) for name in self.partition.parameters}
                           for kind in kinds)
+        if self.compression:
+            self.compression.load(self.partition.parameters, residuals, int(state["clock"]))
         self._place(Checkpoint(int(state["clock"]), values, dict(zip(self.rule.slots, slots))))
 
     # ── machines ────────────────────────────────────────────────────────────────────────────────────
@@ -166,6 +180,11 @@ class Cluster:
 
     def make_worker(self, number: int, epoch: int) -> Worker:
         return Worker(number, epoch, self.setup, self.term, self.encode)
+
+    @property
+    def encode(self) -> Encode | None:
+        """What workers make of a gradient before it travels."""
+        return self.compression.encode if self.compression else None
 
     def make_coordinator(self, last: int | None = None) -> Coordinator:
         return Coordinator(self.setup, self.term, self.workers, last)

@@ -30,6 +30,7 @@ import numpy as np
 from engine.backend import Array, Backend
 from engine.dtypes import DType, int8, uint8, uint16
 from engine.optim.clip import BLOCK
+from engine.rowsparse import RowSparse
 
 HEADER = struct.Struct("<4sBBHQ")  # magic, codec, bytes of a number, the codec's parameter, how many numbers
 MAGIC = b"grad"
@@ -240,9 +241,10 @@ class Rows(Codec):
     FACTS: ClassVar[struct.Struct] = struct.Struct("<QQQ")
 
     @classmethod
-    def written(cls, rows: np.ndarray, values: np.ndarray, start: int, size: int, dtype: DType) -> Payload:
-        """Elements [start, start + size) of a table with `values` (rows, width) in these ascending rows."""
-        width = max(1, values.shape[1])
+    def of(cls, gradient: RowSparse, start: int, size: int) -> Payload:
+        """Elements [start, start + size) of a row-sparse gradient, end to end."""
+        values, dtype = gradient.values.numpy(), gradient.dtype
+        rows, width = gradient.rows, max(1, math.prod(gradient.shape[1:]))
         first, last = np.searchsorted(rows, [start // width, -(-(start + size) // width)])
         rows, values = rows[first:last], values[first:last].reshape(-1)
         if len(rows):

@@ -11,7 +11,8 @@ own number type (for 1bit to half an ulp of e), since codecs send numbers that m
 (backend/codec_rows.py), and read(p) is computed here as the receiver computes it.
 
 The residual e belongs to a microbatch of a parameter, not to a worker or a shard, so results have the same bits for any
-number of either; and a microbatch that is computed again within its clock is sent as it was. e is part of a checkpoint.
+number of either; a microbatch that is computed again, in a clock that is not settled yet, is sent as it was; and e is
+part of a checkpoint. It is also what this costs: two numbers a parameter and microbatch.
 
 An element that is not finite is sent as one that is not (1bit: all of its sign in its block), and leaves no residual:
 the server sees that training has failed, and nothing of it stays behind.
@@ -23,7 +24,6 @@ arXiv:1901.09847, algorithm 1 and why it converges.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,61 +43,51 @@ def check_rule(codec: Codec, rule: Rule) -> None:
                          "arXiv:2102.02888); expected SGD with momentum, or another codec")
 
 
-@dataclass
-class Traffic:
-    """Bytes that gradients took on their way, and what they would have taken as they are."""
-
-    sent: int = 0
-    dense: int = 0
-
-
 class Compression:
-    """A codec, and what it has left to say of each microbatch of each parameter."""
+    """A codec, and what it has left to say of each microbatch of each parameter.
 
-    def __init__(self, k: Backend, codec: Codec, dtype: DType):
-        self.k, self.codec, self.dtype = k, codec, dtype
-        self.residuals: dict[tuple[int, str], Array] = {}  # by microbatch and parameter: flat
-        self.said: dict[tuple[int, str, int], tuple[int, Payload]] = {}  # by piece of it: clock, what was sent
-        self.traffic = Traffic()
+    staleness: of clocks in which a microbatch may still be computed again, so that what was left before them is kept
+    """
+
+    def __init__(self, k: Backend, codec: Codec, dtype: DType, staleness: int = 0):
+        self.k, self.codec, self.dtype, self.kept = k, codec, dtype, staleness + 2
+        self.left: dict[tuple[int, str], dict[int, Array]] = {}  # by microbatch and parameter: e after each clock, flat
 
     def encode(self, clock: int, microbatch: int, piece: Piece, gradient: Array) -> Payload:
         """What to send of the gradient, flat, of a piece of a parameter."""
-        key = microbatch, piece.parameter.name, piece.start
-        said_at, payload = self.said.get(key, (-1, None))
-        if payload is None or said_at != clock:
-            payload = self._say(self._residual(microbatch, piece), gradient)
-            self.said[key] = clock, payload
-        self.traffic.sent += len(payload.data)
-        self.traffic.dense += gradient.data.nbytes
-        return payload
-
-    def _residual(self, microbatch: int, piece: Piece) -> Array:
-        """The part of a residual that belongs to a piece."""
-        key = microbatch, piece.parameter.name
-        if key not in self.residuals:
-            self.residuals[key] = self.k.zeros((piece.parameter.size,), self.dtype)
-        whole = self.residuals[key]
-        return whole.view(whole.data[piece.start:piece.stop])
-
-    def _say(self, residual: Array, gradient: Array) -> Payload:
         k = self.k
-        x = k.map("add", gradient, residual)
+        before, after = (whole.view(whole.data[piece.start:piece.stop])
+                         for whole in self._around(clock, microbatch, piece.parameter))
+        x = k.map("add", gradient, before)
         payload = self.codec.write(k, x)
         left = k.map("subtract", x, payload.decode(k, x.size, x.dtype))
         finite, zero = k.map("isfinite", left, dtype=bool_), k.constant(0.0, x.dtype)
-        k.where(residual, finite, left, zero, k.layout(residual, finite, left, zero))
+        k.where(after, finite, left, zero, k.layout(after, finite, left, zero))
         return payload
+
+    def _around(self, clock: int, microbatch: int, parameter: Parameter) -> tuple[Array, Array]:
+        """e before a clock, and where to write e after it."""
+        clocks = self.left.setdefault((microbatch, parameter.name), {})
+        if clock not in clocks:
+            for later in [c for c in clocks if c > clock]:  # training went back, and these will not have been
+                del clocks[later]
+            if not clocks:
+                clocks[clock - 1] = self.k.zeros((parameter.size,), self.dtype)
+            clocks[clock] = self.k.empty((parameter.size,), self.dtype)
+            for old in sorted(clocks)[:-self.kept]:
+                del clocks[old]
+        return clocks[max(c for c in clocks if c < clock)], clocks[clock]
 
     # ── saving ──────────────────────────────────────────────────────────────────────────────────────
 
-    def state(self) -> dict[str, np.ndarray]:
-        """"residual.<microbatch>/<parameter>" -> what is left to say of it, flat; copies."""
-        return {f"residual.{microbatch}/{name}": np.array(self.k.to_numpy(residual))
-                for (microbatch, name), residual in sorted(self.residuals.items())}
+    def state(self, clock: int) -> dict[str, np.ndarray]:
+        """"residual.<microbatch>/<parameter>" -> e, flat, as it is before a clock; copies."""
+        return {f"residual.{microbatch}/{name}": np.array(self.k.to_numpy(clocks[max(c for c in clocks if c < clock)]))
+                for (microbatch, name), clocks in sorted(self.left.items()) if min(clocks) < clock}
 
-    def load(self, parameters: Mapping[str, Parameter], state: Mapping[str, Any]) -> None:
-        """Go on from a state(). Raises ValueError with one line, and changes nothing, if it does not fit."""
-        residuals = {}
+    def load(self, parameters: Mapping[str, Parameter], state: Mapping[str, Any], clock: int) -> None:
+        """Go on with a clock from a state(). Raises ValueError with one line, changing nothing, if it does not fit."""
+        left = {}
         for key, value in state.items():
             microbatch, _, name = key.removeprefix("residual.").partition("/")
             if not (key.startswith("residual.") and microbatch.isdecimal() and name in parameters):
@@ -106,5 +96,5 @@ class Compression:
             if np.shape(value) != expected or np.asarray(value).dtype != self.dtype.numpy:
                 raise ValueError(f"load: {key!r} is {np.asarray(value).dtype} {np.shape(value)}, "
                                  f"expected {self.dtype} {expected}")
-            residuals[int(microbatch), name] = self.k.array(value, self.dtype)
-        self.residuals, self.said = residuals, {}
+            left[int(microbatch), name] = {clock - 1: self.k.array(value, self.dtype)}
+        self.left = left

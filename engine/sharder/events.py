@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.backend import Array
+from engine.rowsparse import RowSparse
 from engine.sharder.messages import Term
 from engine.sharder.versions import Version
 
@@ -97,10 +98,10 @@ class PullRequested:
 
 @dataclass(frozen=True)
 class PushRequested:
-    """To a worker: its program has the gradients of a microbatch: name -> flat Array."""
+    """To a worker: its program has the gradients of a microbatch: name -> flat Array, or RowSparse."""
 
     microbatch: int
-    gradients: dict[str, Array] = field(repr=False)
+    gradients: dict[str, Array | RowSparse] = field(repr=False)
     loss: float
     tokens: float
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -120,6 +122,20 @@ class Counter:
 
     def copied(self, size: int) -> None:
         self.bytes += size
+
+
+class Traffic:
+    """Bytes that gradients took to be pushed, and what dense ones would have taken."""
+
+    def __init__(self) -> None:
+        self.sent = self.dense = 0
+        self._lock = threading.Lock()
+
+    def count(self, pieces: Sequence[Piece], gradients: Sequence[Any], itemsize: int) -> None:
+        """One push: a gradient, an Array or a payload, for each piece."""
+        with self._lock:
+            self.sent += sum(memoryview(gradient.data).nbytes for gradient in gradients)
+            self.dense += sum(piece.size * itemsize for piece in pieces)
 
 
 def assemble(partition: Partition, values: tuple[Version, ...], k: Backend, counter: Counter) -> dict[str, np.ndarray]:

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from engine.backend import Array
+from engine.rowsparse import RowSparse
+from engine.sharder.codecs import Rows
 from engine.sharder.events import (
     COORDINATOR,
     Began,
@@ -142,10 +144,13 @@ class Worker:
         return sends
 
     def _share(self, shard: int, request: PushRequested) -> tuple[Any, ...]:
-        """The part of each gradient that a shard owns: views, or what they are encoded as."""
+        """The part of each gradient that a shard owns: views, or what they are encoded as; of row-sparse ones, rows."""
         share: list[Any] = []
         for piece in self.partition.pieces[shard]:
             whole = request.gradients[piece.parameter.name]
+            if isinstance(whole, RowSparse):
+                share.append(Rows.of(whole, piece.start, piece.size))
+                continue
             part = whole.view(whole.data[piece.start:piece.stop])
             share.append(self.encode(self.clock, request.microbatch, piece, part) if self.encode else part)
         return tuple(share)
