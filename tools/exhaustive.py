@@ -102,12 +102,14 @@ def largest(name: str, x: np.ndarray, got: np.ndarray, error: np.ndarray) -> tup
     return float(error[at]), float(x[at])
 
 
-def sweep(name: str, backends: dict[str, CpuBackend], first: int, last: int) -> dict[str, tuple[float, float]]:
-    """For each level, the largest error and its argument over the bit patterns in [first, last)."""
+def sweep(name: str, backends: dict[str, CpuBackend], first: int, last: int,
+          stride: int = 1) -> dict[str, tuple[float, float]]:
+    """For each level, the largest error and its argument over every stride-th bit pattern in [first, last)."""
     reference: Function = FUNCTIONS[name][0]
     found = dict.fromkeys(backends, (-1.0, 0.0))
-    for start in range(first, last, CHUNK):
-        x = np.arange(start, min(start + CHUNK, last), dtype=np.uint64).astype(np.uint32).view(np.float32)
+    for start in range(first, last, CHUNK * stride):
+        patterns = np.arange(start, min(start + CHUNK * stride, last), stride, dtype=np.uint64)
+        x = patterns.astype(np.uint32).view(np.float32)
         with np.errstate(all="ignore"):
             want = np.asarray(reference(x.astype(np.float64)))
             scale = scale_of(want)
