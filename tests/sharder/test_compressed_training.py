@@ -85,7 +85,8 @@ def test_ssp_states_have_no_residual_of_later_clocks():
     for clock, state in enumerate(found, 1):
         expected = cluster.compression.state(clock) if clock >= 3 else None
         own = {key: value for key, value in state.items() if key.startswith("residual.")}
-        assert len(own) == 3 * len(WIDE) and (expected is None or all(np.array_equal(own[key], expected[key]) for key in own))
+        assert len(own) == 3 * len(WIDE)
+        assert expected is None or all(np.array_equal(own[key], expected[key]) for key in own)
 
 
 def test_states_that_do_not_fit():
