@@ -24,6 +24,7 @@ from engine.testing import (
     check_adjoint,
     check_backends,
     check_bits,
+    check_capture,
     check_close,
     check_errors,
     check_grads,
@@ -36,11 +37,14 @@ from engine.testing import (
     dot_bound,
     gamma,
     matmul_bound,
+    placed,
     register,
+    rendered,
     specs,
     sum_bound,
     ulp_distance,
     ulp_error,
+    unpacked,
 )
 from engine.testing import strategies as st_eg
 from engine.testing.layouts import FOREIGN, LAYOUTS
@@ -160,6 +164,66 @@ def test_a_subtly_wrong_gradient_of_a_foreign_function_is_found() -> None:
     check_adjoint(product, a, b, vjp=lambda xs, g: (None, [g @ xs[1].T, xs[0].T @ g]))
     fails(lambda: check_adjoint(product, a, b, vjp=lambda xs, g: (None, [g @ xs[1], xs[0].T @ g])))
     fails(lambda: check_adjoint(lambda p, q: p + q, a, a[0], vjp=lambda xs, g: (None, [g, g])), "shape (3, 3)")
+
+
+def test_a_complex_step_sees_what_differences_do_not() -> None:
+    """A slope wrong by 10⁻¹² of itself."""
+    x = np.array([0.3, -1.5, 2.0])
+    check_adjoint(cube, x, vjp=cube_vjp(3.0), analytic=True)
+    check_adjoint(cube, x, vjp=cube_vjp(3.0 + 3e-12))
+    fails(lambda: check_adjoint(cube, x, vjp=cube_vjp(3.0 + 3e-12), analytic=True), "a complex step")
+    check_adjoint(eg.sin, x, reference=np.sin, analytic=True)
+    with pytest.raises(TypeError, match="expected complex"):
+        check_adjoint(cube, x, reference=lambda z: cube(z).real, vjp=cube_vjp(3.0), analytic=True)
+
+
+def test_a_capture_that_remembers_is_found() -> None:
+    """A replay that keeps values, one that overwrites what it gave before, and one that is right."""
+    def f(x: Any) -> Any:
+        return x * 2.0
+
+    check_capture(f, lambda x: x + x, np.ones(3))
+    first: list[Any] = []
+
+    def remembers(x: Any) -> Any:
+        first.append(f(x))
+        return first[0]
+
+    fails(lambda: check_capture(f, remembers, np.ones(3)), "round 1")
+    buffer = np.empty(3)
+
+    def overwrites(x: Any) -> Any:
+        buffer[:] = 2.0 * x.numpy()
+        return buffer
+
+    fails(lambda: check_capture(f, overwrites, np.ones(3)), "after round 2")
+    fails(lambda: check_capture(f, lambda x: (x, x), np.ones(3)), "2 results")
+
+
+def module_function(x: np.ndarray) -> np.ndarray:
+    return x * x
+
+
+def test_reproductions_run() -> None:
+    """What a failure prints is a program that fails in the same way, in the same memory layout."""
+    x = np.arange(6.0).reshape(2, 3).T[::-1]
+    assert np.array_equal(eval(rendered(x), {"array": np.array, "placed": placed}), x)
+    assert eval(rendered(x), {"array": np.array, "placed": placed}).strides == x.strides
+    large = np.random.default_rng(0).normal(size=(20, 30))
+    assert np.array_equal(eval(rendered(large), {"unpacked": unpacked}), large)
+    odd: Any = [np.array([np.nan, -0.0, np.inf], np.float32), {"axis": None}, (1,), np.zeros((0, 3))]
+    again = eval(rendered(odd), {"array": np.array, "nan": np.nan, "inf": np.inf})
+    assert again[0].tobytes() == odd[0].tobytes() and again[1:3] == odd[1:3] and again[3].shape == (0, 3)
+
+    def wrong(xs: Any, g: np.ndarray) -> Any:
+        return None, [g * xs[0]]
+
+    failure = fails(lambda: check_adjoint(module_function, np.ones(2), vjp=wrong))
+    assert "import module_function as f" in failure.reproduction and "def wrong(xs" in failure.reproduction
+    with pytest.raises(CheckFailure):
+        exec(compile("from typing import Any\n" + failure.reproduction, "reproduction", "exec"), {})
+    assert "cannot be printed" in fails(lambda: check_layouts(lambda t: t * float(t.numpy().strides[0]),
+                                                              np.ones((2, 3)))).reproduction
 
 
 def test_gradient_checks_refuse_float32_with_a_reason() -> None:

@@ -8,6 +8,10 @@ truncation there is rounding: an error ε in each f(x) is amplified by Σ|weight
 which differ from f(x) by i h J v, are rounded in proportion to that as well: some 64 roundings of J v. The stencil's
 own products and sums cost 4 roundings of the largest of its values.
 
+Where f is analytic and its NumPy takes complex numbers, Im f(x + i h v) / h has truncation h² f‴/6, which is nothing
+for h = 2⁻¹⁰⁰, and no difference to amplify rounding: what remains is that of a derivative computed forwards.
+
+Squire, Trapp 1998, "Using complex variables to estimate derivatives of real functions".
 Fornberg 1988, "Generation of finite difference formulas on arbitrarily spaced grids", table 1.
 """
 
@@ -47,6 +51,17 @@ def directional(f: Function, xs: Sequence[np.ndarray], vs: Sequence[np.ndarray],
     best = _weighted(values, SIXTH, h)
     noise = rounding + STENCIL * np.max(np.abs([*values.values()]), axis=0)
     return best, np.abs(best - _weighted(values, FOURTH, h)) + AMPLIFICATION / h * noise + OWN * np.abs(best)
+
+
+def complex_step(f: Function, xs: Sequence[np.ndarray], vs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(J v, its error bound) by a step along the imaginary axis; f must be analytic at xs. The bound is 64 roundings of
+    the largest element: those of a formula of a few operations that does not cancel."""
+    h = 2.0**-100
+    moved = np.asarray(f(*[np.asarray(x, np.float64) + 1j * h * v for x, v in zip(xs, vs)]))
+    if moved.dtype.kind != "c":
+        raise TypeError(f"complex_step: f gave {moved.dtype} for complex arguments, expected complex numbers")
+    jv = moved.imag / h
+    return jv, OWN * (np.abs(jv) + np.max(np.abs(jv), initial=0.0))
 
 
 def second_directional(f: Function, xs: Sequence[np.ndarray], vs: Sequence[np.ndarray], ws: Sequence[np.ndarray],
