@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := build
-.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-gpu test-cuda-compile test-wheel lint mutate nightly exhaustive bench lines doctor wheel clean
+.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-array-api test-gpu test-cuda-compile test-wheel lint mutate nightly exhaustive bench lines doctor wheel clean
 .DELETE_ON_ERROR:
 
 build: $(READY) ## compile the kernels in place (what plain `make` does)
@@ -26,6 +26,10 @@ $(READY): pyproject.toml
 	@echo "environment: making $(VENV) from pyproject.toml, and compiling the kernels (minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV)/array-api: $(READY)
+	@$(RUN) -m pip install --quiet --editable '.[dev,array-api]'
 	@touch $@
 
 $(VENV)/peers: $(READY)
@@ -69,6 +73,13 @@ test-peers: build $(VENV)/peers ## hold ops, layers, optimizers and models again
 
 test-crashes: build ## a crash and a reshard at every event boundary, for 1..8 workers and 1..7 shards (hours)
 	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q -m slow -n $(JOBS) tests/sharder/test_crashes.py $(ARGS)
+
+# The suite is not on PyPI: git clone --recursive https://github.com/data-apis/array-api-tests
+test-array-api: build $(VENV)/array-api ## the array API standard's own tests: ARRAY_API_TESTS=a checkout of data-apis/array-api-tests
+	@test -d "$(ARRAY_API_TESTS)/array_api_tests" || { echo "make: ARRAY_API_TESTS is '$(ARRAY_API_TESTS)', expected a" \
+	    "checkout of https://github.com/data-apis/array-api-tests with its submodule"; exit 1; }
+	@cd "$(ARRAY_API_TESTS)" && ENGINE_NUM_THREADS=1 PYTHONPATH="$(CURDIR):$(CURDIR)/tests/array_api" $(CURDIR)/$(RUN) \
+	    -m pytest -q -rs -p standard_suite -p no:cacheprovider --disable-deadline array_api_tests $(ARGS)
 
 test-gpu: build ## run the op suite, training runs and every CUDA kernel on a GPU, and say what ran
 	@ENGINE_TEST_GPU=1 $(RUN) -m pytest -q -s tests/cuda_emulation/test_cuda_device.py $(ARGS)

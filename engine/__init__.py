@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from engine import nn, ops, optim
+from engine import array_api, nn, ops, optim
 from engine.autograd import enable_grad, grad, is_grad_enabled, no_grad
 from engine.backend import get_num_threads, set_num_threads
 from engine.checkpoint import checkpoint
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "DType", "Generator", "RowSparse", "Tensor", "bool_", "checkpoint", "default_device", "default_generator",
-    "detect_anomaly", "device", "draw", "enable_grad", "float32", "float64", "from_dlpack", "from_numpy",
+    "DType", "Generator", "RowSparse", "Tensor", "array_api", "bool_", "checkpoint", "default_device",
+    "default_generator", "detect_anomaly", "device", "draw", "enable_grad", "float32", "float64", "from_dlpack",
+    "from_numpy",
     "get_num_threads", "grad", "int16", "int32", "int64", "int8", "is_grad_enabled", "jvp", "models", "nn", "no_grad",
     "ops", "optim", "profile", "seed", "set_num_threads", "sharder", "tensor", "uint16", "uint32", "uint64",
     "uint8", "vjp",

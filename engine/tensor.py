@@ -17,7 +17,7 @@ import numpy as np
 
 from engine import autograd
 from engine.backend import Array, get_backend, walkable
-from engine.dtypes import DType, as_dtype, float32
+from engine.dtypes import DType, as_dtype, float32, uint64
 from engine.rowsparse import Gradient, RowSparse
 
 if TYPE_CHECKING:
@@ -121,11 +121,13 @@ class Tensor:
             raise BufferError("__buffer__: this tensor requires grad, which the other side would not see; detach() it")
         return self.numpy().__buffer__(flags)
 
-    def __dlpack__(self, **options: Any) -> Any:
+    def __dlpack__(self, *, stream: Any = None, max_version: tuple[int, int] | None = None,
+                   dl_device: tuple[Any, int] | None = None, copy: bool | None = None) -> Any:
         """A DLPack capsule over this tensor's memory: `torch.from_dlpack(x)`, `np.from_dlpack(x)`, nothing copied."""
         if self.requires_grad:
             raise RuntimeError("__dlpack__: this tensor requires grad, which the other side would not see; detach() it")
-        return self.numpy().__dlpack__(**options)
+        options = {"stream": stream, "max_version": max_version, "dl_device": dl_device, "copy": copy}
+        return self.numpy().__dlpack__(**{name: value for name, value in options.items() if value is not None})
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.numpy().__dlpack_device__()
@@ -155,6 +157,9 @@ class Tensor:
 
     def __int__(self) -> int:
         return int(self.item())
+
+    def __complex__(self) -> complex:
+        return complex(self.item())
 
     def __index__(self) -> int:
         if self.dtype.is_floating:
@@ -229,6 +234,8 @@ def tensor(data: Any, dtype: Any = None, device: str | None = None, requires_gra
         raise ValueError(f"tensor: data is not a rectangular array of numbers ({error})") from None
     if dtype is not None:
         kind = as_dtype(dtype)
+        if kind is uint64 and source.dtype.kind in "fO" and source is not data:
+            source = np.asarray(data, kind.numpy)  # NumPy guesses float64 for numbers on both sides of 2⁶³
     elif isinstance(data, (np.ndarray, np.generic)):
         kind = _dtype_of(source)
     else:  # Python numbers: float means float32

@@ -49,6 +49,7 @@ ROOMS: dict[tuple[str, ...], tuple[str, ...]] = {
     GRAPH: BOTTOM,
     ("engine.ops",): (*GRAPH, *BOTTOM),
     ("engine.debug",): (*GRAPH, *BOTTOM),
+    ("engine.array_api",): ("engine.ops", *GRAPH, *BOTTOM),
     ("engine.nn",): ("engine.ops", *GRAPH, *BOTTOM),
     ("engine.optim",): ("engine.ops", *GRAPH, *BOTTOM),
     ("engine.models",): ("engine.nn", "engine.ops", *GRAPH, *BOTTOM),
@@ -303,7 +304,7 @@ def kernels_of(header: str) -> list[str]:
                    for line in build_kernels.declarations(header).splitlines() if "_f32(" in line})
 
 
-LAUNCHERS = {"map", "_reduce"}  # functions that are given a kernel's name
+LAUNCHERS = {"map", "_reduce", "_running"}  # functions that are given a kernel's name
 
 
 @cache

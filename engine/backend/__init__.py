@@ -17,7 +17,7 @@ from engine.backend.launch import Backend, broadcast_shapes, finishers, observer
 
 __all__ = [
     "Array", "Backend", "broadcast_shapes", "devices", "finishers", "get_backend", "get_num_threads", "observers",
-    "set_num_threads", "walkable",
+    "present_devices", "set_num_threads", "walkable",
 ]
 
 
@@ -53,6 +53,19 @@ _MAKERS = {"cpu": _cpu, "reference": _reference, "cuda": _cuda}
 def devices() -> tuple[str, ...]:
     """The devices that can be named."""
     return tuple(_MAKERS)
+
+
+@cache
+def present_devices() -> tuple[str, ...]:
+    """The devices that this machine has."""
+    found = []
+    for name in _MAKERS:
+        try:
+            get_backend(name)
+        except (ImportError, RuntimeError):
+            continue
+        found.append(name)
+    return tuple(found)
 
 
 @cache

@@ -124,7 +124,8 @@ class CpuBackend(Backend):
             if function is None:
                 if row is None:
                     raise TypeError(f"{name}: no kernel for {arguments[which or 0].dtype}, expected float32 or float64")
-                row(*[a.data if a.__class__ is Array else a for a in arguments])
+                with np.errstate(all="ignore"):  # as the C kernels: IEEE results, no warnings
+                    row(*[a.data if a.__class__ is Array else a for a in arguments])
             else:
                 function(*[(a.ptr or address(a)) if a.__class__ is Array else null if a is None else a
                            for a in arguments])

@@ -17,7 +17,9 @@ from engine.backend.numpy_rows import Rows, numpy_rows
 
 # f(*inputs, out=y): one launch, no temporary. Where the names differ: kernel=function.
 UFUNCS = """
-    negative abs=absolute sign floor ceil round=rint square sqrt reciprocal exp expm1 log log1p sin cos tanh
+    negative abs=absolute sign square sqrt reciprocal exp expm1 log log1p log2 log10 logaddexp
+    sin cos tan asin=arcsin acos=arccos atan=arctan atan2=arctan2 hypot signbit copysign nextafter
+    sinh cosh tanh asinh=arcsinh acosh=arccosh atanh=arctanh
     add subtract multiply divide maximum minimum equal not_equal less less_equal
     logical_and logical_or logical_xor logical_not
     bitwise_and bitwise_or bitwise_xor bitwise_not=invert bitwise_left_shift=left_shift bitwise_right_shift=right_shift
@@ -36,22 +38,22 @@ def cupy_rows(cp: Any, scatter_sums: Callable[[Any, Any, Any], None]) -> Rows:
     for word in UFUNCS.split():
         kernel, _, function = word.partition("=")
         rows[kernel] = ufunc(getattr(cp, function or kernel))
-    rows["round"] = rounded(cp)
+    rows.update(round=rounded(cp.rint), floor=rounded(cp.floor), ceil=rounded(cp.ceil), trunc=rounded(cp.trunc))
     rows = {**rows, **division_rows(cp, rows)}
     return {**rows, "erf": ufunc(error_function), "gemm": lambda *a: gemm(cp, *a), **scattering_rows(cp, scatter_sums)}
 
 
-def rounded(cp: Any) -> Callable[..., None]:
+def rounded(function: Callable[..., Any]) -> Callable[..., None]:
     def run(y: Any, x: Any, _layout: Any) -> None:
         if x.dtype.kind == "f":
-            cp.rint(x, out=y)
-        else:  # rint of integers is a float
+            function(x, out=y)
+        else:  # of integers CuPy makes floats
             y[...] = x
     return run
 
 
 def division_rows(cp: Any, of_integers: Rows) -> Rows:
-    """⌊a/b⌋ and a − ⌊a/b⌋ b of floats from the exact remainder of the truncated quotient, as NumPy has them.
+    """⌊a/b⌋ and a − ⌊a/b⌋ b of floats from the exact remainder of the truncated quotient; a/b where one is infinite.
 
     (CuPy's own remainder multiplies the rounded quotient back, and is NaN where b is infinite.)
     """
@@ -74,7 +76,7 @@ def division_rows(cp: Any, of_integers: Rows) -> Rows:
         whole = cp.floor(quotient)
         whole = whole + (quotient - whole > 0.5).astype(y.dtype)
         whole = cp.where(quotient == 0, cp.copysign(cp.zeros_like(whole), a / b), whole)
-        y[...] = cp.where(b == 0, a / b, whole)
+        y[...] = cp.where((b == 0) | cp.isinf(a) | cp.isinf(b), a / b, whole)
 
     return {"remainder": remainder, "floor_divide": floor_divide}
 

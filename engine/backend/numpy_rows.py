@@ -31,8 +31,12 @@ def elementwise_rows(xp: Any) -> Rows:
             y[...] = function(*inputs_and_layout[:-1])
         return run
 
-    def sign(x: Any) -> Any:
-        return xp.sign(x)
+    def densely(function: Callable[..., Any]) -> Callable[..., Any]:
+        """NumPy has other code, with other bits, for other strides; so it gets them all dense."""
+        return lambda *inputs: function(*[xp.ascontiguousarray(x) for x in xp.broadcast_arrays(*inputs)])
+
+    def whole(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x: function(x) if x.dtype.kind == "f" else x  # older NumPys make floats of integers
 
     def sigmoid(x: Any) -> Any:  # no overflow on either side
         e = xp.exp(-xp.abs(x))
@@ -43,21 +47,24 @@ def elementwise_rows(xp: Any) -> Rows:
             raise ValueError("pow: an integer to a negative power is not an integer; convert to a float first")
         return xp.power(a, b)
 
-    def integer_divide(a: Any, b: Any) -> Any:
-        if a.dtype.kind in "iu" and not xp.all(b):
+    def floor_divide(a: Any, b: Any) -> Any:
+        if a.dtype.kind == "f":  # NumPy goes by the remainder: NaN for ∞ // 2, and −1 for 1 // −∞, whose quotient is −0
+            return xp.where(xp.isinf(a) | xp.isinf(b), a / b, xp.floor_divide(a, b))
+        if not xp.all(b):
             raise ZeroDivisionError("floor_divide: integer division by zero")
         return xp.floor_divide(a, b)
 
     functions = {
-        "copy": lambda x: x, "cast": lambda x: x, "negative": xp.negative, "abs": xp.abs, "sign": sign,
-        "floor": xp.floor, "ceil": xp.ceil, "round": xp.round, "square": xp.square, "sqrt": xp.sqrt,
-        "rsqrt": lambda x: 1 / xp.sqrt(x), "reciprocal": lambda x: 1 / x,
+        "copy": lambda x: x, "cast": lambda x: x, "negative": xp.negative, "abs": xp.abs, "sign": xp.sign,
+        "floor": whole(xp.floor), "ceil": whole(xp.ceil), "round": whole(xp.round), "trunc": whole(xp.trunc),
+        "square": xp.square, "sqrt": xp.sqrt, "rsqrt": lambda x: 1 / xp.sqrt(x), "reciprocal": lambda x: 1 / x,
         "exp": xp.exp, "expm1": xp.expm1, "log": xp.log, "log1p": xp.log1p, "sin": xp.sin, "cos": xp.cos,
         "tanh": xp.tanh, "sigmoid": sigmoid, "erf": erf,
+        "signbit": xp.signbit, "copysign": xp.copysign, "nextafter": xp.nextafter,
         "relu": lambda x: xp.where(x > 0, x, xp.where(x <= 0, 0, x)),  # NaN stays
         "softplus": lambda x: xp.maximum(x, 0) + xp.log1p(xp.exp(-xp.abs(x))),
         "add": xp.add, "subtract": xp.subtract, "multiply": xp.multiply, "divide": xp.divide, "pow": power,
-        "floor_divide": integer_divide, "remainder": xp.remainder,
+        "floor_divide": floor_divide, "remainder": xp.remainder,
         "maximum": xp.maximum, "minimum": xp.minimum, "where": xp.where,
         "equal": xp.equal, "not_equal": xp.not_equal, "less": xp.less, "less_equal": xp.less_equal,
         "logical_and": xp.logical_and, "logical_or": xp.logical_or, "logical_xor": xp.logical_xor,
@@ -66,6 +73,10 @@ def elementwise_rows(xp: Any) -> Rows:
         "bitwise_right_shift": xp.right_shift,
         "isnan": xp.isnan, "isinf": xp.isinf, "isfinite": xp.isfinite,
     }
+    functions |= {name: densely(function) for name, function in {
+        "log2": xp.log2, "log10": xp.log10, "logaddexp": xp.logaddexp, "hypot": xp.hypot, "tan": xp.tan,
+        "asin": xp.arcsin, "acos": xp.arccos, "atan": xp.arctan, "atan2": xp.arctan2, "sinh": xp.sinh, "cosh": xp.cosh,
+        "asinh": xp.arcsinh, "acosh": xp.arccosh, "atanh": xp.arctanh}.items()}
     rows = {name: row(function) for name, function in functions.items()}
 
     def cast(y: Any, x: Any, *_layout: Any) -> None:
@@ -74,8 +85,12 @@ def elementwise_rows(xp: Any) -> Rows:
     def fill(y: Any, value: Any) -> None:
         y[...] = value
 
-    def arange(y: Any, start: float, step: float) -> None:
-        y[...] = start + step * xp.arange(y.size)
+    def arange(y: Any, start: Any, step: Any) -> None:
+        if y.dtype.kind == "f" or isinstance(start, float) or isinstance(step, float):
+            y[...] = start + step * xp.arange(y.size)
+        else:  # modulo 2⁶⁴, which every integer type takes its own bits of
+            first, gap = (xp.asarray(n % 2**64, "uint64") for n in (start, step))
+            y[...] = (first + gap * xp.arange(y.size, dtype="uint64")).astype(y.dtype)
 
     return {**rows, "cast": cast, "fill": fill, "arange": arange}
 
@@ -100,8 +115,10 @@ def reduction_rows(xp: Any) -> Rows:
         safe = xp.where(xp.isfinite(top), top, 0)
         return (xp.log(xp.exp(x - safe).sum(1, keepdims=True)) + safe)[:, 0]
 
-    def cumulative_sum(y: Any, x: Any, outer: int, n: int, inner: int) -> None:
-        xp.cumsum(x.reshape(outer, n, inner), axis=1, out=y.reshape(outer, n, inner))
+    def running(function: Callable[..., Any]) -> Callable[..., None]:
+        def run(y: Any, x: Any, outer: int, n: int, inner: int) -> None:
+            function(x.reshape(outer, n, inner), axis=1, out=y.reshape(outer, n, inner))
+        return run
 
     def sum_squares(partial: Any, x: Any, n: int) -> None:
         for block in range(partial.size):
@@ -111,7 +128,8 @@ def reduction_rows(xp: Any) -> Rows:
             "max": row(lambda x: x.max(1)), "min": row(lambda x: x.min(1)),
             "argmax": row(lambda x: x.argmax(1)), "argmin": row(lambda x: x.argmin(1)),
             "any": row(lambda x: x.any(1)), "all": row(lambda x: x.all(1)),
-            "logsumexp": row(logsumexp), "cumulative_sum": cumulative_sum, "sum_squares": sum_squares}
+            "logsumexp": row(logsumexp), "cumulative_sum": running(xp.cumsum), "cumulative_prod": running(xp.cumprod),
+            "sum_squares": sum_squares}
 
 
 # ── matrix product: the operands are walked by their strides, as the C kernel does ────────────────────

@@ -83,7 +83,7 @@ def _(g: Tensor, a: Tensor, b: Tensor, y: Tensor, needs: tuple[bool, ...]) -> An
 
 @op(BINARY, reference=np.floor_divide, domain=(0.5, 4.0), method="__floordiv__")
 def floor_divide(k: Any, a: Array, b: Array) -> Array:
-    """y = ⌊a / b⌋. Raises ZeroDivisionError for integers divided by 0."""
+    """y = ⌊a / b⌋, which is −0 for 1 // −∞. Raises ZeroDivisionError for integers divided by 0."""
     return k.map("floor_divide", a, b)
 
 
@@ -406,10 +406,10 @@ def _(g: Tensor, condition: Tensor, needs: tuple[bool, ...]) -> Any:
 
 
 @composite(UNARY, reference=np.clip, method="clip")
-def clip(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
-    """y = min(max(x, low), high); either bound may be None. The gradient is 0 outside, and 1/2 on a bound."""
-    x = x if low is None else maximum(x, low)
-    return x if high is None else minimum(x, high)
+def clip(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    """y = x, or the bound that it exceeds; either may be None. The gradient is 0 outside, and 1/2 on a bound."""
+    x = x if min is None else maximum(x, min)
+    return x if max is None else minimum(x, max)
 
 
 @op(BINARY, reference=np.equal, method="__eq__")

@@ -14,7 +14,7 @@ from engine.backend import Array, get_backend
 from engine.dtypes import int64
 from engine.ops.registry import attach, axis_index, cast, composite, op
 from engine.rowsparse import RowSparse
-from engine.tensor import Tensor
+from engine.tensor import Tensor, tensor
 
 
 def _plain(index: Any) -> Any:
@@ -109,6 +109,8 @@ def _setitem(self: Tensor, index: Any, value: Any) -> None:
     from engine.ops.inplace import rebind_or_write
 
     plain = _plain(index)
+    if not isinstance(value, Tensor):  # numbers take x's type at once: by way of float32 a float64 would lose digits
+        value = tensor(value, dtype=self.dtype, device=self.device)
 
     def write(k: Any, target: Array, source: Array) -> None:
         write_index(k, target, source, plain)
@@ -215,14 +217,14 @@ def argsort_values(k: Any, x: Array, axis: int, descending: bool) -> Array:
 
 
 @composite("... -> ...", reference=lambda x, axis=-1: np.argsort(x, axis, kind="stable"), method="argsort")
-def argsort(x: Tensor, axis: int = -1, descending: bool = False) -> Tensor:
-    """The indices (int64) that sort x along `axis`; equal elements keep their order, NaN is the largest."""
+def argsort(x: Tensor, axis: int = -1, descending: bool = False, stable: bool = True) -> Tensor:
+    """The indices (int64) that sort x along `axis`; equal elements always keep their order, NaN is the largest."""
     with autograd.no_grad():
         return argsort_values(x, axis_index("argsort", axis, x.ndim), descending)
 
 
 @composite("... -> ...", reference=np.sort, method="sort")
-def sort(x: Tensor, axis: int = -1, descending: bool = False) -> Tensor:
+def sort(x: Tensor, axis: int = -1, descending: bool = False, stable: bool = True) -> Tensor:
     """x sorted along `axis`."""
     return take_along_axis(x, argsort(x, axis, descending), axis)
 
@@ -269,27 +271,28 @@ def median(x: Tensor, axis: int | None = None, keepdims: bool = False) -> Tensor
 
 # ── results whose shape depends on the data: computed on the host, without gradients ──────────────────
 
-def _from_host(data: np.ndarray, like: Tensor) -> Tensor:
+def from_host(data: np.ndarray, like: Tensor) -> Tensor:
     return Tensor(get_backend(like.device).array(data), like.device)
-
-
-@composite("... -> ...", reference=np.unique)
-def unique_values(x: Tensor) -> Tensor:
-    """The different elements of x in ascending order."""
-    return _from_host(np.unique(x.numpy()), x)
 
 
 @composite("... -> ...", reference=np.nonzero)
 def nonzero(x: Tensor) -> tuple[Tensor, ...]:
     """For each axis, the indices (int64) of the elements that are not 0, in C order."""
-    return tuple(_from_host(index, x) for index in np.nonzero(x.numpy()))
+    if not x.ndim:
+        raise ValueError("nonzero: x is 0-d, expected at least one axis")
+    return tuple(from_host(index, x) for index in np.nonzero(x.numpy()))
 
 
 @composite("n, ... -> ...", reference=np.searchsorted)
-def searchsorted(sorted_values: Tensor, x: Tensor, side: Any = "left") -> Tensor:
-    """Where each x would go in the ascending `sorted_values` (int64): before equal ones ("left") or after ("right")."""
+def searchsorted(sorted_values: Tensor, x: Tensor, side: Any = "left", sorter: Tensor | None = None) -> Tensor:
+    """Where each x would go in the ascending `sorted_values` (int64): before equal ones ("left") or after ("right").
+
+    sorter: the indices that sort them (argsort), where they are not in order.
+    """
     if side not in ("left", "right"):
         raise ValueError(f"searchsorted: side is {side!r}, expected 'left' or 'right'")
     if sorted_values.ndim != 1:
         raise ValueError(f"searchsorted: sorted_values has shape {sorted_values.shape}, expected one axis")
-    return _from_host(np.asarray(np.searchsorted(sorted_values.numpy(), x.numpy(), side)), x)
+    if sorter is not None:
+        sorted_values = take(sorted_values, sorter)
+    return from_host(np.asarray(np.searchsorted(sorted_values.numpy(), x.numpy(), side)), x)

@@ -15,6 +15,7 @@ from typing import Any
 from engine import autograd
 from engine.backend import Array, get_backend
 from engine.ops import elementwise
+from engine.ops.matmul import matmul
 from engine.ops.registry import attach, cast
 from engine.tensor import Tensor, tensor
 
@@ -81,7 +82,11 @@ def _zero_(self: Tensor) -> Tensor:
 
 for _name, _op in (("__iadd__", elementwise.add), ("__isub__", elementwise.subtract),
                    ("__imul__", elementwise.multiply), ("__itruediv__", elementwise.divide),
-                   ("__ipow__", elementwise.pow)):
+                   ("__ipow__", elementwise.pow), ("__ifloordiv__", elementwise.floor_divide),
+                   ("__imod__", elementwise.remainder), ("__imatmul__", matmul),
+                   ("__iand__", elementwise.bitwise_and), ("__ior__", elementwise.bitwise_or),
+                   ("__ixor__", elementwise.bitwise_xor), ("__ilshift__", elementwise.bitwise_left_shift),
+                   ("__irshift__", elementwise.bitwise_right_shift)):
     attach(_name, _augmented(_op, _name))
 attach("copy_", _copy_)
 attach("zero_", _zero_)

@@ -161,8 +161,12 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
 
 @composite("...n, ...n -> ...", reference=lambda a, b: np.sum(a * b, -1))
 def vecdot(a: Tensor, b: Tensor, axis: int = -1) -> Tensor:
-    """y = Σ a b along `axis`."""
-    return (a * b).sum(axis)
+    """y = Σ a b along `axis`, the others broadcast. Raises ValueError where the lengths along `axis` differ."""
+    if not a.ndim or not b.ndim or a.shape[axis] != b.shape[axis]:
+        raise ValueError(f"vecdot: a has shape {a.shape} and b has shape {b.shape}, expected equal lengths along axis "
+                         f"{axis}")
+    product = a * b
+    return product.sum(axis, dtype=product.dtype)
 
 
 @composite("m, n -> mn", reference=np.outer)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.backend import Array
+from engine.backend import Array, broadcast_shapes
 from engine.ops.registry import attach, axes_tuple, axis_index, composite, op
 from engine.tensor import Tensor
 
@@ -155,11 +155,16 @@ def matrix_transpose(x: Tensor) -> Tensor:
 
 
 @composite("... -> ...", reference=np.moveaxis)
-def moveaxis(x: Tensor, source: int, destination: int) -> Tensor:
-    """Axis `source` moved to place `destination`, the others in their order. A view."""
-    order = list(range(x.ndim))
-    moved = order.pop(axis_index("moveaxis", source, x.ndim))
-    order.insert(axis_index("moveaxis", destination, x.ndim), moved)
+def moveaxis(x: Tensor, source: int | Sequence[int], destination: int | Sequence[int]) -> Tensor:
+    """Axis source[i] moved to place destination[i], the others in their order. A view."""
+    moved, places = ([axis_index("moveaxis", a, x.ndim) for a in (axes if isinstance(axes, (tuple, list)) else (axes,))]
+                     for axes in (source, destination))
+    if len(moved) != len(places) or len(set(moved)) != len(moved) or len(set(places)) != len(places):
+        raise ValueError(f"moveaxis: source is {source!r} and destination {destination!r}, expected as many different "
+                         "axes in both")
+    order = [i for i in range(x.ndim) if i not in moved]
+    for place, axis in sorted(zip(places, moved)):
+        order.insert(place, axis)
     return permute_dims(x, order)
 
 
@@ -184,6 +189,38 @@ def stack(arrays: Sequence[Tensor], axis: int = 0) -> Tensor:
     return concat([expand_dims(x, axis) for x in arrays], axis)
 
 
+@composite("... -> ...")
+def unstack(x: Tensor, axis: int = 0) -> Any:
+    """The slices of x along `axis`, without that axis: a tuple of views, which stack joins again."""
+    at = axis_index("unstack", axis, x.ndim)
+    return tuple(x[(slice(None),) * at + (i,)] for i in range(x.shape[at]))
+
+
+@composite("... -> ...")
+def broadcast_arrays(*arrays: Tensor) -> Any:
+    """The tensors broadcast together: a tuple of views of one shape."""
+    shape = broadcast_shapes("broadcast_arrays", *[x.shape for x in arrays]) if arrays else ()
+    return tuple(broadcast_to(x, shape) for x in arrays)
+
+
+@composite("... -> ...")
+def meshgrid(*arrays: Tensor, indexing: str = "xy") -> Any:
+    """The coordinates of a grid from those along its axes: tensor i varies along axis i ("ij"), as views of one shape.
+
+    "xy": the first two axes exchanged, as in pictures. Raises ValueError unless all have one axis.
+    """
+    if indexing not in ("xy", "ij"):
+        raise ValueError(f"meshgrid: indexing is {indexing!r}, expected 'xy' or 'ij'")
+    axes = list(range(len(arrays)))
+    if indexing == "xy" and len(arrays) > 1:
+        axes[:2] = 1, 0
+    for i, x in enumerate(arrays):
+        if x.ndim != 1:
+            raise ValueError(f"meshgrid: tensor {i} has shape {x.shape}, expected one axis")
+    return broadcast_arrays(*[reshape_view(x, tuple(-1 if i == at else 1 for i in range(len(arrays))))
+                              for at, x in zip(axes, arrays)])
+
+
 @composite("... -> ...", reference=lambda x, sections, axis=0: np.split(x, sections, axis), method="split")
 def split(x: Tensor, sections: int | Sequence[int], axis: int = 0) -> Any:
     """x cut along `axis` into `sections` equal parts, or into parts of the given lengths: a tuple of views."""
@@ -202,12 +239,21 @@ def split(x: Tensor, sections: int | Sequence[int], axis: int = 0) -> Any:
     return tuple(parts)
 
 
-@composite("... -> ...", reference=lambda x, repeats, axis: np.repeat(x, repeats, axis))
-def repeat(x: Tensor, repeats: int, axis: int) -> Tensor:
-    """Each element `repeats` times in a row along `axis`."""
+@composite("... -> ...", reference=lambda x, repeats, axis=None: np.repeat(x, repeats, axis))
+def repeat(x: Tensor, repeats: Any, axis: int | None = None) -> Tensor:
+    """Each element `repeats` times in a row along `axis` (None: of the flattened x); one number, or one an element."""
+    if axis is None:
+        return repeat(flatten(x), repeats, 0)
     at = axis_index("repeat", axis, x.ndim)
-    wide = expand_dims(x, at + 1).broadcast_to((*x.shape[:at + 1], repeats, *x.shape[at + 1:]))
-    return reshape(wide, (*x.shape[:at], x.shape[at] * repeats, *x.shape[at + 1:]))
+    counts = repeats if isinstance(repeats, (int, np.integer)) else np.asarray(repeats)
+    if isinstance(counts, np.ndarray) and counts.size != 1:
+        if counts.shape != (x.shape[at],):
+            raise ValueError(f"repeat: repeats has shape {counts.shape}, expected one number or {x.shape[at]}, the "
+                             f"length of axis {at}")
+        return x[(slice(None),) * at + (np.repeat(np.arange(x.shape[at]), counts),)]
+    times = int(counts if isinstance(counts, (int, np.integer)) else counts.item())
+    wide = expand_dims(x, at + 1).broadcast_to((*x.shape[:at + 1], times, *x.shape[at + 1:]))
+    return reshape(wide, (*x.shape[:at], x.shape[at] * times, *x.shape[at + 1:]))
 
 
 @composite("... -> ...", reference=np.roll)

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from engine.backend import Array
-from engine.dtypes import DType, as_dtype, bool_, int64
+from engine.dtypes import DType, as_dtype, bool_, int64, uint64
+from engine.ops.creation import full
 from engine.ops.elementwise import exp, square, where
-from engine.ops.registry import axes_tuple, axis_index, cast, composite, op
+from engine.ops.movement import concat
+from engine.ops.registry import Op, axes_tuple, axis_index, cast, composite, op
 from engine.tensor import Tensor
 
 Axis = int | Sequence[int] | None
@@ -54,9 +56,11 @@ def _reduce(k: Any, name: str, x: Array, axis: Axis, keepdims: bool, dtype: DTyp
     return y
 
 
-def _wide(dtype: DType) -> DType:
-    """The type that sums and products of `dtype` are kept in."""
-    return dtype if dtype.is_floating or dtype.itemsize == 8 else int64
+def _wide(dtype: DType, wanted: Any) -> DType:
+    """The type that sums and products of `dtype` are kept in: the wanted one, else 64 bits for whole numbers."""
+    if wanted is not None:
+        return as_dtype(wanted)
+    return dtype if dtype.is_floating else uint64 if dtype.kind == "u" else int64
 
 
 def _spread(g: Tensor, shape: tuple[int, ...], axis: Axis) -> Tensor:
@@ -67,8 +71,8 @@ def _spread(g: Tensor, shape: tuple[int, ...], axis: Axis) -> Tensor:
 
 @op("... -> ...", reference=np.sum, method="sum")
 def sum(k: Any, x: Array, axis: Axis = None, keepdims: bool = False, dtype: Any = None) -> Array:
-    """y = Σ x over `axis` (None: all). Bools and small integers are summed as int64; 0 over an empty axis."""
-    wanted = as_dtype(dtype) if dtype is not None else _wide(x.dtype)
+    """y = Σ x over `axis` (None: all). Integers are summed as int64 or uint64, bools as int64; 0 over an empty axis."""
+    wanted = _wide(x.dtype, dtype)
     return _reduce(k, "sum", x if x.dtype is wanted else cast(k, x, wanted), axis, keepdims)
 
 
@@ -78,9 +82,9 @@ def _(g: Tensor, x_shape: tuple[int, ...], axis: Axis) -> Tensor:
 
 
 @op("... -> ...", reference=np.prod, domain=(0.5, 2.0), method="prod")
-def prod(k: Any, x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+def prod(k: Any, x: Array, axis: Axis = None, keepdims: bool = False, dtype: Any = None) -> Array:
     """y = Π x over `axis` (None: all); 1 over an empty axis. The gradient is y / x, so NaN where x is 0."""
-    wanted = _wide(x.dtype)
+    wanted = _wide(x.dtype, dtype)
     return _reduce(k, "prod", x if x.dtype is wanted else cast(k, x, wanted), axis, keepdims)
 
 
@@ -169,6 +173,13 @@ def all(k: Any, x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
     return _reduce(k, "all", x if x.dtype is bool_ else cast(k, x, bool_), axis, keepdims)
 
 
+@composite("... -> ...", reference=np.count_nonzero)
+def count_nonzero(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
+    """How many x over `axis` are not 0 (int64)."""
+    _axes("count_nonzero", axis, x.ndim)
+    return sum(x != 0, axis, keepdims)
+
+
 def _logsumexp(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
     return np.log(np.sum(np.exp(x), axis=axis, keepdims=keepdims))
 
@@ -186,18 +197,66 @@ def _(g: Tensor, x: Tensor, y: Tensor, axis: Axis) -> Tensor:
     return _spread(g, x.shape, axis) * exp(x - where(top == -math.inf, 0.0, top))
 
 
-@op("... -> ...", reference=np.cumsum, method="cumulative_sum")
-def cumulative_sum(k: Any, x: Array, axis: int = -1) -> Array:
-    """y[i] = x[0] + ... + x[i] along `axis`."""
-    if not x.dtype.is_floating and x.dtype.itemsize < 8:
-        x = cast(k, x, int64)
-    at = axis_index("cumulative_sum", axis, x.data.ndim or 1)
+def _running(k: Any, name: str, x: Array, axis: int) -> Array:
+    at = axis_index(name, axis, x.data.ndim or 1)
     dense, outer, n, inner = _arranged(k, x, (at,) if x.data.ndim else ())
     y = k.empty(x.data.shape, x.dtype)
-    k.cumulative_sum(y, dense, outer, n, inner)
+    getattr(k, name)(y, dense, outer, n, inner)
     return y
 
 
-@cumulative_sum.vjp
+@op("... -> ...", public=False)
+def running_sum(k: Any, x: Array, axis: int) -> Array:
+    """y[i] = x[0] + ... + x[i] along `axis`."""
+    return _running(k, "cumulative_sum", x, axis)
+
+
+@running_sum.vjp
 def _(g: Tensor, axis: int) -> Tensor:
-    return g.flip(axis).cumulative_sum(axis).flip(axis)  # the transpose sums from the other end
+    return running_sum(g.flip(axis), axis).flip(axis)  # the transpose sums from the other end
+
+
+@op("... -> ...", public=False)
+def running_prod(k: Any, x: Array, axis: int) -> Array:
+    """y[i] = x[0] · ... · x[i] along `axis`."""
+    return _running(k, "cumulative_prod", x, axis)
+
+
+@running_prod.vjp
+def _(g: Tensor, x: Tensor, y: Tensor, axis: int) -> Tensor:
+    return running_sum((g * y).flip(axis), axis).flip(axis) / x
+
+
+def _cumulated(run: Op, initial: int, x: Tensor, axis: int | None, dtype: Any, include_initial: bool) -> Tensor:
+    axis = -1 if axis is None else axis
+    y = run(x.to(dtype=_wide(x.dtype, dtype)), axis)
+    if not include_initial:
+        return y
+    at = axis_index(run.name, axis, x.ndim)
+    return concat([full((*x.shape[:at], 1, *x.shape[at + 1:]), initial, dtype=y.dtype, device=x.device), y], at)
+
+
+@composite("... -> ...", reference=np.cumsum, method="cumulative_sum")
+def cumulative_sum(x: Tensor, axis: int | None = -1, dtype: Any = None, include_initial: bool = False) -> Tensor:
+    """y[i] = x[0] + ... + x[i] along `axis`, in the type that sum gives; with include_initial, 0 before them."""
+    return _cumulated(running_sum, 0, x, axis, dtype, include_initial)
+
+
+@composite("... -> ...", reference=np.cumprod, domain=(0.5, 2.0), method="cumulative_prod")
+def cumulative_prod(x: Tensor, axis: int | None = -1, dtype: Any = None, include_initial: bool = False) -> Tensor:
+    """y[i] = x[0] · ... · x[i] along `axis`; with include_initial, 1 before them. The gradient is NaN where x is 0."""
+    return _cumulated(running_prod, 1, x, axis, dtype, include_initial)
+
+
+@composite("... -> ...", reference=np.diff)
+def diff(x: Tensor, axis: int = -1, n: int = 1, prepend: Tensor | None = None, append: Tensor | None = None) -> Tensor:
+    """y[i] = x[i + 1] − x[i] along `axis`, n times over, of x with `prepend` before it and `append` behind it."""
+    at = axis_index("diff", axis, x.ndim)
+    if n < 0:
+        raise ValueError(f"diff: n is {n!r}, expected a whole number of at least 0")
+    parts = [part for part in (prepend, x, append) if part is not None]
+    x = concat(parts, at) if len(parts) > 1 else x
+    before = (slice(None),) * at
+    for _ in range(n):
+        x = x[before + (slice(1, None),)] - x[before + (slice(0, -1),)]
+    return x

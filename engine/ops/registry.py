@@ -81,6 +81,9 @@ class Op:
         self.__doc__ = forward.__doc__
         self.__name__ = self.name
         self.__wrapped__ = forward
+        if not composite:  # a caller does not pass k
+            whole = inspect.signature(forward)
+            self.__signature__ = whole.replace(parameters=list(whole.parameters.values())[1:])
 
     def _parameters(self) -> tuple[tuple[str, ...], dict[str, Any]]:
         """The forward's parameters after k: the tensors that the signature counts, then attributes with defaults."""

@@ -52,7 +52,8 @@ class OpSpec:
     draw:       Source -> (operands, attributes)
     reference:  the op in NumPy on float64 operands; the registry row's by default
     formula:    instead: an equation over Rounded operands, which is reference and error bound in one (formulas.py)
-    ulps:       a function's name in rounded.FLOAT32_ULPS: that accuracy is asked for (of float32 if there is a formula)
+    ulps:       a function's name, in rounded.FLOAT32_ULPS or NumPy's: that accuracy is asked for (of float32 if there
+                is a formula)
                 Neither formula nor ulps: the op is exact, or rounds once, correctly.
     wrt:        the operands that gradients flow to; () for none
     gradient:   an equation of the vjp over Rounded (g, *operands), for ops with a kernel vjp

@@ -204,11 +204,14 @@ for _name in IN_PLACE:
 
 # ── functions ─────────────────────────────────────────────────────────────────────────────────────────
 
-FUNCTIONS = """negative abs absolute sign floor ceil rint round square sqrt reciprocal exp expm1 log log1p sin cos tanh
-               add subtract multiply divide power floor_divide remainder fmod copysign maximum minimum where
+FUNCTIONS = """negative abs absolute sign floor ceil trunc rint round square sqrt reciprocal exp expm1 log log1p log2
+               log10 logaddexp sin cos tan arcsin arccos arctan arctan2 sinh cosh tanh arcsinh arccosh arctanh hypot
+               add subtract multiply divide power floor_divide remainder fmod maximum minimum where
+               copysign nextafter signbit
                equal not_equal less less_equal logical_and logical_or logical_xor logical_not
                bitwise_and bitwise_or bitwise_xor invert left_shift right_shift isnan isinf isfinite
-               any all cumsum flip matmul broadcast_to ascontiguousarray zeros_like moveaxis transpose""".split()
+               any all cumsum cumprod flip matmul broadcast_to ascontiguousarray zeros_like moveaxis
+               transpose""".split()
 MAKERS = "empty zeros ones arange".split()
 
 

@@ -35,12 +35,13 @@ def test_empty_and_single(spec: OpSpec, side: int, ndim: int) -> None:
 @rows(lambda spec: spec.integers)
 @pytest.mark.parametrize("dtype", ["int64", "int32", "uint8"])
 def test_integers(spec: OpSpec, dtype: str) -> None:
-    """Integer operands give what NumPy gives for the same ones, exactly; sums and products count in int64."""
+    """Integer operands give what NumPy gives for the same ones, exactly; sums and products count in 64 bits."""
     rng = np.random.default_rng(7)
     count = len(spec.example(Seeded(0)).operands)
     operands = [rng.integers(1, 5, (3, 3)).astype(dtype) for _ in range(count)]
-    reference = {"cumulative_sum": lambda x: np.cumsum(x, -1)}.get(spec.op) or eg.ops.registry[spec.op].reference
+    along_last = {"cumulative_sum": lambda x: np.cumsum(x, -1), "cumulative_prod": lambda x: np.cumprod(x, -1)}
+    reference = along_last.get(spec.op) or eg.ops.registry[spec.op].reference
     want = np.asarray(reference(*operands))
-    if spec.op in ("sum", "prod", "cumulative_sum"):
-        want = want.astype(np.int64)
+    if spec.op in ("sum", "prod", "cumulative_sum", "cumulative_prod"):
+        want = want.astype(np.uint64 if dtype == "uint8" else np.int64)
     check_bits(spec.run(operands, {}), want, check=f"{spec.name}: {dtype}")

@@ -173,6 +173,11 @@ OTHERWISE = {
     "sign": "of NaN: NaN, as the array API standard has it; PyTorch gives 0",
     "softplus": "its counterpart's threshold lies where float64 needs none: in float32 eˣ overflows before",
     "gelu": "of the largest numbers: themselves; PyTorch's product overflows",
+    "floor_divide": "of infinities: the floor of the quotient, as the standard has it; PyTorch gives NaN for ∞ // 2",
+    "sinh": "finite to ln 2 beyond where eˣ overflows, which PyTorch halves only then",
+    "cosh": "finite to ln 2 beyond where eˣ overflows, which PyTorch halves only then",
+    "unique_inverse": "PyTorch numbers NaNs otherwise",
+    "unique_all": "PyTorch numbers NaNs otherwise",
     "argmin": "a stable sort stands for it, which puts NaN last",
 }
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 T = torch.Tensor
 
-NO_PEER = {"dropout": "PyTorch draws from another generator; the formula is tested in tests/ops"}
+NO_PEER = {"dropout": "PyTorch draws from another generator; the formula is tested in tests/ops",
+           "nextafter": "a neighbour is one in its own type: the wide result says nothing of it"}
 
 # Of equal elements PyTorch takes any, so the gradient goes to one of them and ours perhaps to another.
 ANY_OF_EQUAL = {"median", "quantile"}
@@ -76,8 +77,8 @@ def index_of(f: Callable[..., T]) -> Callable[..., T]:
     return find
 
 
-def clip(x: T, low: float | None, high: float | None) -> T:
-    return x if low is None and high is None else torch.clamp(x, low, high)
+def clip(x: T, min: float | None, max: float | None) -> T:
+    return x if min is None and max is None else torch.clamp(x, min, max)
 
 
 def pad(x: T, widths: Sequence[tuple[int, int]], value: float) -> T:
@@ -158,6 +159,19 @@ def sort(x: T, axis: int, descending: bool) -> T:
     return torch.sort(x, dim=axis, descending=descending, stable=True)[0]
 
 
+def running(f: Callable[..., T], first: float) -> Callable[..., T]:
+    def run(x: T, axis: int, include_initial: bool = False) -> T:
+        y = f(x, axis)
+        return torch.cat([torch.full_like(y.narrow(axis, 0, 1), first), y], axis) if include_initial else y
+    return run
+
+
+def first_places(inverse: T) -> T:
+    """Where each number first occurs."""
+    found = [int(torch.argmax((inverse == i).to(torch.int8))) for i in range(len(torch.unique(inverse)))]
+    return torch.tensor(found, dtype=torch.int64)
+
+
 def dtype_of(name: str) -> torch.dtype:
     found: torch.dtype = getattr(torch, name)
     return found
@@ -178,25 +192,35 @@ ELEMENTWISE: dict[str, Callable[..., T]] = {
     "round": torch.round, "rsqrt": torch.rsqrt, "sigmoid": torch.sigmoid, "sign": torch.sign, "silu": F.silu,
     "sin": torch.sin, "softplus": lambda x: F.softplus(x, threshold=700), "sqrt": torch.sqrt, "square": torch.square,
     "subtract": torch.subtract, "tanh": torch.tanh, "where": torch.where,
+    **{name: getattr(torch, name) for name in (
+        "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "copysign", "cosh", "hypot", "log10", "log2",
+        "logaddexp", "signbit", "sinh", "tan", "trunc")},
+    "positive": torch.clone,
 }
 
 MOVEMENT: dict[str, Callable[..., T]] = {
     "astype": lambda x, dtype: x.to(dtype_of(dtype)), "broadcast_to": lambda x, shape: torch.broadcast_to(x, shape),
+    "broadcast_arrays": lambda xs: torch.stack(torch.broadcast_tensors(*xs)),
     "concat": lambda arrays, axis: torch.cat(arrays, axis), "expand_dims": lambda x, axis: torch.unsqueeze(x, axis),
     "flatten": torch.flatten, "flip": lambda x, axis: torch.flip(x, dims(x, axis)),
     "matrix_transpose": lambda x: x.mT,
+    "meshgrid": lambda xs, indexing: torch.stack(torch.meshgrid(*xs, indexing=indexing)),
     "moveaxis": lambda x, source, destination: torch.moveaxis(x, source, destination), "pad": pad,
     "permute_dims": lambda x, axes: torch.permute(x, axes),
-    "repeat": lambda x, repeats, axis: torch.repeat_interleave(x, repeats, axis),
+    "repeat": lambda x, repeats, axis: torch.repeat_interleave(x, torch.as_tensor(repeats), axis),
     "reshape": lambda x, shape: torch.reshape(x, shape), "roll": lambda x, shift, axis: torch.roll(x, shift, axis),
     "split": split, "squeeze": squeeze, "stack": lambda arrays, axis: torch.stack(arrays, axis),
     "swapaxes": lambda x, a, b: torch.swapaxes(x, a, b), "tile": lambda x, repetitions: torch.tile(x, repetitions),
     "tril": lambda x, k: torch.tril(x, k), "triu": lambda x, k: torch.triu(x, k),
+    "unstack": lambda x, axis: torch.stack(torch.unbind(x, axis)),
 }
 
 REDUCTIONS: dict[str, Callable[..., T]] = {
     "all": truth_of(torch.all), "any": truth_of(torch.any), "argmax": index_of(torch.argmax),
-    "argmin": index_of(torch.argmin), "cumulative_sum": lambda x, axis: torch.cumsum(x, axis),
+    "argmin": index_of(torch.argmin), "cumulative_prod": running(torch.cumprod, 1.0),
+    "cumulative_sum": running(torch.cumsum, 0.0), "diff": lambda x, axis, n: torch.diff(x, n, axis),
+    "diff: between": lambda x, before, behind, axis: torch.diff(x, 1, axis, before, behind),
+    "count_nonzero": lambda x, axis=None, keepdims=False: over(torch.sum)(x != 0, axis, keepdims).to(torch.int64),
     "logsumexp": over(torch.logsumexp), "max": over(torch.amax), "mean": over(torch.mean),
     "median": quantile, "min": over(torch.amin), "prod": over(prod), "quantile": quantile, "std": spread(torch.std),
     "sum": over(torch.sum), "var": spread(torch.var),
@@ -208,10 +232,15 @@ INDEXING: dict[str, Callable[..., T]] = {
     "nonzero": lambda x: torch.stack(torch.nonzero(x, as_tuple=True)),
     "scatter_add": lambda x, value, index: torch.index_add(x, 0, torch.as_tensor(index), value),
     "searchsorted": lambda ordered, x, side: torch.searchsorted(ordered, x, side=side),
+    "searchsorted: sorter": lambda values, x, sorter, side: torch.searchsorted(values, x, side=side, sorter=sorter),
     "sort": sort, "take": take,
     "take_along_axis": lambda x, index, axis: torch.take_along_dim(x, index, axis),
     "topk": largest(sort), "topk: indices": largest(argsort),
-    "unique_values": torch.unique,
+    "unique_values": torch.unique, "unique_counts": lambda x: torch.unique(x, return_counts=True)[1],
+    "unique_inverse": lambda x: torch.unique(x, return_inverse=True)[1], "unique_inverse: put back": torch.clone,
+    "unique_all": lambda x: first_places(torch.unique(x, return_inverse=True)[1].reshape(-1)),
+    "unique_all: counts": lambda x: torch.unique(x, return_counts=True)[1],
+    "isin": lambda x, values, invert: torch.isin(x, values, invert=invert),
 }
 
 FUSED: dict[str, Callable[..., T]] = {

@@ -155,7 +155,7 @@ SURFACE = [
            "the widths before and after are exchanged",
            both("pad")),
     Mutant("reduction: a cumulative sum's rule", "engine/ops/reductions.py",
-           "return g.flip(axis).cumulative_sum(axis).flip(axis)", "return g.cumulative_sum(axis)",
+           "return running_sum(g.flip(axis), axis).flip(axis)", "return running_sum(g, axis)",
            "the gradient of a cumulative sum runs the wrong way",
            both("cumulative_sum")),
 ]

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from engine.testing.rows import elementwise, indexing, movement, normalization, products, reductions
+from engine.testing.rows import (
+    elementwise,
+    functions,
+    indexing,
+    movement,
+    normalization,
+    products,
+    reductions,
+    sets,
+)
 
-__all__ = ["elementwise", "indexing", "movement", "normalization", "products", "reductions"]
+__all__ = ["elementwise", "functions", "indexing", "movement", "normalization", "products", "reductions", "sets"]

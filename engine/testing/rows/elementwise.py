@@ -80,7 +80,21 @@ def _quotients(s: Source) -> Draw:
     return [s.whole(a, -40, 40, str(s.dtype)), s.whole(b, 1, 9, str(s.dtype))], {}
 
 
-binary("floor_divide", _quotients, wrt=(), integers=True,
+def _floored(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(a) & np.isfinite(b), np.floor_divide(a, b), a / b)
+
+
+def _dividends(s: Source) -> Draw:
+    """The same, with infinities on either side, or both, if special."""
+    operands, _ = _quotients(s)
+    if not s.special:
+        return operands, {}
+    edge = np.array([np.inf, -np.inf], s.dtype)
+    rng = s.generator()
+    return [s.arranged(np.where(rng.integers(0, 3, x.shape) == 0, rng.choice(edge, x.shape), x)) for x in operands], {}
+
+
+binary("floor_divide", _dividends, wrt=(), integers=True, reference=_floored,
        errors=(ErrorCase(lambda: eg.tensor([2]) // eg.tensor([0]), ZeroDivisionError, ("floor_divide",)),))
 binary("remainder", _quotients, wrt=(), integers=True)
 binary("maximum", apart(), signed_zero=False, integers=True)
@@ -143,11 +157,11 @@ register(OpSpec("where", _where, wrt=(1, 2), linear=(1, 2), special=True,
 def _clip(s: Source) -> Draw:
     low, high = s.choice([(-1.0, 1.5), (None, 0.5), (-0.5, None), (None, None)])
     kinks = tuple(k for k in (low, high) if k is not None)
-    return [s.array(s.shape(), -3, 3, kinks=kinks)], {"low": low, "high": high}
+    return [s.array(s.shape(), -3, 3, kinks=kinks)], {"min": low, "max": high}
 
 
-def _clipped(x: np.ndarray, low: float | None, high: float | None) -> np.ndarray:
-    return np.minimum(np.maximum(x, -math.inf if low is None else low), math.inf if high is None else high)
+def _clipped(x: np.ndarray, min: float | None, max: float | None) -> np.ndarray:
+    return np.minimum(np.maximum(x, -math.inf if min is None else min), math.inf if max is None else max)
 
 
 register(OpSpec("clip", _clip, special=True, view=True, signed_zero=False, reference=_clipped))

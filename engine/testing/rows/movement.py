@@ -81,7 +81,10 @@ moving("squeeze", _squeezable, errors=(
 moving("matrix_transpose", operand(lambda s, x: {}, least=2), errors=(
     ErrorCase(lambda: eg.matrix_transpose(eg.zeros(2)), ValueError, ("matrix_transpose", "(2,)", "2 axes")),))
 moving("moveaxis", operand(lambda s, x: {"source": s.axis(x.ndim), "destination": s.axis(x.ndim)}, least=1), errors=(
-    ErrorCase(lambda: eg.moveaxis(eg.zeros(2), 1, 0), IndexError, ("moveaxis", "1")),))
+    ErrorCase(lambda: eg.moveaxis(eg.zeros(2), 1, 0), IndexError, ("moveaxis", "1")),
+    ErrorCase(lambda: eg.moveaxis(eg.zeros(2, 2), (0, 0), (0, 1)), ValueError, ("moveaxis", "(0, 0)", "(0, 1)"))))
+moving("moveaxis: several", operand(lambda s, x: {"source": _order(s, x.ndim)[:2],
+                                                  "destination": _order(s, x.ndim)[:2]}, least=2))
 moving("swapaxes", operand(lambda s, x: {"a": s.axis(x.ndim), "b": s.axis(x.ndim)}, least=1),
        lambda x, a, b: np.swapaxes(x, a, b), errors=(
     ErrorCase(lambda: eg.swapaxes(eg.zeros(2), 0, -2), IndexError, ("swapaxes", "-2")),))
@@ -107,11 +110,20 @@ def _split(x: Any, sections: Any, axis: int) -> Any:
     return eg.concat([p.reshape(-1) for p in parts])
 
 
+def _repeats(s: Source, x: np.ndarray) -> dict[str, Any]:
+    axis = s.choice([None, s.axis(x.ndim)])
+    return {"repeats": s.generator().integers(0, 4, x.size if axis is None else x.shape[axis]), "axis": axis}
+
+
+moving("unstack", operand(lambda s, x: {"axis": s.axis(x.ndim)}, least=1, low=1),
+       lambda x, axis: np.moveaxis(x, axis, 0), view=False, call=lambda x, axis: eg.stack(eg.unstack(x, axis)))
 moving("split", operand(_cut, least=1), _pieces, view=False, call=_split, errors=(
     ErrorCase(lambda: eg.split(eg.zeros(5), 2), ValueError, ("split", "5", "2")),
     ErrorCase(lambda: eg.split(eg.zeros(5), (2, 2)), ValueError, ("split", "[2, 2]", "5"))))
 moving("repeat", operand(lambda s, x: {"repeats": s.integer(0, 3), "axis": s.axis(x.ndim)}, least=1),
        lambda x, repeats, axis: np.repeat(x, repeats, axis), view=True)
+moving("repeat: one number an element", operand(_repeats, least=1), errors=(
+    ErrorCase(lambda: eg.repeat(eg.zeros(3), eg.tensor([1, 2])), ValueError, ("repeat", "(2,)", "3")),))
 moving("roll", operand(lambda s, x: {"shift": s.integer(-7, 7),
                                      "axis": s.axis(x.ndim) if x.ndim and s.boolean() else None}), errors=(
     ErrorCase(lambda: eg.roll(eg.zeros(2, 2), (1, 2)), ValueError, ("roll", "(1, 2)")),
@@ -152,6 +164,24 @@ moving("concat", _several, view=False, errors=(
     ErrorCase(lambda: eg.concat([eg.tensor(1.0)]), ValueError, ("concat", "0-d"))))
 moving("stack", _alike, lambda arrays, axis: np.stack(arrays, axis), view=False, errors=(
     ErrorCase(lambda: eg.stack([eg.zeros(2), eg.zeros(3)]), ValueError, ("concat", "tensor 1")),))
+
+
+
+def _vectors(s: Source) -> Draw:
+    return [[s.array((s.side(),)) for _ in range(s.integer(1, 3))]], {"indexing": s.choice(["xy", "ij"])}
+
+
+def _together(s: Source) -> Draw:
+    return [[s.array(shape) for shape in s.broadcastable(s.integer(1, 3))]], {}
+
+
+moving("meshgrid", _vectors, lambda xs, indexing: np.stack(np.meshgrid(*xs, indexing=indexing)), view=False,
+       call=lambda xs, indexing: eg.stack(eg.meshgrid(*xs, indexing=indexing)), errors=(
+    ErrorCase(lambda: eg.meshgrid(eg.zeros(2, 2)), ValueError, ("meshgrid", "(2, 2)")),
+    ErrorCase(lambda: eg.meshgrid(eg.zeros(2), indexing="yx"), ValueError, ("meshgrid", "'yx'"))))
+moving("broadcast_arrays", _together, lambda xs: np.stack(np.broadcast_arrays(*xs)), view=False,
+       call=lambda xs: eg.stack(eg.broadcast_arrays(*xs)), errors=(
+    ErrorCase(lambda: eg.broadcast_arrays(eg.zeros(2), eg.zeros(3)), ValueError, ("broadcast_arrays", "(3,)")),))
 
 register(OpSpec("astype", lambda s: ([s.array(s.shape(), special=False)],
                                      {"dtype": s.choice(["float64", "float32", "int32"])}), wrt=(), view=True,

@@ -87,6 +87,10 @@ reduction("all", ranked(least=0), wrt=(), special=True, reference=exactly(np.all
 reduction("logsumexp", over_axes(-30, 30, least=1), formula=formulas.logsumexp, batch=rows(-30, 30))
 
 
+def _count_nonzero(x: np.ndarray, axis: Any = None, keepdims: bool = False) -> np.ndarray:
+    return np.sum(x != 0, axis=axis, keepdims=keepdims)
+
+
 def _spread(s: Source) -> Draw:
     """Variances away from 0, where the root has no derivative, and more elements than the correction."""
     shape = s.shape(1, 3, 2)
@@ -100,24 +104,75 @@ reduction("var", _spread, formula=formulas.variance)
 reduction("std", _spread, formula=formulas.deviation)
 
 
-def _cumulative_sum(x: Any, axis: int = -1) -> Any:
-    """y[i] passes through i additions: |fl − y| ≤ γ_i Σ|x|."""
-    if not isinstance(x, Rounded):
-        return np.cumsum(x, axis=axis) if x.ndim else x
+def _accumulated(x: Any, axis: int, include_initial: bool, function: Callable[..., Any], first: float) -> Any:
+    """function(x) along `axis`, and where that is asked for the value of nothing before it."""
     if not x.ndim:
-        return x
-    return Rounded(np.cumsum(x.value, axis=axis),
-                   rounded.gamma(x.shape[axis], x.unit) * np.cumsum(np.abs(x.value), axis=axis), dtype=x.dtype)
+        return rounded.plain(x)
+    y = function(rounded.plain(x), axis=axis)
+    if not include_initial:
+        return y
+    shape = list(y.shape)
+    shape[axis] = 1
+    return np.concatenate([np.full(shape, first, y.dtype), y], axis)
+
+
+def _cumulative_sum(x: Any, axis: int = -1, include_initial: bool = False) -> Any:
+    """y[i] passes through i additions: |fl − y| ≤ γ_i Σ|x|."""
+    value = _accumulated(x, axis, include_initial, np.cumsum, 0)
+    if not isinstance(x, Rounded):
+        return value
+    size = _accumulated(abs(x.value), axis, include_initial, np.cumsum, 0)
+    return Rounded(value, rounded.gamma(x.shape[axis] if x.ndim else 0, x.unit) * size, dtype=x.dtype)
+
+
+def _cumulative_prod(x: Any, axis: int = -1, include_initial: bool = False) -> Any:
+    """y[i] passes through i products: |fl − y| ≤ γ_i |y|. (The row's numbers do not underflow.)"""
+    value = _accumulated(x, axis, include_initial, np.cumprod, 1)
+    if not isinstance(x, Rounded):
+        return value
+    return Rounded(value, rounded.gamma(x.shape[axis] if x.ndim else 0, x.unit) * abs(value), dtype=x.dtype)
 
 
 def _along(low: float = -4.0, high: float = 4.0) -> Drawing:
     def draw(s: Source) -> Draw:
         x = s.array(s.shape(1), low, high)
-        return [x], {"axis": s.axis(x.ndim)}
+        return [x], {"axis": s.axis(x.ndim), "include_initial": s.boolean()}
     return draw
 
 
 reduction("cumulative_sum", _along(), formula=_cumulative_sum, linear=(0,), integers=True)
+reduction("cumulative_prod", _along(0.5, 2.0), formula=_cumulative_prod, integers=True, batch=rows(0.9, 1.1))
+reduction("count_nonzero", ranked(least=0), wrt=(), special=True, integers=True, reference=_count_nonzero)
+
+
+def _differences(x: Any, axis: int = -1, n: int = 1) -> Any:
+    """n times over x[i + 1] − x[i], each rounded once."""
+    if n == 0:
+        return x
+    index: list[Any] = [slice(None)] * x.ndim
+    index[axis] = slice(1, None)
+    after = x[tuple(index)]
+    index[axis] = slice(0, -1)
+    return _differences(after - x[tuple(index)], axis, n - 1)
+
+
+def _neighbours(s: Source) -> Draw:
+    x = s.array(s.shape(1, low=1))
+    return [x], {"axis": s.axis(x.ndim), "n": s.integer(0, 2)}
+
+
+def _between(s: Source) -> Draw:
+    """With something before and behind it."""
+    (x,), attributes = _neighbours(s)
+    ends = [s.array(x.shape), s.array(x.shape)]
+    return [x, *ends], {"axis": attributes["axis"]}
+
+
+register(OpSpec("diff", _neighbours, formula=_differences, linear=(0,), integers=True, view=True, errors=(
+    wrong_axis("diff"), ErrorCase(lambda: eg.diff(eg.zeros(2), n=-1), ValueError, ("diff", "-1")))))
+register(OpSpec("diff: between", _between, wrt=(0, 1, 2), linear=(0, 1, 2),
+                call=lambda x, before, behind, axis: eg.diff(x, axis, prepend=before, append=behind),
+                reference=lambda x, *ends, axis: np.diff(np.concatenate([ends[0], x, ends[1]], axis), axis=axis)))
 
 # ── sorting: what is exact, and where equal elements go ───────────────────────────────────────────────
 
@@ -189,14 +244,22 @@ def _searched(s: Source) -> Draw:
     return [np.sort(s.distinct((s.side(),))), s.distinct(s.shape())], {"side": s.choice(["left", "right"])}
 
 
+def _unordered(s: Source) -> Draw:
+    values = s.distinct((s.side(),))
+    return [values, s.distinct(s.shape()), np.argsort(values, kind="stable")], {"side": s.choice(["left", "right"])}
+
+
 register(OpSpec("quantile", _quantiles, formula=_quantile, errors=(
     ErrorCase(lambda: eg.quantile(eg.zeros(3), 1.5), ValueError, ("quantile", "1.5", "[0, 1]")),
     ErrorCase(lambda: eg.quantile(eg.zeros(0), 0.5), ValueError, ("quantile", "empty")))))
 register(OpSpec("median", _medians, formula=lambda x, **a: _quantile(x, 0.5, **a), errors=(
     ErrorCase(lambda: eg.median(eg.zeros(0)), ValueError, ("quantile", "empty")),)))
-register(OpSpec("unique_values", lambda s: ([s.distinct(s.shape())], {}), wrt=(), reference=np.unique))
 register(OpSpec("nonzero", lambda s: ([s.distinct(s.shape(1))], {}), wrt=(),
-                call=lambda x: eg.stack(eg.nonzero(x)), reference=lambda x: np.stack(np.nonzero(x))))
+                call=lambda x: eg.stack(eg.nonzero(x)), reference=lambda x: np.stack(np.nonzero(x)), errors=(
+    ErrorCase(lambda: eg.nonzero(eg.tensor(1.0)), ValueError, ("nonzero", "0-d")),)))
 register(OpSpec("searchsorted", _searched, wrt=(), reference=np.searchsorted, errors=(
     ErrorCase(lambda: eg.searchsorted(eg.zeros(2, 2), eg.zeros(1)), ValueError, ("searchsorted", "(2, 2)")),
     ErrorCase(lambda: eg.searchsorted(eg.zeros(2), eg.zeros(1), "middle"), ValueError, ("searchsorted", "'middle'")))))
+register(OpSpec("searchsorted: sorter", _unordered, wrt=(),
+                call=lambda values, x, sorter, side: eg.searchsorted(values, x, side, sorter),
+                reference=lambda values, x, sorter, side: np.searchsorted(values, x, side, sorter)))
