@@ -16,7 +16,7 @@ build: $(READY) ## compile the kernels in place (what plain `make` does)
 	@$(RUN) tools/build_kernels.py
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(READY) ## make the environment .venv from pyproject.toml's dev extra
 

@@ -1,5 +1,6 @@
 """The bugs that tools/mutate.py plants: in C (kernels.py), in Python (engine.py), on the GPU (cuda.py), in the
-breadth of the ops (surface.py), in what is sparse or compressed (sparse.py), and data races (races.py)."""
+breadth of the ops (surface.py), in what is sparse or compressed (sparse.py), in what the array API standard asks for
+(standard.py), and data races (races.py)."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from tools.mutants.kernels import KERNELS
 from tools.mutants.races import RACES
 from tools.mutants.record import Mutant
 from tools.mutants.sparse import SPARSE
+from tools.mutants.standard import STANDARD
 from tools.mutants.surface import SURFACE
 
-MUTANTS: list[Mutant] = [*KERNELS, *ENGINE, *CUDA, *SURFACE, *SPARSE, *RACES]
+MUTANTS: list[Mutant] = [*KERNELS, *ENGINE, *CUDA, *SURFACE, *SPARSE, *STANDARD, *RACES]
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -88,7 +88,7 @@ SURFACE = [
            "a bool tensor plus 1 stays bool",
            TENSOR),
     Mutant("promotion: sums of small integers", "engine/ops/reductions.py",
-           "return dtype if dtype.is_floating or dtype.itemsize == 8 else int64", "return dtype",
+           'return dtype if dtype.is_floating else uint64 if dtype.kind == "u" else int64', "return dtype",
            "a sum of int8 wraps round at 127",
            SURVIVORS),
     Mutant("promotion: Python's float", "engine/dtypes.py",

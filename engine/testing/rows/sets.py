@@ -36,8 +36,16 @@ def _firsts(x: np.ndarray) -> np.ndarray:
     return np.asarray([places.index(i) for i in range(len(_values(x)))], np.int64)
 
 
+def _elements(s: Source, most: int = 3) -> np.ndarray:
+    """Many equal ones, and several NaNs if special."""
+    x = s.distinct(s.shape(most=most))
+    if not s.special:
+        return x
+    return s.arranged(np.where(s.generator().integers(0, 4, x.shape) == 0, np.nan, x).astype(s.dtype))
+
+
 def _one(s: Source) -> Draw:
-    return [s.distinct(s.shape())], {}
+    return [_elements(s)], {}
 
 
 def unique(name: str, reference: Callable[..., Any], call: Callable[..., Any] | None = None) -> None:
@@ -68,7 +76,7 @@ unique("unique_all: counts", _counts, part("unique_all", "counts"))
 
 
 def _two(s: Source) -> Draw:
-    return [s.distinct(s.shape()), s.distinct(s.shape(most=1))], {"invert": s.boolean()}
+    return [_elements(s), _elements(s, 1)], {"invert": s.boolean()}
 
 
 def _is_in(x: np.ndarray, values: np.ndarray, invert: bool = False) -> np.ndarray:
