@@ -70,7 +70,8 @@ class Rounded:
 
     @property
     def tolerance(self) -> np.ndarray:
-        return 2 * self.error
+        """Twice the bound, and never nothing: a formula does not say which sign a zero has."""
+        return np.maximum(2 * self.error, smallest_subnormal(self.dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
