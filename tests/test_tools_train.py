@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,19 @@ def test_workers_and_shards_do_not_change_a_bit(finished: tuple[Path, str], text
     assert result(tmp_path) == result(finished[0])
 
 
+def test_a_compressed_run_goes_on_with_what_it_had_left_to_say(finished: tuple[Path, str], text: Path, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(train, *flags(tmp_path, text, *SMALL, "--compress", "int8"), monkeypatch=monkeypatch) == 0
+    whole = result(tmp_path)
+    assert whole != result(finished[0])
+    (tmp_path / "report.json").unlink()
+    for step in (STEPS, STEPS - 1):
+        shutil.rmtree(next((tmp_path / "checkpoints").glob(f"*{step}")))
+    more = ["--resume", "--workers", "1", "--shards", "3"]
+    assert call(train, *flags(tmp_path, text, *more), monkeypatch=monkeypatch) == 0
+    assert result(tmp_path) == whole
+
+
 def test_killed_at_any_step_and_resumed_it_ends_with_the_same_bits(finished: tuple[Path, str], text: Path,
                                                                    tmp_path: Path) -> None:
     killed = 0
@@ -181,6 +195,8 @@ def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, monkeypa
     (["--lr", "-1"], "--lr is -1.0, expected a positive number"),
     (["--dropout", "1"], "--dropout is 1.0, expected a number from 0 to below 1"),
     (["--workers", "5"], "--workers is 5, expected at most --microbatches (4)"),
+    (["--compress", "zip"], "--compress is 'zip', expected fp16, bf16, int8"),
+    (["--compress", "1bit"], "--compress is '1bit' and the rule AdamWRule"),
     (["--kv-heads", "3"], "--kv-heads is 3, expected a divisor of --heads"),
     (["--context", "4000"], "a context of 4000 needs at least 8001"),
     (["--data", "/nowhere"], "--data /nowhere: no such file or folder"),

@@ -16,8 +16,7 @@ import numpy as np
 from engine.backend import Array, get_backend
 from engine.dtypes import as_dtype
 from engine.sharder.binding import named
-from engine.sharder.codecs import codec_of
-from engine.sharder.compression import Compression, check_rule
+from engine.sharder.compression import Compression, codec_for
 from engine.sharder.consistency import Consistency, Damping
 from engine.sharder.coordinator import Coordinator
 from engine.sharder.memory import Checkpoint, gather, place
@@ -81,9 +80,7 @@ class Cluster:
             clip_norm=clip_norm, consistency=consistency, damping=damping, placement=placement, save_every=save_every)
         self.compression: Compression | None = None
         if compress is not None:
-            codec = codec_of(compress)
-            check_rule(codec, rule)
-            self.compression = Compression(self.k, codec, self.dtype, consistency.staleness)
+            self.compression = Compression(self.k, codec_for(compress, rule), self.dtype, consistency.staleness)
         self.term = Term(0, shards, 0)
         self._place(Checkpoint(0, values, dict.fromkeys(rule.slots)))
 

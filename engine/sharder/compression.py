@@ -31,16 +31,18 @@ import numpy as np
 from engine.backend import Array, Backend
 from engine.dtypes import DType, bool_
 from engine.optim.rules import AdamRule, Rule
-from engine.sharder.codecs import Codec, OneBit, Payload
+from engine.sharder.codecs import Codec, OneBit, Payload, codec_of
 from engine.sharder.partition import Parameter, Piece
 
 
-def check_rule(codec: Codec, rule: Rule) -> None:
-    """Raise ValueError with the reason if the update rule cannot work with what the codec sends."""
+def codec_for(text: str, rule: Rule) -> Codec:
+    """The codec that `text` names. Raises ValueError, with the reason, if the update rule cannot work with it."""
+    codec = codec_of(text)
     if isinstance(codec, OneBit) and isinstance(rule, AdamRule):
         raise ValueError(f"compress is '1bit' and the rule {type(rule).__name__}: all elements of a block arrive with "
                          "one size, so √v no longer tells them apart and Adam diverges (Tang et al. 2021, "
                          "arXiv:2102.02888); expected SGD with momentum, or another codec")
+    return codec
 
 
 class Compression:

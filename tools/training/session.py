@@ -57,6 +57,7 @@ class Session:
         rule = eg.optim.AdamWRule(beta1=0.9, beta2=settings.beta2)
         self.server = eg.sharder.ParameterServer(
             self.model, rule, workers=settings.workers, shards=settings.shards,
+            compress=None if settings.compress == "none" else settings.compress,
             microbatches=settings.microbatches, clip_norm=settings.clip, hyper=self.hyper)
         self.seconds = 0.0  # of training in earlier sessions of this run
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Any
 
+from engine.optim import AdamWRule
+from engine.sharder.compression import codec_for
 from tools.training.errors import ProgramError
 
 
@@ -41,6 +43,7 @@ class Settings:
     warmup: int = flag(60, "steps until the peak; from there a cosine to zero")
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices")
     beta2: float = flag(0.95, "AdamW's memory of squared gradients")
+    compress: str = flag("none", "how gradients travel: none, fp16, bf16, int8, or topk: and a share, as in topk:0.01")
     clip: float = flag(1.0, "the largest norm of a gradient")
     seed: int = flag(0, "of the initial weights, the order of the data and dropout")
 
@@ -59,7 +62,7 @@ class Settings:
         at_least = {"vocab": 257, "warmup": 0, "seed": 0, "samples": 0, "weight_decay": 0}
         for setting in fields(self):
             name, value = setting.name, getattr(self, setting.name)
-            if value is None:
+            if value is None or isinstance(value, str):
                 continue
             if name in ("lr", "clip"):
                 possible, expected = 0 < value < inf, "a positive number"
@@ -70,6 +73,11 @@ class Settings:
                 possible, expected = least <= value < inf, f"at least {least}"
             if not possible:
                 raise ProgramError(f"--{dashed(name)} is {value}, expected {expected}")
+        if self.compress != "none":
+            try:
+                codec_for(self.compress, AdamWRule())
+            except ValueError as error:
+                raise ProgramError(f"--{error}") from None
         if self.width % (2 * self.heads):
             raise ProgramError(f"--width is {self.width}, expected a multiple of twice --heads ({2 * self.heads}): "
                                "each head has an even number of features, which rotary positions turn in pairs")
@@ -98,11 +106,12 @@ def dashed(name: str) -> str:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag for each setting; a flag that is not given does not show up in the parsed arguments."""
-    kinds = {"int": int, "int | None": int, "float": float}
+    kinds = {"int": int, "int | None": int, "float": float, "str": str}
     for setting in fields(Settings):
         default = "" if setting.default is None else f" (default: {setting.default})"
         parser.add_argument(f"--{dashed(setting.name)}", type=kinds[str(setting.type)], default=argparse.SUPPRESS,
-                            metavar="N" if "int" in str(setting.type) else "X", help=setting.metadata["text"] + default)
+                            metavar={"float": "X", "str": "HOW"}.get(str(setting.type), "N"),
+                            help=setting.metadata["text"] + default)
 
 
 def given(arguments: argparse.Namespace) -> dict[str, Any]:
