@@ -88,6 +88,14 @@ def test_ones_own_instruction_joins() -> None:
         del FORMS["cube"]
 
 
+def test_a_checkpoint_that_ends_in_a_write() -> None:
+    """Its result is what was written to; what else was made inside is seen without the checkpoint only."""
+    steps = (Step("tanh", (0,), 1), Step("tanh", (1,), 2), Step("tanh", (1,), 3), Step("iadd", (1, 3), 1))
+    program = Program((Input((1,), 0),), steps, ((0, 3),))
+    assert program.outputs() == [1] and Program(program.inputs, steps).outputs() == [2]
+    check_program(program)
+
+
 def test_decisions_are_held_and_doubtful_ones_left_out() -> None:
     """relu at an exact 0 has slope 0; at what is 0 but for rounding, no gradient is asked for."""
     exact = Program((Input((4,), 3),), (Step("subtract", (0, 0), 1), Step("relu", (1,), 2)))

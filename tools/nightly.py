@@ -118,7 +118,7 @@ def run_slice(job: Job, number: int, examples: int) -> dict[str, Any]:
         with contextlib.redirect_stdout(io.StringIO()):
             job.run(chosen, number, tick)
     except Exception as error:  # whatever it is, it is the finding
-        failures = [f"{type(error).__name__}: {error}"]
+        failures = ["\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])]
     return {"check": job.check, "op": job.op, "examples": min(count, examples), "seed": number, "commit": commit(),
             "seconds": round(time.monotonic() - start, 2), "failures": failures,
             "exhausted": not failures and count < examples}

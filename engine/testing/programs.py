@@ -102,7 +102,7 @@ class Program:
 
     # ── as Python ───────────────────────────────────────────────────────────────────────────────────
 
-    def body(self) -> list[str]:
+    def body(self, outputs: Sequence[int]) -> list[str]:
         """The lines of the function, from constants to return."""
         lines = [f"v{i} = {given.text})" for i, given in enumerate(self.inputs) if not given.requires_grad]
         starts, inside = dict(self.blocks), -1
@@ -116,7 +116,7 @@ class Program:
                 result = f"v{step.result}"
                 lines += [f"    return {result}", f"{result} = eg.checkpoint(block{self._start(i)}, "
                                                   f"{self._taken(self._start(i), i)})"]
-        return [*lines, f"return [{', '.join(f'v{i}' for i in self.outputs())}]"]
+        return [*lines, f"return [{', '.join(f'v{i}' for i in outputs)}]"]
 
     def _start(self, last: int) -> int:
         return next(first for first, end in self.blocks if end == last)
@@ -127,9 +127,10 @@ class Program:
         used = dict.fromkeys(i for step in self.steps[first:last + 1] for i in step.operands if i not in made)
         return ", ".join(f"v{i}" for i in used)
 
-    def function_source(self) -> str:
+    def function_source(self, outputs: Sequence[int] | None = None) -> str:
+        outputs = self.outputs() if outputs is None else outputs
         leaves = ", ".join(f"v{i}" for i, given in enumerate(self.inputs) if given.requires_grad)
-        return f"def program({leaves}):\n" + "".join(f"    {line}\n" for line in self.body())
+        return f"def program({leaves}):\n" + "".join(f"    {line}\n" for line in self.body(outputs))
 
     def source(self, dtype: str = "float64", device: str = "cpu") -> str:
         """A program that prints its outputs and the gradients of their sum weighted by 1, 2, 3 ..."""
@@ -143,10 +144,10 @@ class Program:
                  f'with eg.device("{device}"):', *[f"    {line}" for line in run]]
         return "\n".join(lines) + "\n"
 
-    def compiled(self, dtype: str) -> Callable[..., list[eg.Tensor]]:
-        """The function of the tracked inputs that its source defines."""
+    def compiled(self, dtype: str, outputs: Sequence[int] | None = None) -> Callable[..., list[eg.Tensor]]:
+        """The function of the tracked inputs that its source defines; it returns these variables, or its outputs."""
         names: dict[str, Any] = {"np": np, "eg": eg, "dtype": dtype}
-        exec(compile(self.function_source(), "program", "exec"), names)
+        exec(compile(self.function_source(outputs), "program", "exec"), names)
         function: Callable[..., list[eg.Tensor]] = names["program"]
         return function
 
@@ -396,8 +397,7 @@ def check_checkpoints(program: Program, dtype: str) -> None:
     results = []
     for run in (program, Program(program.inputs, program.steps)):
         leaves = [eg.tensor(x, dtype, requires_grad=True) for x in program.points()]
-        ys = dict(zip(run.outputs(), run.compiled(dtype)(*leaves)))
-        y = _joined([ys[i] for i in program.outputs()])
+        y = _joined(run.compiled(dtype, program.outputs())(*leaves))
         g = eg.tensor(values(y.shape, 1), dtype)
         grads = eg.grad(y, leaves, g, allow_unused=True) if y.requires_grad else []
         results.append([y, *[d for d in grads if d is not None]])
