@@ -155,7 +155,7 @@ class Copy:
         """(exit status, output) of pytest in the copy; a run that takes too long has status −1."""
         environment = {**os.environ, "ENGINE_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1",
                        "PYTHONPATH": str(ROOT / "tools")}
-        for name in ("ENGINE_ISA", "ENGINE_KERNELS"):
+        for name in ("ENGINE_ISA", "ENGINE_KERNELS", "PYTEST_PLUGINS"):
             environment.pop(name, None)
         if sanitizer:
             library = subprocess.run([os.environ.get("CC", "cc"), f"-print-file-name={SANITIZERS[sanitizer][0]}"],
