@@ -2,8 +2,10 @@
 
 from engine.sharder.binding import bind, take_gradients
 from engine.sharder.client import Client
+from engine.sharder.consistency import Consistency, inverse_staleness
 from engine.sharder.drivers.threads import ParameterServer
 from engine.sharder.events import Committed
 from engine.sharder.partition import Partition
 
-__all__ = ["Client", "Committed", "ParameterServer", "Partition", "bind", "take_gradients"]
+__all__ = ["Client", "Committed", "Consistency", "ParameterServer", "Partition", "bind", "inverse_staleness",
+           "take_gradients"]

@@ -58,7 +58,8 @@ class Session:
         self.server = eg.sharder.ParameterServer(
             self.model, rule, workers=settings.workers, shards=settings.shards,
             compress=None if settings.compress == "none" else settings.compress,
-            microbatches=settings.microbatches, clip_norm=settings.clip, hyper=self.hyper)
+            microbatches=settings.microbatches, clip_norm=settings.clip, hyper=self.hyper,
+            consistency=eg.sharder.Consistency.parse(settings.consistency, settings.backups))
         self.seconds = 0.0  # of training in earlier sessions of this run
 
     @property

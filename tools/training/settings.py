@@ -12,6 +12,7 @@ from math import inf
 from typing import Any
 
 from engine.optim import AdamWRule
+from engine.sharder import Consistency
 from engine.sharder.compression import codec_for
 from tools.training.errors import ProgramError
 
@@ -47,6 +48,9 @@ class Settings:
     clip: float = flag(1.0, "the largest norm of a gradient")
     seed: int = flag(0, "of the initial weights, the order of the data and dropout")
 
+    consistency: str = flag("bsp", "how far workers may run ahead: bsp, or ssp: and a staleness bound, as in ssp:3")
+    backups: int = flag(0, "microbatches of a step that need not be waited for")
+
     # how it is run
     workers: int = flag(2, "threads that compute gradients", free=True)
     shards: int = flag(2, "threads that hold and update parameters", free=True)
@@ -59,7 +63,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, each with one line."""
-        at_least = {"vocab": 257, "warmup": 0, "seed": 0, "samples": 0, "weight_decay": 0}
+        at_least = {"vocab": 257, "warmup": 0, "seed": 0, "samples": 0, "weight_decay": 0, "backups": 0}
         for setting in fields(self):
             name, value = setting.name, getattr(self, setting.name)
             if value is None or isinstance(value, str):
@@ -86,6 +90,16 @@ class Settings:
         if self.workers > self.microbatches:
             raise ProgramError(f"--workers is {self.workers}, expected at most --microbatches ({self.microbatches}): "
                                "a microbatch is computed by one worker")
+
+        try:
+            asynchronous = Consistency.parse(self.consistency).asynchronous
+        except ValueError as error:
+            raise ProgramError(f"--{error}") from None
+        if asynchronous:
+            raise ProgramError("--consistency is asp, expected bsp or ssp: the norm that --clip bounds is that of the "
+                               "whole step, which asp never sees")
+        if self.backups >= self.microbatches:
+            raise ProgramError(f"--backups is {self.backups}, expected fewer than --microbatches ({self.microbatches})")
 
     @property
     def tokens_per_step(self) -> int:

@@ -122,7 +122,7 @@ class Simulation(Cluster):
         self.durability = durability
 
     def run(self, gradient: Gradient, clocks: int, seed: int, weather: Weather = Weather(),
-            faults: Iterable[tuple[int, str]] = (), limit: int = 100_000, stride: int = 1,
+            faults: Iterable[tuple[int, str]] = (), limit: float = 100_000, stride: int = 1,
             plain: Plain | None = None, checked: bool = True) -> History:
         """Train for `clocks` clocks in virtual time.
 
