@@ -285,6 +285,27 @@ def test_a_pull_never_mixes_versions():
     assert isinstance(pulled, Pulled) and [version.number for version in pulled.values] == [1, 1]
 
 
+def test_an_answer_to_an_earlier_pull_is_not_taken_for_one_to_this():
+    """It would be of another version: whoever takes over a lost worker's share may read an older one than before."""
+    _, _, shards, (worker, _) = machines(microbatches=1, consistency="ssp:1")
+    begun(worker, clock=1)
+    first = worker.step(PullRequested())
+    for shard in shards:
+        shard.step(push_to(shard))
+        shard.step(Apply(1, 0, 1.0))
+    late = [shard.step(pull.message)[0].message for shard, pull in zip(shards, first)]
+    worker.step(late[0])
+    assert worker.step(late[1]) == [Pulled(tuple(answer.values for answer in late))]
+    worker.step(PushRequested(0, flat(), 0.0, 1))
+    begun(worker, clock=0)
+    again = worker.step(PullRequested())
+    assert worker.step(late[0]) == worker.step(late[1]) == []  # repeated by the network
+    answers = [shard.step(pull.message)[0].message for shard, pull in zip(shards, again)]
+    worker.step(answers[0])
+    (pulled,) = worker.step(answers[1])
+    assert [version.number for version in pulled.values] == [0, 0]
+
+
 def test_a_program_that_breaks_the_rules_gets_one_clear_line():
     _, _, _, (worker, _) = machines()
     for request in (PullRequested(), PushRequested(0, flat(), 0.0, 1)):
