@@ -340,7 +340,11 @@ class Coordinator:
         if saved.version <= self.saved[saved.shard]:
             return self._repeated()
         self.saved[saved.shard] = saved.version
-        return [*self._reshard_if_sealed(), *self._hand_out()]
+        committed = []
+        if saved.version > self.clock:  # it has applied the running clock, and that word was lost
+            committed = self._applied(Applied(saved.shard, saved.term, saved.version - 1))
+            self.repeated = False
+        return [*committed, *self._reshard_if_sealed(), *self._hand_out()]
 
     def _reshard_if_sealed(self) -> list[Any]:
         """Begin the term that is wished for, when nothing is running and every shard has this version on record."""

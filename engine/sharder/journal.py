@@ -59,7 +59,10 @@ class Journal:
                 self.unwritten.popleft()
             return self._released()
         actions, append = self.machine.step(event), []
-        if isinstance(event, self.machine.RECORDED) and not self.machine.repeated:
+        new = isinstance(event, self.machine.RECORDED) and not self.machine.repeated
+        if not actions and not new and not self.unwritten:
+            return []
+        if new:
             self.appended += 1
             append = [self._append(event)]
         elif isinstance(event, Timeout) and self.backup:

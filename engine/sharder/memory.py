@@ -162,12 +162,15 @@ def decoded(push: Push, pieces: tuple[Piece, ...], setup: Setup) -> tuple[Array,
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that one shard remembers at one moment. Nothing in it changes any more."""
+    """All that one shard remembers at one moment; nothing in it changes any more. Of one that is blank, or has been
+    removed (not active), that is little."""
 
-    term: Term
-    clock: int
-    version: int
-    kept: tuple[Version, ...]
-    slots: Mapping[str, tuple[Array, ...]] = field(repr=False)
-    windows: Mapping[int, Window] = field(repr=False)
-    gatherings: Mapping[int, Gathering] = field(repr=False)
+    term: Term | None
+    incarnation: int
+    active: bool = False
+    clock: int = -1
+    version: int = -1
+    kept: tuple[Version, ...] = ()
+    slots: Mapping[str, tuple[Array, ...]] = field(default_factory=dict, repr=False)
+    windows: Mapping[int, Window] = field(default_factory=dict, repr=False)
+    gatherings: Mapping[int, Gathering] = field(default_factory=dict, repr=False)

@@ -230,15 +230,20 @@ class Shard:
 
     def snapshot(self) -> Snapshot:
         """All it remembers; with this, and what it is told from here on, another can stand in for it."""
-        assert self.term is not None
+        if self.term is None or not self.active:
+            return Snapshot(self.term, self.incarnation)
         slots = {slot: tuple(self.k.map("copy", array) for array in arrays)
                  for slot, arrays in self.memory.slots.items()}
-        return Snapshot(self.term, self.clock, self.memory.version, self.memory.versions.kept(), slots,
+        return Snapshot(self.term, self.incarnation, True, self.clock, self.memory.version,
+                        self.memory.versions.kept(), slots,
                         {worker: copy(window) for worker, window in self.windows.items()},
                         {clock: copy(gathering) for clock, gathering in self.gatherings.items()})
 
     def resume(self, snapshot: Snapshot) -> None:
         """Be as the shard was that gave this snapshot."""
+        self.term, self.incarnation, self.active, self.loading = snapshot.term, snapshot.incarnation, False, None
+        if snapshot.term is None or not snapshot.active:
+            return
         versions = self._versions(snapshot.term, snapshot.version)
         versions.reset(snapshot.kept)
         slots = {slot: tuple(self.k.map("copy", array) for array in arrays) for slot, arrays in snapshot.slots.items()}

@@ -452,6 +452,18 @@ def test_a_lost_shard_takes_all_back_to_the_last_snapshot_they_share():
     assert coordinator.step(Applied(0, 1, 1)) == []  # of the older term
 
 
+def test_a_snapshot_of_a_version_says_that_its_clock_is_applied():
+    """Else all could go back to a snapshot beyond the committed clocks, and one of them would never be committed."""
+    _, coordinator, _, _ = machines(durability="snapshot", save_every=1)
+    coordinator.step(Ready(0, 0, 0))
+    coordinator.step(Proceed(0))
+    for message in (reduced(0), reduced(1), Applied(0, 1, 0), Saved(0, 1, 1)):
+        assert not any(isinstance(action, Committed) for action in coordinator.step(message))
+    committed, *_ = coordinator.step(Saved(1, 1, 1))  # its Applied was lost
+    assert isinstance(committed, Committed) and coordinator.clock == 1
+    assert coordinator.step(Applied(1, 1, 0)) == []
+
+
 def test_only_bsp_can_go_back():
     coordinator = running(consistency="ssp:1")
     with pytest.raises(ProtocolError, match="shard 1 lost its memory; only BSP can compute it again"):

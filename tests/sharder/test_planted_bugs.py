@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, find, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
-from sharder_problems import HISTORIES, MODES, STRIKES, tiny_drawn
+from sharder_problems import HISTORIES, MODES, strikes, tiny_drawn
 
 from engine.optim.accumulator import Accumulated, Accumulator
 from engine.sharder import coordinator, journal, memory, setup, shard, versions, worker
@@ -26,8 +26,7 @@ SSP = tuple(mode for mode in MODES if mode.startswith("ssp"))
 ASP = tuple(mode for mode in MODES if mode.startswith("asp"))
 BACKUP_WORKERS = tuple(mode for mode in MODES if "backup workers" in mode)
 
-draws = st.tuples(st.integers(0, 2**20), st.integers(1, 3), st.integers(1, 3),
-                  st.lists(st.tuples(st.integers(1, 160), st.sampled_from(STRIKES)), max_size=5))
+draws = st.tuples(st.integers(0, 2**20), st.integers(1, 3), st.integers(1, 3), strikes)
 
 
 # Each bug takes monkeypatch's setattr and plants itself. modes: those that have what it breaks (default: all, together

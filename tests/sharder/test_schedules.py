@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from sharder_problems import (
     HISTORIES,
     MODES,
-    STRIKES,
     WEATHERS,
     Simulator,
     assert_same_bits,
     gradient,
     plain,
+    strikes,
     tiny,
     tiny_drawn,
     tiny_gradient,
@@ -31,12 +31,9 @@ from engine.sharder.drivers.simulator import FAULTS, Weather
 
 CLOCKS = 3
 
-faults = st.lists(st.tuples(st.integers(1, 160), st.sampled_from(STRIKES)), max_size=5)
-
-
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=-(-HISTORIES // len(MODES)), deadline=None, suppress_health_check=list(HealthCheck))
-@given(seed=st.integers(0, 2**20), workers=st.integers(1, 3), shards=st.integers(1, 3), faults=faults)
+@given(seed=st.integers(0, 2**20), workers=st.integers(1, 3), shards=st.integers(1, 3), faults=strikes)
 def test_every_invariant_holds_in_every_history(mode, seed, workers, shards, faults):
     tiny_drawn(mode, seed, workers, shards, faults)
 
@@ -56,7 +53,7 @@ def test_one_seed_is_one_history_to_the_byte(mode):
 
 
 def test_the_weathers_have_everything_in_them():
-    faults = sum((log(seed).faults for seed in range(10 * len(WEATHERS))), start=log(1).faults)
+    faults = sum((log(seed, clocks=5).faults for seed in range(10 * len(WEATHERS))), start=log(1).faults)
     assert all(faults[kind] >= 2 for kind in ("lose", "repeat", "worker", "shard", "coordinator"))
 
 

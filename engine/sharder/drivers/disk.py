@@ -55,13 +55,14 @@ class Archive:
         self.parts: dict[int, dict[int, dict[int, Snapshot]]] = {}  # version, term, shard
 
     def keep(self, shard: int, snapshot: Snapshot) -> None:
+        assert snapshot.term is not None
         self.parts.setdefault(snapshot.clock, {}).setdefault(snapshot.term.number, {})[shard] = snapshot
 
     def checkpoint(self, version: int) -> Checkpoint:
         """The snapshot of a version, of the newest term in which every shard saved its part."""
         for _, parts in sorted(self.parts.get(version, {}).items(), reverse=True):
             term = next(iter(parts.values())).term
-            if len(parts) >= term.shards:
+            if term is not None and len(parts) >= term.shards:
                 return self._join([parts[s] for s in range(term.shards)])
         if version != self.whole.clock:
             raise KeyError(f"there is no snapshot of version {version} that all shards have")

@@ -44,7 +44,7 @@ class Invariants:
         self.run, self.plain, self.setup = run, plain, run.cluster.setup
         self.asynchronous = self.setup.consistency.asynchronous
         self.course: list[tuple[int, tuple[int, ...]]] = []
-        self.ledger = Ledger(self)
+        self.ledger = Ledger(self.setup, plain.origin, self.require)
         self.seen: dict[int, tuple[Shard, int, int, int]] = {}  # by shard: machine, term, clock, version
         self.promised: dict[int, tuple[int, int]] = {}  # by shard: term and clock
         self.begun: dict[tuple[int, int], int] = {}  # by term and clock: the version it is computed on
@@ -57,17 +57,18 @@ class Invariants:
 
     def check(self, to: Address, event: Any) -> None:
         """Of what this event can have changed: the machine it was for, and what others have of it."""
-        coordinator = self.run.coordinator
-        for shard in self.run.shards() if to == COORDINATOR else [self.run.machine(to)] if to[0] == "shard" else []:
-            if shard is None or not shard.active:
-                continue
-            if shard.term == coordinator.term and not coordinator.restoring:
-                self._check_clock(shard, shard.clock)
-            if to != COORDINATOR:
+        if to == COORDINATOR:
+            for shard in self.run.shards():
+                if shard is not None and shard.active:
+                    self._check_clock(shard)
+        elif to[0] == "shard":
+            shard = self.run.machine(to)
+            if shard is not None and shard.active:
+                self._check_clock(shard)
                 self._check_shard(shard, event)
-        if to[0] == "shard":
             for worker, (values, checksum) in self.held.items():
-                self.require(_checksum(values) == checksum, "the parameters that worker {} holds have changed", worker)
+                if _checksum(values) != checksum:
+                    self.require(False, "the parameters that worker {} holds have changed", worker)
 
     # ── shards ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -91,8 +92,10 @@ class Invariants:
         else:
             self.compare(shard, self.expected(clock), clock)
 
-    def _check_clock(self, shard: Shard, clock: int) -> None:
-        coordinator = self.run.coordinator
+    def _check_clock(self, shard: Shard) -> None:
+        coordinator, clock = self.run.coordinator, shard.clock
+        if shard.term != coordinator.term or coordinator.restoring:
+            return
         running = coordinator.clocks.get(coordinator.clock)
         decided = running is not None and running.decision is not None
         self.require(clock == coordinator.clock or (clock == coordinator.clock + 1 and decided),
@@ -170,7 +173,7 @@ class Invariants:
         if run.stride == 1:
             self.require(clocks == list(range(run.first, run.last)), "the committed clocks are {}", clocks)
         if self.asynchronous:
-            self.ledger.check_end()
+            self.ledger.check_end(run.shards(), run.last)
 
 
 def _checksum(values: tuple[Version, ...]) -> int:

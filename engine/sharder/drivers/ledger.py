@@ -5,25 +5,23 @@ A shard may lose its last updates in a crash, if nobody was told of them: then i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from engine.optim.accumulator import Accumulator
 from engine.sharder.memory import Checkpoint, decoded
 from engine.sharder.messages import Push
+from engine.sharder.setup import Setup
 from engine.sharder.shard import Shard
-
-if TYPE_CHECKING:
-    from engine.sharder.drivers.invariants import Invariants
 
 
 @dataclass
 class Book:
     """Of one shard in one term. states[i]: after `first + i` updates, its pieces alone."""
 
-    term: int
     first: int
     states: list[dict[str, Any]]  # kind -> one array a piece
     taken: list[tuple[int, int]] = field(default_factory=list)  # (clock, microbatch), one an update
@@ -32,24 +30,25 @@ class Book:
 class Ledger:
     """Holds every shard of a run to its book."""
 
-    def __init__(self, invariants: Invariants):
-        self.invariants, self.setup, self.k = invariants, invariants.setup, invariants.setup.k
-        self.books: dict[int, Book] = {}  # by shard
+    def __init__(self, setup: Setup, origin: Checkpoint, require: Callable[..., None]):
+        self.setup, self.origin, self.require, self.k = setup, origin, require, setup.k
+        self.books: dict[tuple[int, int], Book] = {}  # by term and shard
         self.sealed: dict[int, Checkpoint] = {}  # by term: the state it began with
 
     def check(self, shard: Shard, event: Any) -> None:
         """A shard has changed, at this event."""
         assert shard.term is not None
-        version, book = shard.memory.version, self.books.get(shard.number)
-        if book is None or book.term != shard.term.number:
-            book = self.books[shard.number] = self._open(shard)
+        version, key = shard.memory.version, (shard.term.number, shard.number)
+        if key not in self.books:
+            self.books[key] = self._open(shard)
+        book = self.books[key]
         count = version - book.first
-        require = self.invariants.require
+        require = self.require
         if count == len(book.states):
             require(isinstance(event, Push), "shard {} was updated by {}", shard.number, event)
-            key = event.clock, event.microbatch
-            require(key not in book.taken, "shard {} took clock {}, microbatch {} twice", shard.number, *key)
-            book.taken.append(key)
+            work = event.clock, event.microbatch
+            require(work not in book.taken, "shard {} took clock {}, microbatch {} twice", shard.number, *work)
+            book.taken.append(work)
             book.states.append(self._update(shard, book, event))
         require(0 <= count < len(book.states), "shard {} is at version {}, its book at {}", shard.number, version,
                 book.first + len(book.states) - 1)
@@ -63,7 +62,7 @@ class Ledger:
         term = shard.term
         assert term is not None
         if term.number not in self.sealed:
-            self.sealed[term.number] = self._end_of_books() if self.books else self.invariants.plain.origin
+            self.sealed[term.number] = self._end_of_books() if self.books else self.origin
         origin = self.sealed[term.number]
         kinds = {"parameters": origin.parameters, **{slot: values for slot, values in origin.slots.items() if values}}
         state = {kind: [values[p.parameter.name].reshape(-1)[p.start:p.stop] for p in shard.pieces]
@@ -71,12 +70,12 @@ class Ledger:
         for slot, values in origin.slots.items():
             if values is None:
                 state[slot] = [self.setup.rule.init(self.k, p.size, self.setup.dtype)[slot].data for p in shard.pieces]
-        return Book(term.number, self.setup.updates(term.start), [state])
+        return Book(self.setup.updates(term.start), [state])
 
     def _end_of_books(self) -> Checkpoint:
         """The end of the term before, joined."""
-        newest = max(book.term for book in self.books.values())
-        books = {s: book for s, book in self.books.items() if book.term == newest}
+        newest = max(term for term, _ in self.books)
+        books = {s: book for (term, s), book in self.books.items() if term == newest}
         whole: dict[str, dict[str, np.ndarray]] = {}
         for s, book in books.items():
             for i, piece in enumerate(self.setup.partition(len(books)).pieces[s]):
@@ -102,15 +101,14 @@ class Ledger:
                 after[kind].append(value.data)
         return after
 
-    def check_end(self) -> None:
-        """Every shard took every microbatch exactly once since its term began."""
-        run = self.invariants.run
-        for shard in run.shards():
+    def check_end(self, shards: Iterable[Shard | None], last: int) -> None:
+        """Every shard took every microbatch of the clocks before `last` exactly once since its term began."""
+        for shard in shards:
             assert shard is not None and shard.term is not None
-            due = [(clock, i) for clock in range(shard.term.start, run.last) for i in range(self.setup.microbatches)]
-            book = self.books.get(shard.number)
-            taken = sorted(book.taken) if book and book.term == shard.term.number else []
-            self.invariants.require(taken == due, "shard {} took {}, expected {}", shard.number, taken, due)
+            due = [(clock, i) for clock in range(shard.term.start, last) for i in range(self.setup.microbatches)]
+            book = self.books.get((shard.term.number, shard.number))
+            taken = sorted(book.taken) if book else []
+            self.require(taken == due, "shard {} took {}, expected {}", shard.number, taken, due)
 
 
 def _state(shard: Shard) -> dict[str, Any]:

@@ -258,7 +258,8 @@ class _Run:
             self.history.faults["repeat"] += 1
             copies = 2
         for _ in range(copies):
-            self.schedule(delay + random.randint(*weather.latency), send.to, send.message)
+            shortest, longest = weather.latency
+            self.schedule(delay + shortest + int(random.random() * (longest - shortest + 1)), send.to, send.message)
 
     def _transmission(self, source: Address, message: Any) -> float:
         """How long it takes until a message, and what was sent before it, has left the machine."""
@@ -356,7 +357,7 @@ class _Run:
         return self.disks.setdefault(address, Disk())
 
     def _to_disk(self, address: Address, answer: Any) -> None:
-        self.schedule(self.random.randint(1, self.weather.disk), address, answer, self.incarnations[address])
+        self.schedule(1 + int(self.random.random() * self.weather.disk), address, answer, self.incarnations[address])
 
     def _write(self, address: Address) -> None:
         """Bring what is pending to the disk, if it is not busy; never before the snapshot that the log begins with."""
@@ -367,13 +368,15 @@ class _Run:
 
     def _kept(self, address: Address, save: Save) -> None:
         self._disk(address).keep(save)
-        self.archive.keep(address[1], save.snapshot)
+        if save.snapshot.active:
+            self.archive.keep(address[1], save.snapshot)
         node = self.nodes[address]
         self.protected.add(address)
         self._write(address)
         if isinstance(node, Journal) and node.backup is None:
             self.perform(address, node.step(Written(save.number)))
-        self.perform(address, node.step(Stored(save.snapshot.term.number, save.snapshot.clock)))
+        if save.snapshot.active:
+            self.perform(address, node.step(Stored(save.snapshot.term.number, save.snapshot.clock)))
 
     # ── whoever wants the training ──────────────────────────────────────────────────────────────────
 
@@ -504,9 +507,6 @@ class _Run:
         self.protected.discard(address)
         journal = Journal(node.promote(), node.number)
         self._bring(address, journal)
-        if journal.machine.active:
-            self.perform(address, journal.save())
-        else:
-            self.protected.add(address)
+        self.perform(address, journal.save())
         if self.invariants:
             self.invariants.check(address, None)
