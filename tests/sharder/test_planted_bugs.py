@@ -21,7 +21,6 @@ from engine.sharder.messages import Applied, Begin, Held, Push, Reduced
 
 DRAWS = -(-HISTORIES // len(MODES))  # as many as test_schedules.py draws in each mode, in every test run
 
-BSP = tuple(mode for mode in MODES if mode.startswith("bsp"))
 SSP = tuple(mode for mode in MODES if mode.startswith("ssp"))
 ASP = tuple(mode for mode in MODES if mode.startswith("asp"))
 BACKUP_WORKERS = tuple(mode for mode in MODES if "backup workers" in mode)
@@ -135,12 +134,6 @@ def mixes_versions_in_a_pull(plant):
         self.values[answer.shard] = answer.values
         return [] if self.pulls else [Pulled(tuple(self.values[s] for s in range(self.term.shards)))]
     plant(worker.Worker, "_parameters", parameters)
-
-
-def begins_again_on_a_repeated_begin(plant, modes=BSP):
-    def begin(self, message, original=worker.Worker._begin):
-        return original(self, replace(message, number=self.taken + 1))
-    plant(worker.Worker, "_begin", begin)
 
 
 def hears_nothing_of_a_new_term(plant):
@@ -397,14 +390,6 @@ def shard_takes_pushes_of_an_older_term(plant):
     def other_term(self, number, epoch, term, original=shard.Shard._other_term):
         return original(self, number, epoch, max(term, self.term.number if self.term else term))
     plant(shard.Shard, "_other_term", other_term)
-
-
-def coordinator_hears_words_of_an_older_term(plant, modes=BSP):
-    def step(self, event, original=coordinator.Coordinator.step):
-        if hasattr(event, "shard") and hasattr(event, "term") and event.shard < self.term.shards:
-            event = replace(event, term=self.term.number)
-        return original(self, event)
-    plant(coordinator.Coordinator, "step", step)
 
 
 def reshards_before_everything_is_on_record(plant):
