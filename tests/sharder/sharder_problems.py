@@ -96,10 +96,14 @@ def tiny_gradient(parameters, clock, microbatch):
     return gradients, 0.1 * (microbatch + 1) * (clock + 0.3), 2 + microbatch % 3
 
 
-def tiny_simulation(mode="bsp, logs", workers=2, shards=2, microbatches=3, clip_norm=None, **arguments):
+MANY = {f"p{i}": np.array([1.0, i], "float32") for i in range(7)}  # a piece for each of 7 shards
+
+
+def tiny_simulation(mode="bsp, logs", workers=2, shards=2, microbatches=3, clip_norm=None, many=False, **arguments):
     durability, consistency = MODES[mode]
-    return Simulation(TINY, Momentum(), durability=durability, consistency=consistency, workers=workers, shards=shards,
-                      microbatches=microbatches, clip_norm=clip_norm, device=DEVICE, **arguments)
+    return Simulation(MANY if many else TINY, Momentum(), durability=durability, consistency=consistency,
+                      workers=workers, shards=shards, microbatches=microbatches, clip_norm=clip_norm, device=DEVICE,
+                      **arguments)
 
 
 _PLAINS = {}  # by mode, microbatches, clip_norm: what is right is computed once
@@ -109,7 +113,7 @@ def tiny(mode="bsp, logs", workers=2, shards=2, microbatches=3, clip_norm=None, 
          clocks=3, stride=1, **arguments):
     """A history of the tiny problem, every invariant checked at every event: (simulation, history)."""
     simulation = tiny_simulation(mode, workers, shards, microbatches, clip_norm, **arguments)
-    key = (mode, microbatches, clip_norm, arguments.get("damping"))
+    key = (mode, microbatches, clip_norm, *sorted(arguments.items()))
     if key not in _PLAINS:
         _PLAINS[key] = Plain(simulation.setup, simulation.checkpoint(), tiny_gradient)
     weather = WEATHERS[seed % len(WEATHERS)] if weather is None else weather
