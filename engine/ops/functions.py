@@ -13,7 +13,8 @@ import numpy as np
 
 from engine.backend import Array
 from engine.dtypes import bool_
-from engine.ops.elementwise import BINARY, UNARY, isinf, sigmoid, sqrt, where
+from engine.ops.elementwise import BINARY, UNARY, sigmoid, sqrt, where
+from engine.ops.logic import isinf
 from engine.ops.registry import op
 from engine.tensor import Tensor
 

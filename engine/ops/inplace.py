@@ -14,7 +14,7 @@ from typing import Any
 
 from engine import autograd
 from engine.backend import Array, get_backend
-from engine.ops import elementwise
+from engine.ops import elementwise, logic
 from engine.ops.matmul import matmul
 from engine.ops.registry import attach, cast
 from engine.tensor import Tensor, tensor
@@ -84,9 +84,9 @@ for _name, _op in (("__iadd__", elementwise.add), ("__isub__", elementwise.subtr
                    ("__imul__", elementwise.multiply), ("__itruediv__", elementwise.divide),
                    ("__ipow__", elementwise.pow), ("__ifloordiv__", elementwise.floor_divide),
                    ("__imod__", elementwise.remainder), ("__imatmul__", matmul),
-                   ("__iand__", elementwise.bitwise_and), ("__ior__", elementwise.bitwise_or),
-                   ("__ixor__", elementwise.bitwise_xor), ("__ilshift__", elementwise.bitwise_left_shift),
-                   ("__irshift__", elementwise.bitwise_right_shift)):
+                   ("__iand__", logic.bitwise_and), ("__ior__", logic.bitwise_or),
+                   ("__ixor__", logic.bitwise_xor), ("__ilshift__", logic.bitwise_left_shift),
+                   ("__irshift__", logic.bitwise_right_shift)):
     attach(_name, _augmented(_op, _name))
 attach("copy_", _copy_)
 attach("zero_", _zero_)

@@ -36,7 +36,7 @@ class ndarray:
     """An array "on the GPU"."""
 
     __slots__ = ("_host",)
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __init__(self, host: Any):
         self._host = np.asarray(host)
@@ -301,8 +301,8 @@ def make(device_count: Callable[[], int] = lambda: 1, driver: int = 13000) -> di
                                                   CUDARuntimeError=CUDARuntimeError),
                     Device=lambda: types.SimpleNamespace(attributes={"MultiProcessorCount": 1}))}
     vars(cupy).update(members)
-    special.erf = _erf  # type: ignore[attr-defined]
-    cupyx.scipy, scipy.special = scipy, special  # type: ignore[attr-defined]
+    special.erf = _erf
+    cupyx.scipy, scipy.special = scipy, special
     modules = {"cupy": cupy, "cupyx": cupyx, "cupyx.scipy": scipy, "cupyx.scipy.special": special}
     for name, module in modules.items():
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
