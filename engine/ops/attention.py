@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.backend import Array, get_backend
-from engine.dtypes import int64
+from engine.dtypes import as_dtype, float32, int64
 from engine.ops.creation import arange, masked_scale
 from engine.ops.elementwise import where
 from engine.ops.matmul import matmul
@@ -17,7 +17,7 @@ from engine.ops.normalization import softmax_rows
 from engine.ops.reductions import any as any_over
 from engine.ops.registry import cast, composite, op
 from engine.random import Generator, Key, default_generator
-from engine.tensor import Tensor
+from engine.tensor import Tensor, default_device
 
 NO_DRAW = Key(0, 0, 0, 0)
 
@@ -188,10 +188,7 @@ def rope(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool = False) -> 
 def rope_table(positions: int, dim: int, base: float = 10000.0, *, start: int = 0, device: str | None = None,
                dtype: Any = None) -> tuple[Tensor, Tensor]:
     """cos and sin of t · base^(−2i/dim), each (positions, dim/2), for t from `start`; computed in float64."""
-    from engine.dtypes import as_dtype, float32
-    from engine.tensor import default_device
-
     angle = np.outer(np.arange(start, start + positions), base ** (-np.arange(0, dim, 2) / dim))
     kind = as_dtype(dtype or float32)
     k = get_backend(device or default_device())
-    return tuple(Tensor(k.array(f(angle), kind), k.device) for f in (np.cos, np.sin))  # type: ignore[return-value]
+    return Tensor(k.array(np.cos(angle), kind), k.device), Tensor(k.array(np.sin(angle), kind), k.device)

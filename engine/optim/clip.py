@@ -13,13 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from engine.backend import Array, Backend, get_backend
 from engine.dtypes import float64
-from engine.rowsparse import RowSparse, put_rows
+from engine.rowsparse import Gradient, RowSparse, put_rows
 from engine.tensor import Tensor
 
 BLOCK = 4096  # elements
@@ -78,14 +77,13 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> f
     found = _with_gradients(parameters)
     if not found:
         return 0.0
-    k = get_backend(found[0].device)
-    gradients = [p.grad if isinstance(p.grad, RowSparse) else k.contiguous(p.grad.array)  # type: ignore[union-attr]
-                 for p in found]
+    k = get_backend(found[0][1].device)
+    gradients = [g if isinstance(g, RowSparse) else k.contiguous(g.array) for _, g in found]
     norm = norm_of_blocks(k, np.concatenate([k.to_numpy(sums_of_squares(k, g)) for g in gradients]))
     scale = clip_scale(norm, max_norm)
     if scale != 1.0:
-        for p in found:
-            _map(p, lambda g: k.map("multiply", g, k.constant(scale, g.dtype)))
+        for p, g in found:
+            p.grad = _mapped(g, lambda values: k.map("multiply", values, k.constant(scale, values.dtype)))
     return norm
 
 
@@ -93,8 +91,8 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -
     """Bring every element of the gradients into [−clip_value, clip_value]; NaN stays NaN."""
     if not clip_value >= 0:
         raise ValueError(f"clip_grad_value_: clip_value is {clip_value!r}, expected a number of at least 0")
-    for p in _with_gradients(parameters):
-        _map(p, partial(_clipped, get_backend(p.device), float(clip_value)))
+    for p, g in _with_gradients(parameters):
+        p.grad = _mapped(g, partial(_clipped, get_backend(g.device), float(clip_value)))
 
 
 def _clipped(k: Backend, limit: float, g: Array) -> Array:
@@ -102,14 +100,13 @@ def _clipped(k: Backend, limit: float, g: Array) -> Array:
     return k.map("minimum", k.map("maximum", g, low), high)
 
 
-def _map(p: Tensor, function: Callable[[Array], Array]) -> None:
-    """p.grad = function(p.grad), for a function of each element that takes 0 to 0."""
-    if isinstance(p.grad, RowSparse):
-        p.grad = p.grad.map(function)
-    elif p.grad is not None:
-        p.grad = Tensor(function(p.grad.array), p.device)
+def _mapped(gradient: Gradient, function: Callable[[Array], Array]) -> Gradient:
+    """function(gradient), for a function of each element that takes 0 to 0."""
+    if isinstance(gradient, RowSparse):
+        return gradient.map(function)
+    return Tensor(function(gradient.array), gradient.device)
 
 
-def _with_gradients(parameters: Any) -> list[Tensor]:
+def _with_gradients(parameters: Tensor | Iterable[Tensor]) -> list[tuple[Tensor, Gradient]]:
     several = (parameters,) if isinstance(parameters, Tensor) else parameters
-    return [p for p in several if p.grad is not None]
+    return [(p, p.grad) for p in several if p.grad is not None]
