@@ -164,13 +164,7 @@ def _consumers(roots: list[Any], targets: dict[int, Any] | None) -> dict[int, in
     for edge in sorted(seen.values(), key=_order_of):  # inputs are older than what they make: one pass in that order
         if any(id(e) in leads for e in _edges(edge)):
             leads.add(id(edge))
-    count = {key: 0 for key in seen if key in leads}
-    for edge in seen.values():
-        if id(edge) in count:
-            for e in _edges(edge):
-                if id(e) in count:
-                    count[id(e)] += 1
-    return count
+    return {key: edges for key, edges in count.items() if key in leads}  # what has an edge to one of them is one
 
 
 def _edges(edge: Any) -> list[Any]:
@@ -280,7 +274,7 @@ def _unaliased(cotangents: Sequence[Tensor], create_graph: bool) -> Callable[[Gr
             return gradient
         storage = gradient.array.storage
         if not create_graph and (storage.has_views or id(storage) in handed_out):
-            gradient = gradient + 0
+            gradient = +gradient  # in memory of its own, with the same bits
             storage = gradient.array.storage
         handed_out[id(storage)] = storage
         return gradient
