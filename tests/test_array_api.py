@@ -61,6 +61,17 @@ def test_numbers_that_are_written_keep_all_their_digits() -> None:
     assert y.tolist() == [0.1, 0.2] and y.requires_grad
 
 
+def test_floats_in_lists_take_the_type_they_meet() -> None:
+    x = eg.zeros(2, dtype="float64")
+    assert (x + [0.1, 0.2]).tolist() == ([0.1, 0.2] + x).tolist() == [0.1, 0.2]
+    assert xp.where(x == 0.0, [0.1, 0.2], x).tolist() == [0.1, 0.2]
+    assert xp.isin(x + [0.1, 0.2], [0.2]).tolist() == [False, True]
+    x += [0.1, 0.2]
+    assert x.tolist() == [0.1, 0.2]
+    assert (xp.asarray([1, 2]) + [0.5, 0.5]).dtype is eg.float32 and ([0.5] + eg.zeros(1)).dtype is eg.float32
+    assert (eg.zeros(1, dtype="int8") + [300]).tolist() == [300]  # whole numbers stay whole, and in range
+
+
 def test_from_dlpack_keeps_the_memory_unless_asked() -> None:
     data = np.arange(3.0)
     assert shares(xp.from_dlpack(data), data) and not shares(xp.from_dlpack(data, copy=True), data)

@@ -112,8 +112,8 @@ def _setitem(self: Tensor, index: Any, value: Any) -> None:
     if not isinstance(value, Tensor):  # numbers take x's type at once: by way of float32 a float64 would lose digits
         value = tensor(value, dtype=self.dtype, device=self.device)
 
-    def write(k: Any, target: Array, source: Array) -> None:
-        write_index(k, target, source, plain)
+    def write(k: Any, target: Array) -> None:
+        write_index(k, target, value.array if value.dtype is self.dtype else cast(k, value.array, self.dtype), plain)
 
     rebind_or_write("index assignment", self, value, lambda x, v: assign_index(x, v, plain), write)
 

@@ -17,14 +17,14 @@ from engine.backend import Array, get_backend
 from engine.ops import elementwise, logic
 from engine.ops.matmul import matmul
 from engine.ops.registry import attach, cast
-from engine.tensor import Tensor, tensor
+from engine.tensor import Tensor
 
 ALONE = 2  # references to a storage that one Array sees: the Array's, and the one being counted
 
 
 def rebind_or_write(name: str, x: Tensor, value: Any, functional: Callable[[Tensor, Any], Tensor],
-                    write: Callable[[Any, Array, Array], None]) -> None:
-    """The two ways above: functional(x, value) gives the new tensor; write(k, x's Array, value's Array) overwrites."""
+                    write: Callable[[Any, Array], None]) -> None:
+    """The two ways above: functional(x, value) gives the new tensor; write(k, x's Array) overwrites the elements."""
     recording = autograd.is_grad_enabled() and (
         x.requires_grad or (isinstance(value, Tensor) and value.requires_grad))
     if recording:
@@ -43,18 +43,15 @@ def rebind_or_write(name: str, x: Tensor, value: Any, functional: Callable[[Tens
         return
     if not x.array.writeable:
         raise ValueError(f"{name}: x is read-only (a broadcast view or a read-only array)")
-    k = get_backend(x.device)
-    with autograd.no_grad():
-        source = value if isinstance(value, Tensor) else tensor(value, device=x.device)
-    if source.device != x.device:
-        raise ValueError(f"{name}: x is on {x.device} and the value on {source.device}; move it with .to()")
-    write(k, x.array, source.array if source.dtype is x.dtype else cast(k, source.array, x.dtype))
+    if isinstance(value, Tensor) and value.device != x.device:
+        raise ValueError(f"{name}: x is on {x.device} and the value on {value.device}; move it with .to()")
+    write(get_backend(x.device), x.array)
     x.array.storage.version += 1
 
 
 def _augmented(f: Any, name: str) -> Callable[[Tensor, Any], Tensor]:
     def run(self: Tensor, other: Any) -> Tensor:
-        def write(k: Any, target: Array, _source: Array) -> None:
+        def write(k: Any, target: Array) -> None:
             with autograd.no_grad():
                 result = f(self, other)
             if result.shape != self.shape:

@@ -42,7 +42,7 @@ from engine.autograd import Node, _grad_mode, edge_of, save
 from engine.backend import Array, get_backend
 from engine.dtypes import DType, as_dtype, float32, promote, promote_scalar
 from engine.rowsparse import Gradient, RowSparse
-from engine.tensor import Tensor, default_device
+from engine.tensor import Tensor, default_device, tensor
 
 registry: dict[str, Op] = {}
 """Every public op by name: the rows that tests, documentation and benchmarks are generated from."""
@@ -162,12 +162,8 @@ class Op:
         k = get_backend(device)
         made = list(args)
         for i, (name, value) in enumerate(zip(self.inputs, args)):
-            if name in self.fixed or value is None or isinstance(value, Tensor):
-                continue
-            if isinstance(value, (bool, int, float)):
-                made[i] = Tensor(k.constant(value, self._scalar_type(value, args[:count])), device)
-            else:
-                made[i] = self._from_data(value, i, k, device)
+            if name not in self.fixed and value is not None and not isinstance(value, Tensor):
+                made[i] = self._operand(name, value, args[:count], k, device)
         return made
 
     def _alike(self, values: Sequence[Any]) -> bool:
@@ -209,42 +205,40 @@ class Op:
         return values, bound
 
     def _as_tensors(self, values: Sequence[Any]) -> list[Tensor | None]:
-        """Operands as tensors on one device; Python numbers take the type of the tensors they meet."""
+        """Operands as tensors on one device."""
         tensors: list[Any] = list(values)
         device = next((v.device for v in tensors if isinstance(v, Tensor)), default_device())
         k = get_backend(device)
-        for i, value in enumerate(tensors):
-            if value is None or isinstance(value, Tensor):
-                if value is None and self.inputs[min(i, len(self.inputs) - 1)] not in self.optional:
-                    raise TypeError(f"{self.name}: {self.inputs[min(i, len(self.inputs) - 1)]} is None, "
-                                    "expected a tensor")
-            elif isinstance(value, (bool, int, float)):
-                tensors[i] = Tensor(k.constant(value, self._scalar_type(value, values)), device)
-            else:
-                tensors[i] = self._from_data(value, i, k, device)
+        for i, (name, value) in enumerate(zip(self._names(values), values)):
+            if value is None:
+                if name not in self.optional:
+                    raise TypeError(f"{self.name}: {name} is None, expected a tensor")
+            elif not isinstance(value, Tensor):
+                tensors[i] = self._operand(name, value, values, k, device)
         on = [t.device for t in tensors if t is not None]
         if len(set(on)) > 1:
             raise ValueError(f"{self.name}: operands are on different devices ({', '.join(on)}); move them with .to()")
         return tensors
 
-    def _scalar_type(self, value: bool | int | float, values: Sequence[Any]) -> DType:
+    def _operand(self, name: str, value: Any, values: Sequence[Any], k: Any, device: str) -> Tensor:
+        """One of the operands `values` that is no tensor yet: a number, a nested list or a NumPy array."""
+        if isinstance(value, (bool, int, float)):
+            return Tensor(k.constant(value, self._weak_type(type(value), values)), device)
+        try:
+            if isinstance(value, (np.ndarray, np.generic)):
+                return Tensor(k.from_numpy(np.asarray(value)), device)
+            data = np.asarray(value)  # floats in lists are weak too: by way of float32 they would lose digits
+            return tensor(data, self._weak_type(float, values) if data.dtype.kind == "f" else None, device)
+        except (TypeError, ValueError):
+            raise TypeError(f"{self.name}: {name} is {type(value).__name__}, expected a tensor or numbers") from None
+
+    def _weak_type(self, kind: type, values: Sequence[Any]) -> DType:
         """A Python number is weak: it takes the type of the tensors in the call where that can hold its kind."""
         kinds = [v.dtype if isinstance(v, Tensor) else as_dtype(v.dtype) for name, v in zip(self._names(values), values)
                  if name not in self.fixed and isinstance(v, (Tensor, np.ndarray, np.generic))]
         if not kinds:
-            return as_dtype(type(value))
-        return promote_scalar(reduce(promote, kinds), type(value).__name__)
-
-    def _from_data(self, value: Any, i: int, k: Any, device: str) -> Tensor:
-        try:
-            if isinstance(value, (np.ndarray, np.generic)):
-                return Tensor(k.from_numpy(np.asarray(value)), device)
-            from engine.tensor import tensor
-
-            return tensor(value, device=device)
-        except (TypeError, ValueError):
-            name = self.inputs[min(i, len(self.inputs) - 1)]
-            raise TypeError(f"{self.name}: {name} is {type(value).__name__}, expected a tensor or numbers") from None
+            return as_dtype(kind)
+        return promote_scalar(reduce(promote, kinds), kind.__name__)
 
     def _names(self, values: Sequence[Any]) -> Sequence[str]:
         """The name of each operand; those of one sequence share its name."""
