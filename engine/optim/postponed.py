@@ -71,7 +71,7 @@ class Postponed:
         self.table = self._flat(table)
         self.done = np.full(self.height, step)
         self.newest = step  # the last update that changes rows without gradient
-        self.rules: list[tuple[int, Rule]] = []  # (from this update on, by this rule)
+        self.rules: list[tuple[int, Rule | None]] = []  # (from this update on, by this rule, or rows stay as they are)
         self.fresh = np.ones(self.height, bool)  # rows whose state is the zeros that it began with
         for slot in self._slots():
             self.fresh &= ~k.to_numpy(slot).any(axis=1)
@@ -95,9 +95,10 @@ class Postponed:
             self.settle(gradient.rows)
             update_rows(self.k, rule, self.table, self.state, gradient, step)
             self.fresh[gradient.rows] = False
-            if not self.rules or self.rules[-1][1] != rule:
-                self.rules.append((step, rule))
-            if not rule.stays_without_gradient:
+            missed = None if rule.stays_without_gradient else rule
+            if not self.rules or self.rules[-1][1] != missed:
+                self.rules.append((step, missed))
+            if missed is not None:
                 self.newest = step
                 self.done[gradient.rows] = step
                 _waiting.add(self)
@@ -115,7 +116,7 @@ class Postponed:
             if self not in _waiting:
                 return
             behind = np.flatnonzero(self.done < self.newest) if rows is None else rows[self.done[rows] < self.newest]
-            if all(rule.stays_at_zero for _, rule in self.rules):
+            if all(rule is None or rule.stays_at_zero for _, rule in self.rules):
                 self.done[behind[self.fresh[behind]]] = self.newest
                 behind = behind[~self.fresh[behind]]
             behind = behind[np.argsort(self.done[behind], kind="stable")]
@@ -152,8 +153,9 @@ class Postponed:
         for step in range(first, self.newest + 1):
             while at + 1 < len(self.rules) and self.rules[at + 1][0] <= step:
                 at += 1
-            if not self.rules[at][1].stays_without_gradient:
-                yield step, self.rules[at][1]
+            rule = self.rules[at][1]
+            if rule is not None:
+                yield step, rule
 
 
 def update_rows(k: Backend, rule: Rule, table: Array, state: dict[str, Any], gradient: RowSparse, step: int) -> None:

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from tools.mutants.record import Mutant
 
-TESTS = "tests/test_sparse.py"
+GRADIENTS, POSTPONED = "tests/test_rowsparse.py", "tests/test_postponed.py"
 CODECS = "tests/sharder/test_compression.py"
 COMPRESSED = "tests/sharder/test_compressed_training.py"
-UPDATES = f"{TESTS}::test_sparse_updates_have_the_dense_bits"
+UPDATES = f"{POSTPONED}::test_sparse_updates_have_the_dense_bits"
 
 SPARSE = [
     Mutant("row of one gradient only", "engine/rowsparse.py",
            "total = k.map(\"add\", a._spread(k, rows), b._spread(k, rows))",
            "total = k.map(\"maximum\", a._spread(k, rows), b._spread(k, rows))",
            "rows that two gradients touch are not added",
-           f"{TESTS}::test_backward_twice_adds"),
+           f"{GRADIENTS}::test_backward_twice_adds"),
     Mutant("sparse rows in order of occurrence", "engine/rowsparse.py",
            "self.rows, slot = np.unique(where, return_inverse=True)",
            "self.rows, slot = where, np.arange(len(where))",
            "repeated rows are kept apart, and the last one wins",
-           f"{TESTS}::test_the_gradient_of_an_embedding"),
+           f"{GRADIENTS}::test_the_gradient_of_an_embedding"),
     Mutant("rows that cross a block", "engine/optim/clip.py",
            "reach = np.arange((n - 1) // BLOCK + 2)",
            "reach = np.arange((n - 1) // BLOCK + 1)",
            "of a row that reaches into one more block, that block is forgotten",
-           f"{TESTS}::test_the_norm_has_the_dense_bits"),
+           f"{GRADIENTS}::test_the_norm_has_the_dense_bits"),
     Mutant("today's rule for missed steps", "engine/optim/postponed.py",
            "rule.apply(k, first(table), some, first(table), some, first(zeros), step)",
            "self.rules[-1][1].apply(k, first(table), some, first(table), some, first(zeros), step)",
            "missed updates are made with the learning rate of now",
-           f"{UPDATES}[adam] {TESTS}::test_a_thousand_steps"),
+           f"{UPDATES}[adam] {POSTPONED}::test_a_thousand_steps"),
     Mutant("missed steps by another number", "engine/optim/postponed.py",
            "some, first(table), some, first(zeros), step)",
            "some, first(table), some, first(zeros), self.newest)",
@@ -49,12 +49,12 @@ SPARSE = [
            "        return not self.weight_decay\n\n    def with_",
            "        return True\n\n    def with_",
            "weight decay leaves out rows that were never touched",
-           f"{UPDATES}[momentum] {TESTS}::test_changed_hyper_parameters_are_those_of_the_missed_steps"),
+           f"{UPDATES}[momentum] {POSTPONED}::test_changed_hyper_parameters_are_those_of_the_missed_steps"),
     Mutant("reading does not look", "engine/tensor.py",
            "        if self.array.storage.postponed is not None:\n            self.array.storage.postponed.look()\n",
            "",
            "numpy() shows rows that are not up to date",
-           f"{TESTS}::test_whoever_reads_sees_all_updates"),
+           f"{POSTPONED}::test_whoever_reads_sees_all_updates"),
     Mutant("a lookup looks at nothing", "engine/optim/postponed.py",
            "self.settle(None if index is None else np.unique(self.k.to_numpy(index)))",
            "self.settle(None if index is None else np.unique(self.k.to_numpy(index))[1:])",
@@ -64,7 +64,7 @@ SPARSE = [
            "            table.storage.postponed.settle()\n        table",
            "            pass\n        table",
            "of two optimizers on one table, the second forgets what the first postponed",
-           f"{TESTS}::test_two_optimizers_on_one_table"),
+           f"{POSTPONED}::test_two_optimizers_on_one_table"),
     Mutant("fp16 saturates at once", "engine/backend/codec_rows.py",
            "xp.where(ulp <= top, top - xp.maximum(ulp, step), 0.0)",
            "xp.where(ulp <= top, top - step, 0.0)",
