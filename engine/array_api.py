@@ -7,9 +7,9 @@ argument, a dtype or device of None, inspection of types and devices. There are 
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import reduce
-from math import e, inf, nan, pi  # noqa: F401  (the standard's constants)
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from engine.tensor import Tensor, default_device, from_numpy, tensor
 __array_api_version__ = "2025.12"
 
 VERSIONS = ("2021.12", "2022.12", "2023.12", "2024.12", "2025.12")
-newaxis = None
+e, inf, nan, pi, newaxis = math.e, math.inf, math.nan, math.pi, None
 Shape = int | tuple[int, ...]
 Scalar = bool | int | float
 
