@@ -55,7 +55,7 @@ def elementwise_rows(xp: Any) -> Rows:
         return xp.floor_divide(a, b)
 
     functions = {
-        "copy": lambda x: x, "cast": lambda x: x, "negative": xp.negative, "abs": xp.abs, "sign": xp.sign,
+        "copy": lambda x: x, "negative": xp.negative, "abs": xp.abs, "sign": xp.sign,
         "floor": whole(xp.floor), "ceil": whole(xp.ceil), "round": whole(xp.round), "trunc": whole(xp.trunc),
         "square": xp.square, "sqrt": xp.sqrt, "rsqrt": lambda x: 1 / xp.sqrt(x), "reciprocal": lambda x: 1 / x,
         "exp": xp.exp, "expm1": xp.expm1, "log": xp.log, "log1p": xp.log1p, "sin": xp.sin, "cos": xp.cos,

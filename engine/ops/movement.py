@@ -245,13 +245,13 @@ def repeat(x: Tensor, repeats: Any, axis: int | None = None) -> Tensor:
     if axis is None:
         return repeat(flatten(x), repeats, 0)
     at = axis_index("repeat", axis, x.ndim)
-    counts = repeats if isinstance(repeats, (int, np.integer)) else np.asarray(repeats)
-    if isinstance(counts, np.ndarray) and counts.size != 1:
+    counts = np.asarray(repeats)
+    if counts.size != 1:
         if counts.shape != (x.shape[at],):
             raise ValueError(f"repeat: repeats has shape {counts.shape}, expected one number or {x.shape[at]}, the "
                              f"length of axis {at}")
         return x[(slice(None),) * at + (np.repeat(np.arange(x.shape[at]), counts),)]
-    times = int(counts if isinstance(counts, (int, np.integer)) else counts.item())
+    times = int(counts.item())
     wide = expand_dims(x, at + 1).broadcast_to((*x.shape[:at + 1], times, *x.shape[at + 1:]))
     return reshape(wide, (*x.shape[:at], x.shape[at] * times, *x.shape[at + 1:]))
 
