@@ -30,6 +30,7 @@ def rows_of(rows: Any, seed: int = 0, height: int = HEIGHT, width: int = WIDTH) 
     with eg.seed(seed):
         return eg.RowSparse(rows, eg.randn(len(rows), width), height)
 
+
 def weighted(y: eg.Tensor) -> eg.Tensor:
     """Σ c y with c of both signs and many magnitudes: so an order of additions shows."""
     with eg.seed(99):

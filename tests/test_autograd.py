@@ -60,6 +60,12 @@ def test_no_two_gradients_share_memory() -> None:
     assert not np.shares_memory(given[0].numpy(), given[1].numpy())
 
 
+def test_a_gradient_that_is_copied_keeps_its_bits() -> None:
+    a, b = leaf(-0.0), leaf(-0.0)
+    (a + b).backward(eg.tensor([-0.0], dtype="float64"))
+    assert np.signbit(a.grad.numpy()).all() and np.signbit(b.grad.numpy()).all()
+
+
 def test_a_chain_of_100_000_nodes_neither_recurses_nor_stays() -> None:
     gc.collect()
     pool = get_backend("cpu").pool
