@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import agreement
 import numpy as np
@@ -79,32 +80,29 @@ def prescribed() -> Iterator[dict[str, np.ndarray]]:
                for name, size in sizes.items()}
 
 
-def train_ours(name: str, options: dict[str, Any], dtype: str, learning: bool) -> dict[str, np.ndarray]:
-    params = {key: eg.tensor(value, dtype=dtype, requires_grad=True) for key, value in start().items()}
-    optimizer = getattr(optim, name)(list(params.values()), **options)
-    for (x, y), gradients in zip(batches(), prescribed()):
-        if learning:
-            hidden = eg.tanh(eg.linear(eg.tensor(x, dtype=dtype), params["first"], params["bias"]))
-            eg.mse_loss(eg.linear(hidden, params["last"]), eg.tensor(y, dtype=dtype)).backward()
-        else:
-            for key, p in params.items():
-                p.grad = eg.tensor(gradients[key], dtype=dtype)
-        optimizer.step()
-        optimizer.zero_grad()
-    return {key: p.numpy() for key, p in params.items()}
+class Library(NamedTuple):
+    """Where each library keeps what a training takes; the names are the same."""
+
+    arrays: Any
+    functions: Any
+    optimizers: Any
 
 
-def train_peer(name: str, options: dict[str, Any], dtype: str, learning: bool) -> dict[str, np.ndarray]:
-    kind = getattr(torch, dtype)
-    params = {key: torch.tensor(value, dtype=kind, requires_grad=True) for key, value in start().items()}
-    optimizer = getattr(torch.optim, name)(list(params.values()), **options)
+OURS, PEER = Library(eg, eg, optim), Library(torch, F, torch.optim)
+
+
+def train(library: Library, name: str, options: dict[str, Any], dtype: str, learning: bool) -> dict[str, np.ndarray]:
+    arrays, f, optimizers = library
+    tensor = partial(arrays.tensor, dtype=getattr(arrays, dtype))
+    params = {key: tensor(value, requires_grad=True) for key, value in start().items()}
+    optimizer = getattr(optimizers, name)(list(params.values()), **options)
     for (x, y), gradients in zip(batches(), prescribed()):
         if learning:
-            hidden = torch.tanh(F.linear(torch.tensor(x, dtype=kind), params["first"], params["bias"]))
-            F.mse_loss(F.linear(hidden, params["last"]), torch.tensor(y, dtype=kind)).backward()
+            hidden = f.tanh(f.linear(tensor(x), params["first"], params["bias"]))
+            f.mse_loss(f.linear(hidden, params["last"]), tensor(y)).backward()
         else:
             for key, p in params.items():
-                p.grad = torch.tensor(gradients[key], dtype=kind)
+                p.grad = tensor(gradients[key])
         optimizer.step()
         optimizer.zero_grad()
     return {key: p.detach().numpy() for key, p in params.items()}
@@ -117,8 +115,8 @@ def start() -> dict[str, np.ndarray]:
 
 def compare(label: str, learning: bool) -> None:
     name, options = OPTIMIZERS[label]
-    ours, ours_wide = (train_ours(name, options, dtype, learning) for dtype in DTYPES)
-    peer, wide = (train_peer(name, options, dtype, learning) for dtype in DTYPES)
+    ours, ours_wide, peer, wide = (train(library, name, options, dtype, learning)
+                                   for library in (OURS, PEER) for dtype in DTYPES)
     agree_all("optimizers, 100 steps", f"{label}, {'learning' if learning else 'prescribed'}", ours, peer, wide,
               ours_wide)
     assert all(np.abs(wide[key] - value).max() > 1e-3 for key, value in start().items()), "nothing moved"
@@ -197,8 +195,9 @@ PLANTED = {  # a rule whose formula is slightly another: (optimizer, what is pas
 def test_planted_differences_are_seen(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     label, other = PLANTED[planted]
     monkeypatch.setattr(agreement, "seen", defaultdict(list))
-    real = train_ours
-    monkeypatch.setitem(globals(), "train_ours", lambda name, options, *rest: real(name, {**options, **other}, *rest))
+    real = train
+    monkeypatch.setitem(globals(), "train", lambda library, name, options, *rest: real(
+        library, name, {**options, **other} if library is OURS else options, *rest))
     with pytest.raises(AssertionError, match="from the wide result, the peer"):
         compare(label, learning=True)
 
