@@ -154,7 +154,7 @@ def test_torch() -> None:
     for check in checks_of(row("torch", *foreign.of_torch(function))):
         check()
 
-    class Wrong(torch.autograd.Function):  # type: ignore[misc, name-defined]
+    class Wrong(torch.autograd.Function):
         """x/(1 + |x|), whose derivative is 1/(1 + |x|)²."""
 
         @staticmethod

@@ -62,7 +62,7 @@ def test_every_form_is_drawn_and_the_printed_program_is_evaluable() -> None:
         rng = np.random.default_rng(seed)
         steps = [tuple(int(v) for v in (rng.integers(0, len(FORMS) + 4), *rng.integers(0, 6, 3))) for _ in range(12)]
         kinds = [(int(k), int(s), bool(g)) for k, s, g in rng.integers(0, (8, 50, 2), (4, 3))]
-        program = build((int(rng.integers(2, 5)), 3), kinds, steps)  # type: ignore[arg-type]
+        program = build((int(rng.integers(2, 5)), 3), kinds, steps)
         used |= {step.form for step in program.steps}
         used |= {"checkpoint"} if program.blocks else set()
         assert eval(repr(program), {"Program": Program, "Input": Input, "Step": Step}) == program

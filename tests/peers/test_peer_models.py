@@ -163,7 +163,7 @@ def test_the_peer_opens_what_we_write(pair: Pair, tmp_path: Path) -> None:
 # ── each difference that is easily made shows ─────────────────────────────────────────────────────────
 
 def blocks(model: Transformer) -> Any:
-    return (model.decoder or model.encoder).blocks  # type: ignore[union-attr]
+    return (model.decoder or model.encoder).blocks
 
 
 def other_gelu(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def padding_seen(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def one_segment(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pair.ours.segment_embedding
-    monkeypatch.setattr(table, "forward", lambda index: table.weight[0])  # type: ignore[union-attr]
+    monkeypatch.setattr(table, "forward", lambda index: table.weight[0])
 
 
 @pytest.mark.parametrize("name, plant", [
