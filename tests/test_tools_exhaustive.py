@@ -40,7 +40,6 @@ def test_units_are_those_of_the_slower_program(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["exp", "log", "sin", "erf", "gelu", "gelu_tanh", "softplus", "rsqrt"])
 def test_eighty_digits_agree_with_float64(name: str) -> None:
-    pytest.importorskip("mpmath")
     for x in (0.3, 1.7, 2.5):
         want = float(FUNCTIONS[name][0](np.array([x]))[0])
         got = np.float32(want * (1 + 2.0**-22))
@@ -81,18 +80,33 @@ def test_the_ledger_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest
             raise KeyboardInterrupt
         return {"v": (0.25 * len(swept), float(first))}
 
-    monkeypatch.setattr(exhaustive, "levels", lambda: {"v": backend()})
     monkeypatch.setattr(exhaustive, "sweep", sweep)
+    level: Any = {"v": backend()}
     ledger = tmp_path / "made" / "ledger.json"
     with pytest.raises(KeyboardInterrupt):
-        exhaustive.run(["exp"], ledger, 1e9)
-    assert json.loads(ledger.read_text())[exhaustive.digest()]["exp"]["segments"] == 2
-    done = exhaustive.run(["exp"], ledger, 1e9)["exp"]
+        exhaustive.run(["exp"], level, ledger, 1e9)
+    assert json.loads(ledger.read_text())[exhaustive.digest(level)]["exp"]["segments"] == 2
+    done = exhaustive.run(["exp"], level, ledger, 1e9)["exp"]
     size = 2**32 // exhaustive.SEGMENTS
     assert [first for first, _ in swept[3:]] == [i * size for i in range(2, exhaustive.SEGMENTS)]
     assert swept[-1][1] == 2**32 and done["segments"] == exhaustive.SEGMENTS
     assert done["worst"]["v"] == [0.25 * len(swept), float(swept[-1][0])]
     assert "all 2³²" in capsys.readouterr().out
+
+
+def test_a_proof_holds_for_what_decides_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every text that the kernels include, the flags, and which levels took part."""
+    assert {"elementwise.c", "elementwise.h", "simd.h", "simd_math.h", "simd_math_wide.h", "kernels.h"} \
+        <= exhaustive.sources().keys()
+    known = {exhaustive.digest(["v2"]), exhaustive.digest(["v2", "v3"])}
+    real = exhaustive.sources()
+    for name in real:
+        monkeypatch.setattr(exhaustive, "sources", lambda name=name: {**real, name: real[name] + b" "})
+        known.add(exhaustive.digest(["v2"]))
+    monkeypatch.setattr(exhaustive, "sources", lambda: real)
+    monkeypatch.setattr(exhaustive, "FLAGS", ["-ffast-math"])
+    known.add(exhaustive.digest(["v2"]))
+    assert len(known) == len(real) + 3
 
 
 def test_a_failed_bound_and_a_wrong_name_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

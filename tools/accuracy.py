@@ -26,8 +26,6 @@ from engine.backend import get_backend
 Function = Callable[[np.ndarray], np.ndarray]
 CHUNK = 1 << 20
 TAIL = {"silu": 1e-36, "gelu": 1e-36, "gelu_tanh": 1e-36}  # below, x times a rounded subnormal: 10⁻⁴³ absolute
-
-
 SERIES, SATURATED = 2.0**-9, 28.0  # where the series is exact to float64; where erfc is 0 and erf 1
 
 

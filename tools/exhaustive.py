@@ -5,8 +5,8 @@
     python tools/exhaustive.py --table             print what has been proved so far and compute nothing
 
 All 2³² bit patterns are taken, a segment at a time, the levels side by side on one reference, so that the reference is
-computed once. What is done is kept in a ledger (build/exhaustive.json) under a hash of the compiled kernels; stopped,
-the run goes on at the next segment.
+computed once. What is done is kept in a ledger (build/exhaustive.json) under a hash of what the kernels are compiled
+from and with, and by; stopped, the run goes on at the next segment.
 
 The reference is float64 (accuracy.py), wrong by at most 4 of its own units: 4 · 2⁻²⁹ = 2⁻²⁷ of float32's. A result
 whose error is nearer to its bound than DOUBT is decided with 80 digits (mpmath).
@@ -19,9 +19,11 @@ import hashlib
 import json
 import math
 import os
+import re
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 from engine.backend.cpu import CpuBackend, load_level
 from engine.testing.rounded import FLOAT32_ULPS
 from tools.accuracy import FUNCTIONS, TAIL, Function, units
+from tools.build_kernels import FLAGS, find_compiler, levels_here
 
 ROOT = Path(__file__).resolve().parent.parent
 SEGMENTS, CHUNK = 64, 1 << 17  # a chunk and what is computed from it stay in the second-level cache
@@ -148,17 +151,27 @@ def levels() -> dict[str, CpuBackend]:
     return made
 
 
-def digest() -> str:
-    """What the proofs hold for: the sources of the kernels that compute functions."""
-    whole = hashlib.sha256()
-    for path in sorted((ROOT / "kernels").glob("simd*.h")) + sorted((ROOT / "kernels").glob("elementwise.*")):
-        whole.update(path.read_bytes())
-    return whole.hexdigest()[:16]
+def sources(name: str = "elementwise.c") -> dict[str, bytes]:
+    """The texts that a kernel's source is compiled from: it, and what it includes, directly or not."""
+    found, names = {}, [name]
+    for name in names:  # grows while it is walked
+        found[name] = (ROOT / "kernels" / name).read_bytes()
+        included = re.findall(r'^#include "(.+)"', found[name].decode(), flags=re.M)
+        names += [other for other in dict.fromkeys(included) if other not in names]
+    return found
 
 
-def run(names: list[str], ledger: Path, seconds: float) -> dict[str, Any]:
+def digest(chosen: Iterable[str]) -> str:
+    """What the proofs hold for: the sources of the elementwise kernels, the flags of these levels, the compiler."""
+    flags = levels_here()
+    version = subprocess.run([*find_compiler(), "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+    decides = [sources(), FLAGS, {level: flags.get(level) for level in chosen}, version]
+    return hashlib.sha256(repr(decides).encode()).hexdigest()[:16]
+
+
+def run(names: list[str], backends: dict[str, CpuBackend], ledger: Path, seconds: float) -> dict[str, Any]:
     """Go on with every function until all segments are done or the time is over; returns the ledger's entries."""
-    backends, key = levels(), digest()
+    key = digest(backends)
     known = json.loads(ledger.read_text()) if ledger.exists() else {}
     done: dict[str, Any] = known.setdefault(key, {})
     size, start = 2**32 // SEGMENTS, time.monotonic()
@@ -194,9 +207,10 @@ def main() -> int:
     if unknown := set(arguments.functions) - set(FUNCTIONS):
         parser.error(f"got {', '.join(sorted(unknown))}, expected functions among {', '.join(FUNCTIONS)}")
     try:
-        print(f"| function | bound | {' | '.join(levels())} | of the floats |\n|---|---|{'---|' * (len(levels()) + 1)}")
-        done = run(arguments.functions or list(FUNCTIONS), arguments.ledger, 0.0 if arguments.table else
-                   arguments.minutes * 60)
+        backends = levels()
+        print(f"| function | bound | {' | '.join(backends)} | of the floats |\n|---|---|{'---|' * (len(backends) + 1)}")
+        done = run(arguments.functions or list(FUNCTIONS), backends, arguments.ledger,
+                   0.0 if arguments.table else arguments.minutes * 60)
     except ExhaustiveError as error:
         print(f"exhaustive: {error}", file=sys.stderr)
         return 2
