@@ -112,7 +112,7 @@ class Copy:
     # Objects are older than their sources or not: copies keep the times, so that only what changes is compiled.
 
     def _copy_objects(self) -> None:
-        built, work = self.root / "build" / "kernels", self.folder / "build" / "kernels"
+        built, (_, work) = self.root / "build" / "kernels", self.places()
         work.mkdir(parents=True)
         for path in [*built.glob(f"{self.level}_*"), *built.glob(f"cpu_{self.level}.*"), *built.glob("flags")]:
             shutil.copy2(path, work)
@@ -123,17 +123,19 @@ class Copy:
             os.utime(flags, ns=(times.st_atime_ns, times.st_mtime_ns))
 
     def build(self, sanitizer: str = "") -> None:
-        """Bring the kernels of the one level up to date; those with a sanitizer lie in a folder of their own."""
-        command = [sys.executable, "tools/build_kernels.py", "--levels", str(self.level)]
-        if sanitizer:
-            command += ["--into", str(self.sanitized(sanitizer)), "--work", f"{self.sanitized(sanitizer)}-objects",
-                        "--flags", f"-fsanitize={sanitizer} -g"]
+        """Bring the kernels of the one level up to date, perhaps those with a sanitizer."""
+        into, work = self.places(sanitizer)
+        command = [sys.executable, "tools/build_kernels.py", "--levels", str(self.level), "--into", str(into),
+                   "--work", str(work), "--flags", f"-fsanitize={sanitizer} -g" if sanitizer else ""]
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
         if done.returncode:
             raise MutationError(f"the kernels do not compile: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")
 
-    def sanitized(self, sanitizer: str) -> Path:
-        return self.folder / "build" / f"sanitized-{sanitizer}"
+    def places(self, sanitizer: str = "") -> tuple[Path, Path]:
+        """Where modules and objects lie; those with a sanitizer have folders of their own."""
+        if not sanitizer:
+            return self.folder / "engine" / "_kernels", self.folder / "build" / "kernels"
+        return self.folder / "build" / f"{sanitizer}-modules", self.folder / "build" / f"{sanitizer}-objects"
 
     def readers(self, file: str) -> list[Path]:
         """The C sources that are, or include, directly or not, the file."""
@@ -160,7 +162,7 @@ class Copy:
         if sanitizer:
             library = subprocess.run([os.environ.get("CC", "cc"), f"-print-file-name={SANITIZERS[sanitizer][0]}"],
                                      capture_output=True, text=True).stdout.strip()
-            environment.update(LD_PRELOAD=library, ENGINE_KERNELS=str(self.sanitized(sanitizer)),
+            environment.update(LD_PRELOAD=library, ENGINE_KERNELS=str(self.places(sanitizer)[0]),
                                TSAN_OPTIONS="halt_on_error=1")
         command = [sys.executable, "-m", "pytest", *(["-x"] if stop else []), "-q", "-p", "no:cacheprovider",
                    "-p", "no:xdist", "-p", "mutate_plugin", "--tb=no", *(["-s"] if sanitizer else []), *arguments]
@@ -187,12 +189,9 @@ class Planted:
         """The changed file, and what is compiled from it."""
         if not self.mutant.file.startswith("kernels/"):
             return [self.path]
-        if self.mutant.sanitizer:
-            return [self.path, *[r for r in self.copy.readers(self.mutant.file) if r != self.path]]
-        work, stems = self.copy.folder / "build" / "kernels", [p.stem for p in self.copy.readers(self.mutant.file)]
-        objects = [o for stem in stems for o in work.glob(f"{self.copy.level}_{stem}_[36][24].o")]
-        module = self.copy.folder / "engine" / "_kernels" / f"cpu_{self.copy.level}.abi3.so"
-        return list(dict.fromkeys([self.path, *self.copy.readers(self.mutant.file), *objects, module]))
+        readers, (into, work) = self.copy.readers(self.mutant.file), self.copy.places(self.mutant.sanitizer)
+        objects = [o for source in readers for o in work.glob(f"{self.copy.level}_{source.stem}_[36][24].o")]
+        return list(dict.fromkeys([self.path, *readers, *objects, into / f"cpu_{self.copy.level}.abi3.so"]))
 
     def __enter__(self) -> None:
         self.touched = self._touched()
@@ -203,25 +202,16 @@ class Planted:
         self.path.write_text(text.replace(self.mutant.old, self.mutant.new), encoding="utf-8")
         if not self.mutant.file.startswith("kernels/"):
             return
-        if self.mutant.sanitizer:
-            for source in self.copy.readers(self.mutant.file):
-                source.touch()
-            self.copy.build(self.mutant.sanitizer)
-            return
         if self.path.suffix == ".h":  # every object depends on every header: let only those that read it be stale
             os.utime(self.path, ns=(times.st_atime_ns, times.st_mtime_ns))
             for source in self.copy.readers(self.mutant.file):
                 source.touch()
-        self.copy.build()
+        self.copy.build(self.mutant.sanitizer)
 
     def __exit__(self, *_: Any) -> None:
         for i, path in enumerate(self.touched):
             shutil.copy2(self.kept / str(i), path)
         shutil.rmtree(self.kept)
-        if self.mutant.sanitizer:  # compiled with the bug, and younger than the source without it
-            for source in self.copy.readers(self.mutant.file):
-                for stale in self.copy.sanitized(self.mutant.sanitizer).parent.glob(f"*-objects/*_{source.stem}*.o"):
-                    stale.unlink()
 
 
 # ── verdicts ──────────────────────────────────────────────────────────────────────────────────────────
