@@ -74,14 +74,18 @@ class EngineMachine(RuleBasedStateMachine):
         if gone() is not None and not naive.leaf:
             raise CheckFailure("EngineMachine: free", got="a tensor outlives its last reference", want="it dies")
 
-    def chosen(self, i: int) -> int:
-        """An index, counted back from the newest."""
-        return -1 - i % len(self.real) + len(self.real)
-
-    def chosen_of(self, i: int, wanted: Callable[[ModelTensor], bool]) -> int:
-        """The same among the wanted ones, if there are any; the last number chooses among all."""
+    def chosen(self, i: int, wanted: Callable[[ModelTensor], bool] = lambda x: True) -> int:
+        """The index of a wanted tensor, counted back from the newest."""
         among = [c for c, x in enumerate(self.naive) if wanted(x)]
-        return among[-1 - i % len(among)] if among and i < MOST_ALIVE - 1 else self.chosen(i)
+        return among[-1 - i % len(among)]
+
+    def preferred(self, i: int, wanted: Callable[[ModelTensor], bool]) -> int:
+        """The same, but of all tensors where none is wanted, and for the last number."""
+        return self.chosen(i, wanted) if i < MOST_ALIVE - 1 and any(map(wanted, self.naive)) else self.chosen(i)
+
+    def fitting(self, i: int, name: str, a: np.ndarray) -> int:
+        """The index of a tensor that may be the op's second operand beside a, if there is one."""
+        return self.preferred(i, lambda x: self._fits(name, a, x.data))
 
     def refused(self, run: Callable[[], Any], *words: str) -> None:
         """run() raises RuntimeError with one of the words."""
@@ -107,8 +111,7 @@ class EngineMachine(RuleBasedStateMachine):
         """A chain of ops: each takes the last result, and something that fits it."""
         for name in names:
             c = self.chosen(i)
-            d = self.chosen_of(j, lambda x, c=c, name=name: self._fits(name, self.naive[c].data, x.data))  # type: ignore
-            self._compute(name, [c, d], recording)
+            self._compute(name, [c, self.fitting(j, name, self.naive[c].data)], recording)
             i = 0
 
     @staticmethod
@@ -164,9 +167,9 @@ class EngineMachine(RuleBasedStateMachine):
     def write(self, name: str, i: int, j: int, recording: bool) -> None:
         c = self.chosen(i)
         x = self.naive[c]
-        d = self.chosen_of(j, lambda v: self._fits("+=", x.data, v.data))
+        d = self.fitting(j, name, x.data)
         value = self.naive[d]
-        if not self._fits("+=", x.data, value.data) or np.broadcast(x.data, value.data).shape != x.data.shape:
+        if not self._fits(name, x.data, value.data) or np.broadcast(x.data, value.data).shape != x.data.shape:
             return
         result = model.WRITES[name](x.data, value.data)
         if result.shape != x.data.shape or not model.exact([result]):
@@ -208,7 +211,7 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.real)
     @rule(i=pick, retain=st.booleans())
     def backward(self, i: int, retain: bool) -> None:
-        c = self.chosen_of(i, lambda x: x.needs and not x.leaf)
+        c = self.preferred(i, lambda x: x.needs and not x.leaf)
         node = self.naive[c].node
         if node is None:
             self.refused(lambda: self.real[c].sum().backward(), "does not require grad")
@@ -255,7 +258,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(i=pick, j=pick)
     def gradient_of_one(self, i: int, j: int) -> None:
         """eg.grad leaves .grad alone and frees nothing when told so."""
-        c, d = self.chosen_of(i, lambda x: x.needs and not x.leaf), self.chosen_of(j, lambda x: x.leaf)
+        c, d = self.preferred(i, lambda x: x.needs and not x.leaf), self.preferred(j, lambda x: x.leaf)
         target, node = self.naive[d].node, self.naive[c].node
         if node is None or target is None or any(n.state != "whole" or n.stale for n in model.reached(node)):
             return
@@ -273,8 +276,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(i=pick, clear=st.booleans())
     def change_grad(self, i: int, clear: bool) -> None:
         """Forget a gradient, or clip it: to write to it must change nothing else."""
-        having = [c for c, x in enumerate(self.naive) if x.grad is not None]
-        c = having[-1 - i % len(having)]
+        c = self.chosen(i, lambda x: x.grad is not None)
         real, naive = self.real[c], self.naive[c]
         if clear:
             real.grad = naive.grad = None
@@ -286,8 +288,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(i=pick)
     def update(self, i: int) -> None:
         """A step of training: a leaf is written to, whoever has kept it."""
-        leaves = [c for c, x in enumerate(self.naive) if x.leaf]
-        c = leaves[-1 - i % len(leaves)]
+        c = self.chosen(i, lambda x: x.leaf)
         with eg.no_grad():
             self.real[c] += 1.0
         self.naive[c].data += 1.0
@@ -299,8 +300,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(i=pick)
     def hook(self, i: int) -> None:
         """A hook that doubles the gradient."""
-        needing = [c for c, x in enumerate(self.naive) if x.needs]
-        c = needing[-1 - i % len(needing)]
+        c = self.chosen(i, lambda x: x.needs)
         node = self.naive[c].node
         assert node is not None
         self.removers.append((self.real[c].register_hook(lambda g: g * 2.0), node))
@@ -316,8 +316,7 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(x.needs and not x.leaf for x in self.naive))
     @rule(i=pick)
     def retain_grad(self, i: int) -> None:
-        made = [c for c, x in enumerate(self.naive) if x.needs and not x.leaf]
-        c = made[-1 - i % len(made)]
+        c = self.chosen(i, lambda x: x.needs and not x.leaf)
         node = self.naive[c].node
         assert node is not None
         self.real[c].retain_grad()
@@ -347,8 +346,12 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def gradients_of_their_own(self) -> None:
-        """No two tensors' gradients are one memory: writing to one would change the other."""
+        """No two tensors' gradients are one memory, none a broadcast view: each can be written to alone."""
         holders: dict[int, eg.Tensor] = {}
         for x in self.real:
-            if isinstance(x.grad, eg.Tensor) and holders.setdefault(id(x.grad.array.storage), x) is not x:
+            if not isinstance(x.grad, eg.Tensor):
+                continue
+            if holders.setdefault(id(x.grad.array.storage), x) is not x:
                 raise CheckFailure("EngineMachine: gradients", got="two in one memory", want="each in its own")
+            if not x.grad.array.writeable:
+                raise CheckFailure("EngineMachine: gradients", got="a read-only one", want="one to write to")
