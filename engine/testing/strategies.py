@@ -25,7 +25,7 @@ from engine.testing.layouts import FOREIGN, LAYOUTS
 from engine.testing.machine import EngineMachine
 from engine.testing.opspec import OpSpec
 from engine.testing.programs import SHAPES, build
-from engine.testing.row_checks import CHECKS, RowCheck
+from engine.testing.row_checks import CHECKS, Make, RowCheck, some_case
 from engine.testing.source import Source, special_values
 from engine.testing.traces import FORMULAS, Change, Save, Trace, Update
 
@@ -164,9 +164,13 @@ def optim_traces(draw: Any, optimizers: Sequence[str] = tuple(FORMULAS), max_eve
     return Trace(name, hyper, tuple(shapes), tuple(draw(st.lists(events, max_size=max_events))), second)
 
 
+def _sources(draw: Any) -> Make:
+    return lambda dtype="float64", **options: Drawn(draw, dtype, **options)
+
+
 @st.composite
 def _row_examples(draw: Any, check: RowCheck, spec: OpSpec) -> Any:
-    return check.draw(spec, lambda dtype="float64", **options: Drawn(draw, dtype, **options))
+    return check.draw(spec, _sources(draw))
 
 
 def row_examples(check: str | RowCheck, spec: OpSpec) -> Any:
@@ -210,9 +214,5 @@ def cases(spec: Any, dtype: str | None = None, **options: Any) -> Any:
     float32 and what the row draws first: small shapes, default attributes, C order."""
     @st.composite
     def draw_case(draw: Any) -> Any:
-        kind = dtype or ("float32", "float64")[draw(_integers(0, 1))]
-        source = Drawn(draw, kind, **options)
-        case = spec.example(source)
-        case.special = source.has_special
-        return case
+        return some_case(spec, _sources(draw), dtype, **options)
     return draw_case()

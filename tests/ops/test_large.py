@@ -13,10 +13,9 @@ import pytest
 from table import rows
 
 import engine as eg
-from engine.testing import OpSpec, Seeded, check_close, specs, sum_bound
-from engine.testing.checks import as_tensor
+from engine.testing import OpSpec, Seeded, specs, sum_bound
 from engine.testing.opspec import Case
-from engine.testing.row_checks import forward
+from engine.testing.row_checks import forward, kernel_vjp
 
 LONG = 3 * 65536 + 5  # three pieces of a reduction (kernels/reduce.c) and a tail
 
@@ -32,14 +31,7 @@ def test_large(spec: OpSpec) -> None:
 
 @rows(lambda spec: spec.large and spec.gradient)
 def test_large_gradients(spec: OpSpec) -> None:
-    case = large_case(spec)
-    y, _ = spec.expected(case)
-    g = np.random.default_rng(5).uniform(-1, 1, y.shape).astype("float32")
-    leaves = [as_tensor(x, True) for x in spec.points(case)]
-    found = eg.grad(spec.function(case)(*leaves), leaves, as_tensor(g))
-    wanted = spec.gradient_expected(case, g)
-    for got, i in zip(found, spec.differentiable(case), strict=True):
-        check_close(got, wanted[i].value, wanted[i].tolerance, check=f"{spec.name}: gradient {i}")
+    kernel_vjp(spec, large_case(spec), seed=5)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
