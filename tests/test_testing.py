@@ -48,8 +48,10 @@ from engine.testing import (
 )
 from engine.testing import strategies as st_eg
 from engine.testing.layouts import FOREIGN, LAYOUTS
-from engine.testing.rounded import exp, matmul, total
+from engine.testing.rounded import cos, exp, matmul, total
+from engine.testing.row_checks import CHECKS
 from engine.testing.source import reduction_killers
+from engine.testing.strategies import row_examples
 
 
 def fails(check: Any, *words: str) -> CheckFailure:
@@ -120,6 +122,9 @@ def test_gamma() -> None:
         gamma(2**24, 2.0**-24)
     a, b = np.ones((2, 3)), np.ones((3, 4))
     assert matmul_bound(a, b, "float64").shape == (2, 4)
+    tiny = np.full(4, 2.0**-76, np.float32)
+    lost = 4 * 2.0**-152  # each product underflows to 0
+    assert float(sum(tiny * tiny)) == 0 and lost <= dot_bound(tiny, tiny, "float32")
 
 
 @given(seed=st.integers(0, 2**16))
@@ -221,7 +226,7 @@ def test_reproductions_run() -> None:
     failure = fails(lambda: check_adjoint(module_function, np.ones(2), vjp=wrong))
     assert "import module_function as f" in failure.reproduction and "def wrong(xs" in failure.reproduction
     with pytest.raises(CheckFailure):
-        exec(compile("from typing import Any\n" + failure.reproduction, "reproduction", "exec"), {})
+        exec(compile(failure.reproduction, "reproduction", "exec"), {})
     assert "cannot be printed" in fails(lambda: check_layouts(lambda t: t * float(t.numpy().strides[0]),
                                                               np.ones((2, 3)))).reproduction
 
@@ -257,13 +262,19 @@ def test_first_and_second_order_are_checked_apart() -> None:
     fails(lambda: check_grads(wrong_once, x), "check_adjoint")
     detached = planted(detached_rule)
     check_adjoint(detached, x)
-    fails(lambda: check_second_order(detached, x), "check_second_order")
+    fails(lambda: check_second_order(detached, x), "check_second_order", "∂ₜ∂ₛ")
+    of_g = planted(lambda g, x: g.detach() * (x * 2.0))
+    check_adjoint(of_g, x)
+    fails(lambda: check_second_order(of_g, x), "check_second_order: J v")
+    fails(lambda: check_grads(of_g, x))
+    check_grads(of_g, x, order=1)
 
 
 def test_a_vjp_that_is_not_linear_is_found() -> None:
     x = np.array([0.5, -2.0])
     check_linear_vjp(cube_vjp(3.0), [x], x.shape)
-    fails(lambda: check_linear_vjp(lambda xs, g: (None, [g * g]), [x], x.shape), "check_linear_vjp")
+    fails(lambda: check_linear_vjp(lambda xs, g: (None, [g * g]), [x], x.shape), "check_linear_vjp: −2u")
+    fails(lambda: check_linear_vjp(lambda xs, g: (None, [np.abs(g).max() * np.sign(g)]), [x], x.shape), "u − 2w")
 
 
 def test_aliased_gradients_are_found() -> None:
@@ -283,7 +294,8 @@ def test_aliased_gradients_are_found() -> None:
             for leaf in self.leaves:
                 leaf.grad = g
 
-    fails(lambda: check_no_alias(lambda a, b: Same((a, b)), x, y), "share memory")
+    fails(lambda: check_no_alias(lambda a, b: Same((a, b)), x, y), "gradient 0 and gradient 1 share memory")
+    fails(lambda: check_no_alias(lambda a: Same((a,)), x), "gradient 0 and cotangent share memory")
 
 
 def test_layout_dependence_is_found() -> None:
@@ -315,6 +327,7 @@ def test_backends_that_differ_and_inputs_that_change_are_found() -> None:
         a[0] = 5.0
 
     fails(lambda: check_inputs_unmutated(spoil, np.ones(3)), "input 0 changed")
+    fails(lambda: check_inputs_unmutated(lambda a, b: spoil(b), np.ones(3), np.ones(3)), "input 1 changed")
 
 
 def test_errors_are_checked_for_kind_words_and_length() -> None:
@@ -407,6 +420,59 @@ def test_smooth_examples_keep_away_from_kinks_and_ties() -> None:
         source = Seeded(seed, smooth=True)
         assert np.all(np.abs(source.array((50,), kinks=(0.0, 1.0))) >= 0.05)
         assert np.min(np.diff(np.sort(source.distinct((50,))))) >= 0.1
+
+
+# ── each check of a row finds what it is for ──────────────────────────────────────────────────────────
+
+def with_slope(y: eg.Tensor, x: eg.Tensor, slope: eg.Tensor) -> eg.Tensor:
+    """y, as a function of x with this derivative; a constant to whoever differentiates twice."""
+    return y.detach() + slope.detach() * (x - x.detach())
+
+
+def other_beside(a: eg.Tensor, b: eg.Tensor) -> eg.Tensor:
+    """a b, with another gradient where only one is asked for."""
+    y = a * b
+    return y if a.requires_grad and b.requires_grad else with_slope(y, a, b * 2.0)
+
+
+def one(s: Any) -> Any:
+    return [s.array(s.shape(1, 2, 2))], {}
+
+
+def two(s: Any) -> Any:
+    return [s.array((3,)), s.array((3,))], {}
+
+
+def planted_row(call: Any, reference: Any = np.sin, **options: Any) -> OpSpec:
+    return OpSpec("planted", options.pop("draw", one), call=call, reference=reference, **options)
+
+
+PLANTED: dict[str, OpSpec] = {
+    "forward": planted_row(lambda x: eg.sin(x) * 1.00001, ulps="sin"),
+    "special_values": planted_row(lambda x: eg.clip(x, -1e30, 1e30), lambda x: x, special=True),
+    "reference_device": planted_row(lambda x: x * (1.0 if x.device == "cpu" else 1.5), lambda x: x),
+    "adjoint": planted_row(lambda x: with_slope(eg.sin(x), x, eg.cos(x) * 1.0001), ulps="sin"),
+    "second_order": planted_row(lambda x: with_slope(eg.sin(x), x, eg.cos(x)), ulps="sin"),
+    "linear_vjp": planted_row(np.sin, vjp=lambda xs, g: (np.sin(xs[0]), [np.abs(g) * np.cos(xs[0])])),
+    "kernel_vjp": planted_row(lambda x: with_slope(eg.sin(x), x, eg.cos(x) * 1.0001), ulps="sin",
+                              gradient=lambda g, x: g * cos(x)),
+    "linear": planted_row(lambda x: x * eg.abs(x), lambda x: x * np.abs(x), linear=(0,)),
+    "unneeded_gradients": planted_row(other_beside, np.multiply, draw=two, wrt=(0, 1)),
+    "layouts": planted_row(lambda x: x * (1.0 if x.array.data.flags.c_contiguous else 1.5), lambda x: x),
+    "batch_invariance": planted_row(lambda x: x + eg.mean(x), batch=(one, (0,))),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_each_check_of_a_row_finds_what_it_is_for(name: str) -> None:
+    check, spec = CHECKS[name], PLANTED[name]
+    assert check.applies(spec)
+
+    @given(row_examples(check, spec))
+    def run(drawn: Any) -> None:
+        check.run(spec, drawn)
+
+    fails(run, f"CHECKS[{name!r}]")
 
 
 def test_a_users_own_op_gets_the_same_checks() -> None:

@@ -156,7 +156,8 @@ def check_adjoint(f: Function, *xs: Any, reference: Function | None = None, vjp:
         raise CheckFailure("check_adjoint", got=right, want=left, bound=bound,
                            origin=f"⟨J v, u⟩ from {way}",
                            reproduction=reproduction("check_adjoint", {"f": f, "reference": reference, "vjp": vjp},
-                                                     arrays, analytic=analytic, create_graph=create_graph, seed=seed))
+                                                     arrays, rounding=rounding, analytic=analytic,
+                                                     create_graph=create_graph, seed=seed))
 
 
 def check_second_order(f: Function, *xs: Any, reference: Function | None = None, rounding: Any = None,
@@ -168,7 +169,7 @@ def check_second_order(f: Function, *xs: Any, reference: Function | None = None,
     arrays = _float64("check_second_order", xs)
     rng = np.random.default_rng(seed)
     plain = reference or _plain(f)
-    again = reproduction("check_second_order", {"f": f, "reference": reference}, arrays, seed=seed)
+    again = reproduction("check_second_order", {"f": f, "reference": reference}, arrays, rounding=rounding, seed=seed)
     y0 = np.asarray(plain(*arrays))
     u, vs, ws = _directions([y0], rng)[0], _directions(arrays, rng), _directions(arrays, rng)
     leaves, cotangent = [as_tensor(x, True) for x in arrays], as_tensor(u, True)

@@ -107,7 +107,8 @@ def _program(check: str, functions: dict[str, Callable[..., Any] | None], arrays
     given = {name: f for name, f in functions.items() if f is not None}
     keywords = "".join(f", {name}={name}" for name in given if name != "f") + "".join(
         f", {name}={rendered(value)}" for name, value in options.items())
-    lines = ["import numpy as np", "import engine as eg", "from numpy import array, inf, nan",
+    lines = ["from __future__ import annotations", "import numpy as np", "import engine as eg",
+             "from numpy import array, inf, nan",
              f"from engine.testing import {check}, placed, unpacked", *[defined(name, f) for name, f in given.items()],
              f"xs = {rendered(list(arrays))}"]
     return "\n".join([*lines, f"{check}(f, *xs{keywords})"])
