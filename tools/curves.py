@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 
 from engine.optim import SGDRule
 from engine.sharder import Consistency
-from engine.sharder.drivers.simulator import Simulation, Weather
+from engine.sharder.drivers.faults import Weather
+from engine.sharder.drivers.simulator import Simulation
 
 WORK = 100  # units of virtual time for a microbatch; a message takes 1 or 2
 CALM = Weather(latency=(1, 2), work=WORK, disk=1, timeout=50 * WORK)

@@ -58,10 +58,6 @@ class Consistency:
             return clock < granted
         return clock <= committed + self.staleness and clock < granted + self.staleness
 
-    def needed(self, microbatches: int) -> int:
-        """How many of a clock's microbatches complete it."""
-        return microbatches - self.backups
-
     @property
     def replays(self) -> bool:
         """Whether clocks that are computed again from an older version give the same bits."""

@@ -12,8 +12,9 @@ from engine.optim import clip
 from engine.optim.accumulator import Accumulator
 from engine.sharder import ParameterServer
 from engine.sharder.consistency import Consistency
+from engine.sharder.drivers.faults import FAULTS, Weather
 from engine.sharder.drivers.plain import Plain
-from engine.sharder.drivers.simulator import FAULTS, Simulation, Weather
+from engine.sharder.drivers.simulator import Simulation
 
 DEVICE = "reference"
 SMALL = {"w": (3, 5), "b": (7,), "scale": (), "nothing": (0, 4), "v": (11,), "u": (2, 2, 2), "t": (9,)}

@@ -12,8 +12,9 @@ from engine.backend import get_backend
 from engine.sharder import ParameterServer
 from engine.sharder.codecs import codec_of
 from engine.sharder.compression import Compression
+from engine.sharder.drivers.faults import Weather
 from engine.sharder.drivers.plain import Plain
-from engine.sharder.drivers.simulator import Simulation, Weather
+from engine.sharder.drivers.simulator import Simulation
 from engine.sharder.partition import Partition
 
 CODECS = ["fp16", "bf16", "int8", "topk:0.05", "1bit"]

@@ -11,7 +11,8 @@ from sharder_problems import DRIVERS, assert_same_bits, make, plain, program
 
 from engine.optim import SGDRule
 from engine.sharder import Consistency, ParameterServer, inverse_staleness
-from engine.sharder.drivers.simulator import Simulation, Weather
+from engine.sharder.drivers.faults import Weather
+from engine.sharder.drivers.simulator import Simulation
 
 CLOCKS = 4
 

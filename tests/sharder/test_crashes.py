@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 from sharder_problems import tiny
 
-from engine.sharder.drivers.simulator import CRASHES, Weather
+from engine.sharder.drivers.faults import CRASHES, Weather
 
 WEATHER = Weather(latency=(1, 6), timeout=30, absence=12)
 SAMPLE = [(1, 1), (2, 2), (3, 1), (1, 3), (4, 2)]

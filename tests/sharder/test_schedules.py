@@ -8,7 +8,7 @@ A draw is a seed and a list of (event, fault): a full state machine would cost m
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sharder_problems import (
     HISTORIES,
@@ -25,15 +25,17 @@ from sharder_problems import (
     tiny_simulation,
 )
 
+from engine.sharder.drivers.faults import FAULTS, Weather
 from engine.sharder.drivers.invariants import Violated
 from engine.sharder.drivers.plain import Plain
-from engine.sharder.drivers.simulator import FAULTS, Weather
 
 CLOCKS = 3
+
 
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=-(-HISTORIES // len(MODES)), deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**20), workers=st.integers(1, 3), shards=st.integers(1, 3), faults=strikes)
+@example(seed=40122, workers=3, shards=1, faults=[(35, "shard"), (63, "suspect")])  # "ssp, replicas" failed on it once
 def test_every_invariant_holds_in_every_history(mode, seed, workers, shards, faults):
     tiny_drawn(mode, seed, workers, shards, faults)
 

@@ -164,7 +164,7 @@ ENGINE = [
            "if sequence < self.floor or sequence in self.above:",
            "if sequence in self.above:",
            "a shard forgets that it has seen an old sequence number",
-           "tests/sharder/test_machines.py"),
+           "tests/sharder/test_shard.py"),
     Mutant("torn version", "engine/sharder/versions.py",
            "if self._commits == self.writers:",
            "if self._commits:",

@@ -27,7 +27,7 @@ from engine.sharder.worker import Worker
 
 if TYPE_CHECKING:
     from engine.sharder.drivers.plain import Plain
-    from engine.sharder.drivers.simulator import _Run
+    from engine.sharder.drivers.run import Run
 
 
 class Violated(AssertionError):
@@ -40,7 +40,7 @@ class Violated(AssertionError):
 class Invariants:
     """Watches one run: check() after each event, said() at each message of a shard, pulled() at each completed pull."""
 
-    def __init__(self, run: _Run, plain: Plain):
+    def __init__(self, run: Run, plain: Plain):
         self.run, self.plain, self.setup = run, plain, run.cluster.setup
         self.asynchronous = self.setup.consistency.asynchronous
         self.course: list[tuple[int, tuple[int, ...]]] = []

@@ -14,7 +14,7 @@ from engine.sharder.versions import assemble
 from engine.sharder.worker import Worker
 
 if TYPE_CHECKING:
-    from engine.sharder.drivers.simulator import _Run
+    from engine.sharder.drivers.run import Run
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Computed:
 
 
 class Program:
-    def __init__(self, run: _Run, worker: Worker):
+    def __init__(self, run: Run, worker: Worker):
         self.run, self.worker = run, worker
         self.address = worker_address(worker.number)
         self.parameters: Mapping[str, np.ndarray] = {}
