@@ -74,40 +74,41 @@ class Op:
         self.composed: Callable[..., Any] | None = None
         self.differentiable = False
         self.needed: tuple[str, ...] = ()
-        self.inputs, self.attributes = self._parameters()
+        self.inputs, self.attributes, self.optional = self._parameters()
         self.binds = self.variadic or bool(self.attributes)  # a call's arguments are not just its operands
         self.required = [name for name, default in self.attributes.items() if default is inspect.Parameter.empty]
-        self.optional = {name for name, p in inspect.signature(forward).parameters.items() if p.default is None}
         self.__doc__ = forward.__doc__
         self.__name__ = self.name
         self.__wrapped__ = forward
-        if not composite:  # a caller does not pass k
-            whole = inspect.signature(forward)
-            self.__signature__ = whole.replace(parameters=list(whole.parameters.values())[1:])
 
-    def _parameters(self) -> tuple[tuple[str, ...], dict[str, Any]]:
-        """The forward's parameters after k: the tensors that the signature counts, then attributes with defaults."""
-        parameters = list(inspect.signature(self.forward).parameters.values())
-        if not self.composite:
-            parameters = parameters[1:]
-        if self.variadic:  # one sequence of tensors
-            return (parameters[0].name,), {p.name: p.default for p in parameters[1:]}
+    def _parameters(self) -> tuple[tuple[str, ...], dict[str, Any], set[str]]:
+        """The forward's parameters after k: the tensors that the signature counts, the attributes with their defaults,
+        and which of all may be None."""
+        parameters = parameters_of(self.forward)
+        names = list(parameters)[0 if self.composite else 1:]
         left = self.signature.split("->")[0].strip()
-        count = len(left.split(",")) if left else 0
-        return tuple(p.name for p in parameters[:count]), {p.name: p.default for p in parameters[count:]}
+        count = 1 if self.variadic else len(left.split(",")) if left else 0  # variadic: one sequence of tensors
+        optional = {name for name in names if parameters[name] is None}
+        return tuple(names[:count]), {name: parameters[name] for name in names[count:]}, optional
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """What help() shows: the forward's parameters without k, which a caller does not pass."""
+        whole = inspect.signature(self.forward)
+        return whole if self.composite else whole.replace(parameters=list(whole.parameters.values())[1:])
 
     # ── the decorators that complete a definition ───────────────────────────────────────────────────
 
     def vjp(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         """Register a rule on Tensors: rule(g, ...)."""
         self.rule, self.differentiable = rule, True
-        self.needed = tuple(inspect.signature(rule).parameters)[1:]
+        self.needed = tuple(parameters_of(rule))[1:]
         return rule
 
     def kernel_vjp(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         """Register a rule on raw Arrays: rule(k, g, ...)."""
         self.kernel_rule, self.differentiable = rule, True
-        self.needed = tuple(inspect.signature(rule).parameters)[2:]
+        self.needed = tuple(parameters_of(rule))[2:]
         return rule
 
     def composition(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -361,6 +362,18 @@ def cast(k: Any, x: Array, dtype: DType) -> Array:
     y = k.empty(x.data.shape, dtype)
     k.cast(y, x)
     return y
+
+
+def parameters_of(function: Any) -> dict[str, Any]:
+    """A plain function's parameters and their defaults, as inspect.signature has them, in a hundredth of the time:
+    importing the engine asks for some five hundred."""
+    code, defaults = function.__code__, function.__defaults__ or ()
+    plain, only = code.co_argcount, code.co_kwonlyargcount
+    names = code.co_varnames[:plain + only]
+    if code.co_flags & inspect.CO_VARARGS:  # *xs: its name comes last, its place is before the keywords
+        names = (*names[:plain], code.co_varnames[plain + only], *names[plain:])
+    given = dict(zip(names[plain - len(defaults):], defaults)) | (function.__kwdefaults__ or {})
+    return {name: given.get(name, inspect.Parameter.empty) for name in names}
 
 
 # ── shapes ────────────────────────────────────────────────────────────────────────────────────────────
