@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := build
-.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-array-api test-gpu test-cuda-compile test-wheel lint mutate nightly exhaustive bench lines doctor wheel clean
+.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-array-api test-gpu test-cuda-compile test-wheel lint mutate nightly fuzz-wire exhaustive bench lines doctor wheel clean
 .DELETE_ON_ERROR:
 
 build: $(READY) ## compile the kernels in place (what plain `make` does)
@@ -99,6 +99,9 @@ mutate: build ## plant bugs one by one, and see that the tests catch every one
 
 nightly: build ## thousands of new examples a check, goes on where it stopped (make nightly ARGS="--minutes 60")
 	@ENGINE_NUM_THREADS=1 $(RUN) tools/nightly.py $(ARGS)
+
+fuzz-wire: build ## a million inputs for the decoder of messages; goes on where it stopped
+	@ENGINE_NUM_THREADS=1 $(RUN) tools/fuzz_wire.py $(ARGS)
 
 exhaustive: build ## prove the accuracy of the float functions over all 2^32 floats (an hour; goes on where it stopped)
 	@$(RUN) tools/exhaustive.py $(ARGS)

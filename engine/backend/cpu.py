@@ -7,11 +7,13 @@ is chosen here, or the one that the environment variable ENGINE_ISA names. Eleme
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import math
 import os
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,7 +67,7 @@ class CpuBackend(Backend):
     def __init__(self) -> None:
         super().__init__()
         self.level, module = load_level()
-        self.lib, self.ffi = module.lib, module.ffi
+        self.lib, self.ffi, self._module = module.lib, module.ffi, module.__file__
         self.rows = numpy_rows(np)
         self.pool = Pool(self._reserve, lambda pointer, offset: self.ffi.cast("void *", self._char(pointer) + offset))
         self._functions = set(dir(self.lib))
@@ -74,6 +76,11 @@ class CpuBackend(Backend):
             if not threads.isdigit() or not int(threads):
                 raise ImportError(f"ENGINE_NUM_THREADS: got {threads!r}, expected a positive whole number")
             self.lib.threads_set(int(threads))
+
+    @cached_property
+    def identity(self) -> str:
+        """The level, and a digest of its compiled kernels."""
+        return f"{self.level} {hashlib.sha256(Path(self._module).read_bytes()).hexdigest()[:12]}"
 
     # ── memory ──────────────────────────────────────────────────────────────────────────────────────
 

@@ -56,6 +56,11 @@ class Backend:
         """The layout record of an elementwise launch (kernels.h), or None where kernels do not need one."""
         return None
 
+    @property
+    def identity(self) -> str:
+        """What computes here: results have the same bits on machines where this is the same."""
+        return f"numpy {np.__version__}"
+
     def set_num_threads(self, n: int) -> None:
         """Let kernels called from this Python thread use n threads; a device without threads of its own ignores it."""
 

@@ -15,10 +15,11 @@ it is void in the next.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from engine.backend import Array
+from engine.sharder.codecs import Payload
 from engine.sharder.versions import Version
 
 PROTOCOL = 2
@@ -130,7 +131,7 @@ class Parameters(Message):
 @dataclass(frozen=True)
 class Push(Message):
     """Worker: gradients of the loss sum of one microbatch, for the pieces this shard owns, as computed on parameters
-    of `version`. A gradient is an Array, or anything with decode(k, size, dtype) -> Array. Answered by Pushed."""
+    of `version`. A gradient is an Array, or what was made of it to travel. Answered by Pushed."""
 
     identity: Identity
     term: int
@@ -139,7 +140,7 @@ class Push(Message):
     microbatch: int
     loss: float
     tokens: float
-    gradients: tuple[Any, ...] = field(repr=False)
+    gradients: tuple[Array | Payload, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -200,8 +200,9 @@ class Run:
 
     def _transmission(self, source: Address, message: Any) -> float:
         """How long it takes until a message, and what was sent before it, has left the machine."""
-        elements = sum(g.size for g in message.gradients) if isinstance(message, Push) else (
-            message.values.flat.size if isinstance(message, Parameters) else 0)
+        itemsize = self.cluster.dtype.itemsize
+        elements = sum(memoryview(g.data).nbytes // itemsize for g in message.gradients) if isinstance(message, Push) \
+            else message.values.flat.size if isinstance(message, Parameters) else 0
         start = max(self.history.time, self.links.get(source, 0))
         self.links[source] = start + elements / self.weather.bandwidth
         return self.links[source] - self.history.time
