@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := build
-.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-array-api test-gpu test-cuda-compile test-wheel lint mutate nightly fuzz-wire exhaustive bench lines doctor wheel clean
+.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-array-api test-gpu test-cuda-compile test-wheel lint mutate mutate-auto nightly fuzz-wire exhaustive bench lines doctor wheel clean
 .DELETE_ON_ERROR:
 
 build: $(READY) ## compile the kernels in place (what plain `make` does)
@@ -30,6 +30,10 @@ $(READY): pyproject.toml
 
 $(VENV)/array-api: $(READY)
 	@$(RUN) -m pip install --quiet --editable '.[dev,array-api]'
+	@touch $@
+
+$(VENV)/mutation: $(READY)
+	@$(RUN) -m pip install --quiet --editable '.[dev,mutation]'
 	@touch $@
 
 $(VENV)/peers: $(READY)
@@ -96,6 +100,9 @@ lint: $(READY) ## ruff and mypy
 
 mutate: build ## plant bugs one by one, and see that the tests catch every one
 	@$(RUN) tools/mutate.py $(ARGS)
+
+mutate-auto: build $(VENV)/mutation ## the same with 330 mutants of the ops and autograd that a library makes (an hour; goes on)
+	@ENGINE_NUM_THREADS=1 $(RUN) tools/mutate.py --automatic 330 --seed 0 --ledger build/mutate-automatic.json $(ARGS)
 
 nightly: build ## thousands of new examples a check, goes on where it stopped (make nightly ARGS="--minutes 60")
 	@ENGINE_NUM_THREADS=1 $(RUN) tools/nightly.py $(ARGS)

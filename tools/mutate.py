@@ -4,13 +4,17 @@
     python tools/mutate.py --only gemm         those whose name or file contains a word
     python tools/mutate.py --list              what there is
     python tools/mutate.py --fresh             forget the verdicts of earlier runs (build/mutate.json)
+    python tools/mutate.py --automatic 300 --seed 0    a sample of the mutants that a library can make of the ops and
+                                               of autograd (tools/mutants/automatic.py); goes on where it stopped
 
 A bug is planted in a copy of the tree in a temporary folder. Of the kernels one level is built, the best that this
 machine has, and after a bug in C only the objects that read the changed file. The tests that the record names run
 first, then, if those notice nothing, the wider suite. At the end every test that caught something runs once
 more on the tree without bugs: one that fails there too has caught nothing.
 
-A verdict is kept under a hash of the record, of the file it changes, and of the tests that it names.
+A verdict is kept under a hash of the record, of the file it changes, and of the tests that it names. Automatic mutants
+run under limits of memory and of processor time, which do not depend on what else the machine does; those that
+cannot be noticed stand, with the reason, in tools/mutants/equivalent.py, and are not run.
 
 DeMillo, Lipton, Sayward 1978, "Hints on Test Data Selection".
 """
@@ -19,23 +23,28 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
 from tools.mutants import MUTANTS, Mutant
+from tools.mutants.automatic import sample
+from tools.mutants.equivalent import changed_lines, why_equivalent
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("engine", "kernels", "tests", "tools", "pyproject.toml")
@@ -44,7 +53,8 @@ WIDER = ["tests", *(f"--ignore-glob=tests/{name}" for name in (
     "test_packaging.py", "test_tools_*.py", "test_examples.py", "test_readme.py", "test_mutate.py", "test_testing.py"))]
 SECONDS_ALLOWED = 900  # a bug that makes the tests hang is caught by this
 SANITIZERS = {"thread": ("libtsan.so", "ThreadSanitizer")}  # the library to load first, and how its reports begin
-KILLED, SURVIVED, UNDECIDED = "killed", "SURVIVED", "UNDECIDED"
+LIMITS = {resource.RLIMIT_CPU: 240, resource.RLIMIT_AS: 8 << 30}  # seconds, bytes: of the tests of an automatic mutant
+KILLED, SURVIVED, UNDECIDED, EQUIVALENT = "killed", "SURVIVED", "UNDECIDED", "equivalent"
 
 
 class MutationError(Exception):
@@ -64,7 +74,7 @@ def check_record(mutant: Mutant, root: Path) -> None:
                             f"{mutant.old.strip().splitlines()[0]!r}")
     if mutant.old == mutant.new:
         raise MutationError(f"{mutant.name}: the old text and the new text are the same")
-    for argument in shlex.split(mutant.tests):
+    for argument in named_tests(mutant):
         tests, _, function = argument.partition("[")[0].partition("::")
         path = root / tests
         if not path.exists() or (function and not re.search(rf"^(def {function}\(|{function} = )",
@@ -72,10 +82,15 @@ def check_record(mutant: Mutant, root: Path) -> None:
             raise MutationError(f"{mutant.name}: there is no test {argument}")
 
 
+def named_tests(mutant: Mutant) -> list[str]:
+    """The tests that a record names first, without pytest's options."""
+    return [argument for argument in shlex.split(mutant.tests) if not argument.startswith("-")]
+
+
 def key_of(mutant: Mutant, root: Path) -> str:
-    """What a verdict depends on: the record, the file that it changes, and the files of its tests."""
-    digest = hashlib.sha256(repr(tuple(mutant)).encode())
-    for name in (mutant.file, *sorted({a.partition("::")[0] for a in shlex.split(mutant.tests)})):
+    """What a kill depends on: the record, the file that it changes, and the files of its first tests."""
+    digest = hashlib.sha256(repr(tuple(mutant._replace(then=None))).encode())
+    for name in (mutant.file, *sorted({a.partition("::")[0] for a in named_tests(mutant)})):
         for path in sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]:
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -86,8 +101,8 @@ def key_of(mutant: Mutant, root: Path) -> str:
 class Copy:
     """A copy of the tree at `root` in `folder`, with compiled kernels where the tree has some, for bugs to live in."""
 
-    def __init__(self, root: Path, folder: Path):
-        self.root, self.folder = root, folder
+    def __init__(self, root: Path, folder: Path, limits: Mapping[int, int] | None = None):
+        self.root, self.folder, self.limits = root, folder, limits or {}
         self.level = self._best_level()
         unwanted = shutil.ignore_patterns("*.so", "*.tmp", ".*")
         for name in COPIED:
@@ -156,7 +171,7 @@ class Copy:
     def test(self, arguments: Sequence[str], stop: bool = True, sanitizer: str = "") -> tuple[int, str]:
         """(exit status, output) of pytest in the copy; a run that takes too long has status −1."""
         environment = {**os.environ, "ENGINE_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1",
-                       "PYTHONPATH": str(ROOT / "tools")}
+                       "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT / "tools")}
         for name in ("ENGINE_ISA", "ENGINE_KERNELS", "PYTEST_PLUGINS"):
             environment.pop(name, None)
         if sanitizer:
@@ -164,10 +179,12 @@ class Copy:
                                      capture_output=True, text=True).stdout.strip()
             environment.update(LD_PRELOAD=library, ENGINE_KERNELS=str(self.places(sanitizer)[0]),
                                TSAN_OPTIONS="halt_on_error=1")
-        command = [sys.executable, "-m", "pytest", *(["-x"] if stop else []), "-q", "-p", "no:cacheprovider",
-                   "-p", "no:xdist", "-p", "mutate_plugin", "--tb=no", *(["-s"] if sanitizer else []), *arguments]
+        drawn = ["-p_hypothesis_pytestplugin"] if importlib.util.find_spec("hypothesis") else []
+        command = [sys.executable, "-m", "pytest", *(["-x"] if stop else []), "-q", "-p", "no:cacheprovider", *drawn,
+                   "-pmutate_plugin", "--tb=no", *(["-s"] if sanitizer else []), *arguments]
         process = subprocess.Popen(command, cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+                                   stderr=subprocess.STDOUT, start_new_session=True,
+                                   preexec_fn=self._limit if stop and self.limits else None)
         try:
             output, _ = process.communicate(timeout=SECONDS_ALLOWED)
         except subprocess.TimeoutExpired:
@@ -175,6 +192,10 @@ class Copy:
             output, _ = process.communicate()
             return -1, output
         return process.returncode, output
+
+    def _limit(self) -> None:
+        for which, most in self.limits.items():
+            resource.setrlimit(which, (most, most))
 
 
 class Planted:
@@ -228,6 +249,8 @@ def killer_of(status: int, output: str) -> str | None:
     found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, flags=re.M)
     if found:
         return found[1]
+    if status in (-signal.SIGXCPU, -signal.SIGKILL):
+        return f"time: more than {LIMITS[resource.RLIMIT_CPU]} seconds of the processor"
     if status < 0 or status > 128:
         return f"crash: {signal.Signals(-status if status < 0 else status - 128).name}"
     if "ImportError" in output or "Error while loading conftest" in output:
@@ -245,7 +268,8 @@ def judge(copy: Copy, mutant: Mutant) -> dict[str, Any]:
             if copy.test(shlex.split(mutant.tests), sanitizer=mutant.sanitizer)[0]:
                 raise MutationError(f"the {mutant.sanitizer} sanitizer reports something without the bug too")
         with copy.plant(mutant):
-            for arguments in (shlex.split(mutant.tests), *([] if mutant.sanitizer else [WIDER])):
+            then = [WIDER] if mutant.then is None else [shlex.split(stage) for stage in mutant.then]
+            for arguments in (shlex.split(mutant.tests), *([] if mutant.sanitizer else then)):
                 killer = killer_of(*copy.test(arguments, sanitizer=mutant.sanitizer))
                 if killer is not None:
                     verdict, by = KILLED, killer
@@ -274,33 +298,62 @@ def show(verdict: dict[str, Any]) -> None:
           f"{verdict['by']}", flush=True)
 
 
-def run(mutants: Sequence[Mutant], root: Path, ledger: Path, fresh: bool = False) -> int:
+def run(mutants: Sequence[Mutant], root: Path, ledger: Path, fresh: bool = False,
+        limits: Mapping[int, int] | None = None) -> int:
     """Judge every mutant, print the table, keep the ledger. The exit status: 1 if one survives."""
     for mutant in mutants:
         check_record(mutant, root)
     known: dict[str, Any] = {}
     if ledger.exists() and not fresh:
         known = json.loads(ledger.read_text())
-    keys = {mutant.name: key_of(mutant, root) for mutant in mutants}
+    judged = [mutant for mutant in mutants if not why_equivalent(mutant)]
+    keys = {mutant.name: key_of(mutant, root) for mutant in judged}
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
-        copy = Copy(root, Path(folder) / "tree")
+        copy = Copy(root, Path(folder) / "tree", limits)
         for mutant in mutants:
+            if reason := why_equivalent(mutant):
+                show({"name": mutant.name, "file": mutant.file, "verdict": EQUIVALENT, "by": reason, "seconds": 0})
+                continue
             key = keys[mutant.name]
             if known.get(key, {}).get("verdict") != KILLED:  # a survivor is tried again: the tests may have grown
                 known[key] = judge(copy, mutant)
-                ledger.parent.mkdir(parents=True, exist_ok=True)
-                ledger.write_text(json.dumps(known, indent=1))
+                write(ledger, known)
             show(known[key])
-        verdicts = [known[keys[mutant.name]] for mutant in mutants]
+        verdicts = [known[keys[mutant.name]] for mutant in judged]
         unfit = confirm(copy, verdicts)
     for verdict in verdicts:
         if verdict["by"] in unfit:
             verdict.update(verdict=SURVIVED, by=f"{verdict['by']}, which fails without the bug too")
             show(verdict)
-    ledger.write_text(json.dumps(known, indent=1))
-    survivors = [v["name"] for v in verdicts if v["verdict"] != KILLED]
-    print(f"{len(verdicts) - len(survivors)} of {len(verdicts)} planted bugs caught"
-          + (f"; not: {', '.join(survivors)}" if survivors else ""))
+    write(ledger, known)
+    return report(mutants, verdicts)
+
+
+def write(ledger: Path, known: dict[str, Any]) -> None:
+    partial = ledger.with_suffix(".tmp")
+    ledger.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(known, indent=1))
+    os.replace(partial, ledger)
+
+
+def report(mutants: Sequence[Mutant], verdicts: Sequence[dict[str, Any]]) -> int:
+    """Print the survivors as what they changed, and the figures of the run. The exit status."""
+    records = {mutant.name: mutant for mutant in mutants}
+    survivors = [v for v in verdicts if v["verdict"] != KILLED]
+    for verdict in survivors:
+        file, old, new = changed_lines(records[verdict["name"]])
+        print(f"{verdict['verdict']}  {verdict['name']}, {file}\n" + "\n".join(
+            [*(f"  - {line}" for line in old.splitlines()), *(f"  + {line}" for line in new.splitlines())]))
+    kills = [v for v in verdicts if v["verdict"] == KILLED]
+    if kills:
+        slowest = max(kills, key=lambda v: v["seconds"])
+        print(f"seconds to a kill: median {statistics.median(v['seconds'] for v in kills):.1f}, "
+              f"at most {slowest['seconds']:.1f} ({slowest['name']}); "
+              f"{sum(v['by'].startswith('time') for v in kills)} by running out of time, "
+              f"{sum('.py::' not in v['by'] for v in kills)} by no test of values")
+    alike = len(mutants) - len(verdicts)
+    print(f"{len(kills)} of {len(verdicts)} planted bugs caught" + (f", {alike} equivalent left out" if alike else "")
+          + (f"; not: {', '.join(v['name'] for v in survivors)}" if survivors else ""))
     return 1 if survivors else 0
 
 
@@ -310,8 +363,17 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the records and do nothing")
     parser.add_argument("--fresh", action="store_true", help="forget the verdicts of earlier runs")
     parser.add_argument("--ledger", type=Path, default=ROOT / "build" / "mutate.json", help="where verdicts are kept")
+    parser.add_argument("--automatic", type=int, metavar="N", help="judge a sample of automatic mutants instead")
+    parser.add_argument("--near", action="store_true", help="of the tests after the first run one stage only")
+    parser.add_argument("--seed", type=int, default=0, help="of that sample")
     arguments = parser.parse_args()
-    chosen = [m for m in MUTANTS
+    try:
+        mutants = MUTANTS if arguments.automatic is None else sample(ROOT, arguments.automatic, arguments.seed)
+    except ImportError as error:
+        parser.error(str(error))
+    if arguments.near:
+        mutants = [m._replace(then=(m.then or ())[:1]) for m in mutants]
+    chosen = [m for m in mutants
               if not arguments.only or any(word in m.name or word in m.file for word in arguments.only)]
     if arguments.list:
         for mutant in chosen:
@@ -320,7 +382,7 @@ def main() -> int:
     try:
         if not chosen:
             raise MutationError(f"no record's name or file contains {' or '.join(arguments.only or ())}")
-        return run(chosen, ROOT, arguments.ledger, arguments.fresh)
+        return run(chosen, ROOT, arguments.ledger, arguments.fresh, LIMITS if arguments.automatic else None)
     except MutationError as error:
         print(f"mutate: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """The bugs that tools/mutate.py plants: in C (kernels.py), in Python (engine.py), on the GPU (cuda.py), in the
 breadth of the ops (surface.py), in what is sparse or compressed (sparse.py), in what the array API standard asks for
-(standard.py), and data races (races.py)."""
+(standard.py), and data races (races.py). automatic.py has those that a library makes by itself, equivalent.py which of
+them change nothing."""
 
 from __future__ import annotations
 

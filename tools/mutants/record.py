@@ -16,6 +16,7 @@ class Mutant(NamedTuple):
     tests: pytest's arguments for the tests that should notice, run before the wider suite
     sanitizer: "thread" for a data race, which no result need show: the kernels are built with that sanitizer, and it
            should notice while these tests run
+    then:  what runs when those have noticed nothing, in this order; the wider suite by default
     """
 
     name: str
@@ -25,3 +26,4 @@ class Mutant(NamedTuple):
     what: str
     tests: str
     sanitizer: str = ""
+    then: tuple[str, ...] | None = None

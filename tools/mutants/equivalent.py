@@ -1,0 +1,26 @@
+"""Automatic mutants that no test can notice, each with the reason: what they change has no meaning.
+
+The key is the file and the changed lines, without their indentation, as they stand and as they would. A line that is
+edited falls out of the table, and tests/test_mutate_automatic.py fails until its entry is removed.
+"""
+
+from __future__ import annotations
+
+from tools.mutants.record import Mutant
+
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+}
+
+
+def changed_lines(mutant: Mutant) -> tuple[str, str, str]:
+    """(file, lines as they stand, lines as they would), of the lines that differ only."""
+    old, new = ([line.strip() for line in text.splitlines()] for text in (mutant.old, mutant.new))
+    while old and new and old[0] == new[0]:
+        del old[0], new[0]
+    while old and new and old[-1] == new[-1]:
+        del old[-1], new[-1]
+    return mutant.file, "\n".join(old), "\n".join(new)
+
+
+def why_equivalent(mutant: Mutant) -> str | None:
+    return EQUIVALENT.get(changed_lines(mutant))
