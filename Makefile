@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := build
-.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-array-api test-gpu test-cuda-compile test-wheel lint mutate mutate-auto nightly fuzz-wire exhaustive bench lines doctor wheel clean
+.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-array-api test-gpu test-cuda-compile test-wheel lint mutate mutate-auto nightly fuzz-wire exhaustive bench ladder lines doctor wheel clean
 .DELETE_ON_ERROR:
 
 build: $(READY) ## compile the kernels in place (what plain `make` does)
@@ -115,6 +115,9 @@ exhaustive: build ## prove the accuracy of the float functions over all 2^32 flo
 
 bench: build ## ours beside the peers that are installed (make bench ARGS="gemm --threads 1")
 	@$(RUN) tools/bench.py $(or $(ARGS),all)
+
+ladder: build ## matrix product in seven steps, attention in four: validated, timed, drawn (tools/ladder/README.md)
+	@$(RUN) tools/ladder/ladder.py $(ARGS)
 
 lines: ## the reader's budget: lines of source beside their goals
 	@$(PYTHON) tools/lines.py $(ARGS)
