@@ -2,7 +2,7 @@
  *
  * Bytes: one pass over each operand, so 8 bytes an element for a unary float kernel, 12 for a binary one, 9 for a
  * comparison. Flops an element (a vector of 16, 8 or 4 elements does them at once): 1 for arithmetic, about
- * 12 for exp, 20 for log, 30 for tanh and sigmoid, 50 for gelu and erf, 60 for sin, 120 for pow. What bounds
+ * 12 for exp, 20 for log, 30 for tanh, sigmoid and gelu_tanh, 50 for gelu and erf, 60 for sin, 120 for pow. What bounds
  * it: memory, as soon as the operands leave the second cache; inside the caches the functions from
  * log on are bound by arithmetic. That is why a fused pass (gelu_vjp in place of the dozen passes of its
  * composition) pays, and a cleverer loop does not.
@@ -30,7 +30,10 @@ static inline vf sign_of(vf x) {
 static inline vf relu_of(vf x) { return vf_select(x <= 0, vf_zero(), x); }
 
 /* x σ(x). Hendrycks and Gimpel 2016, arXiv:1606.08415; also called swish. */
-static inline vf silu_of(vf x) { return x * vf_sigmoid(x); }
+static inline vf silu_of(vf x) {
+    sigmoid_parts s = vf_sigmoid_parts(x, vf_zero());
+    return x * s.part / (s.part + s.rest);
+}
 
 /* x Φ(x), Φ the normal distribution function. Hendrycks and Gimpel 2016, arXiv:1606.08415. */
 static inline vf gelu_of(vf x) {
@@ -42,8 +45,9 @@ static inline vf gelu_of(vf x) {
 #define TANH_1 1.5957691216057308  /* 2 √(2/π) */
 #define TANH_3 0.07135481627260025 /* 2 √(2/π) · 0.044715 */
 static inline vf gelu_tanh_of(vf x) {
-    vf v_lo, v = vf_cubic(clamp(x, 100), TANH_1, TANH_3, &v_lo), complement;
-    return x * vf_sigmoid_both(v, v_lo, &complement);
+    vf v_lo, v = vf_cubic(clamp(x, 100), TANH_1, TANH_3, &v_lo);
+    sigmoid_parts s = vf_sigmoid_parts(v, v_lo);
+    return x * s.part / (s.part + s.rest);
 }
 
 UNARY(copy, identity)
@@ -78,8 +82,9 @@ static inline vf relu_slope(vf g, vf x) { return vf_select(x > 0, g, vf_zero());
 
 /* (x σ)′ = σ (1 + x (1 − σ)) */
 static inline vf silu_slope(vf g, vf x) {
-    vf complement, s = vf_sigmoid_both(x, vf_zero(), &complement);
-    return g * (s * vf_fma(clamp(x, 1000), complement, vf_set1(1)));
+    sigmoid_parts s = vf_sigmoid_parts(x, vf_zero());
+    vf inverse = vf_set1(1) / (s.part + s.rest);
+    return g * (s.part * inverse * vf_fma(clamp(x, 1000), s.rest * inverse, vf_set1(1)));
 }
 
 /* (x Φ)′ = Φ + x φ, φ(x) = e^(−x²/2)/√(2π) */
@@ -90,10 +95,11 @@ static inline vf gelu_slope(vf g, vf x) {
 
 /* (x σ(v))′ = σ (1 + x (1 − σ) v′), v′ = TANH_1 + 3 TANH_3 x² */
 static inline vf gelu_tanh_slope(vf g, vf x) {
-    vf near = clamp(x, 100), v_lo, v = vf_cubic(near, TANH_1, TANH_3, &v_lo), complement;
-    vf s = vf_sigmoid_both(v, v_lo, &complement);
+    vf near = clamp(x, 100), v_lo, v = vf_cubic(near, TANH_1, TANH_3, &v_lo);
+    sigmoid_parts s = vf_sigmoid_parts(v, v_lo);
+    vf inverse = vf_set1(1) / (s.part + s.rest);
     vf v_slope = vf_fma(near * near, vf_set1((real)(3 * TANH_3)), vf_set1((real)TANH_1));
-    return g * (s * vf_fma(near * complement, v_slope, vf_set1(1)));
+    return g * (s.part * inverse * vf_fma(near * (s.rest * inverse), v_slope, vf_set1(1)));
 }
 
 #define SLOPE(name, f) \

@@ -55,17 +55,19 @@ static inline vf exp_tail(vf r) {
     return vf_fma(p, r, vf_set1(0x1.fffffcp-2f));
 }
 
-/* eˣ = 2ⁿ eʳ with n = round(x/ln 2), r = x − n ln 2 (Cody and Waite: ln 2 in two parts). Where eˣ is 0 in float,
- * it is not computed: a processor takes 150 cycles to find out that a product underflows, and −∞ is what masks hold. */
-static inline vf vf_exp(vf x) {
+/* e^(x + x_lo) = 2ⁿ eʳ with n = round(x/ln 2), r = x + x_lo − n ln 2 (Cody and Waite: ln 2 in two parts). Where it is 0
+ * in float, it is not computed: a processor takes 150 cycles to find out that a product underflows, and −∞ is what
+ * masks hold. */
+static inline vf vf_exp_sum(vf x, vf x_lo) {
     vi vanishes = x < -104;
     x = vf_select(vanishes, vf_zero(), vf_min(vf_set1(89), x));
     vf n = vf_round(x * vf_set1(LOG2_E));
-    vf whole = vf_fma(n, vf_set1(-LN2_HI), x), small = n * vf_set1(-LN2_LO); /* r = whole + small */
+    vf whole = vf_fma(n, vf_set1(-LN2_HI), x), small = vf_fma(n, vf_set1(-LN2_LO), x_lo); /* r = whole + small */
     vf r = whole + small;
     vf p = whole + vf_fma(r * r, exp_tail(r), small);
     return vf_select(vanishes, vf_zero(), vf_ldexp(vf_set1(1) + p, n));
 }
+static inline vf vf_exp(vf x) { return vf_exp_sum(x, vf_zero()); }
 
 /* e^(x + x_lo) = (hi + lo) 2ⁿ, to about 2⁻²⁸: for the functions that go on computing with it. */
 typedef struct { vf hi, lo, n; } exp_parts;
@@ -138,32 +140,40 @@ static inline vf vf_log1p(vf x) {
 
 /* ── sigmoid, tanh, softplus ────────────────────────────────────────────────────────────────────── */
 
-/* σ(x + x_lo), σ(x) = 1/(1 + e⁻ˣ) = e^(−|x|)/(1 + e^(−|x|)) for x < 0: neither overflows. Also σ(−x − x_lo), which is
- * 1 − σ to its own full precision. The quotients are corrected by their remainders. */
-static inline vf vf_sigmoid_both(vf x, vf x_lo, vf *complement) {
-    exp_parts e = vf_exp_parts(-vf_abs(x), vf_select(x < 0, x_lo, -x_lo));
+/* σ(x) = 1/(1 + e⁻ˣ) = e^(−|x|)/(1 + e^(−|x|)) for x < 0: neither overflows. With e^(−|x|) = (hi + lo) 2ⁿ, the inverse of
+ * the sum is corrected by what its rounding and that of the sum lost. */
+static inline vf vf_sigmoid(vf x) {
+    exp_parts e = vf_exp_parts(-vf_abs(x), vf_zero());
     vf z = vf_ldexp(e.hi, e.n), one = vf_set1(1);
     vf sum = one + z, sum_lo = ((one - sum) + z) + vf_ldexp(e.lo, e.n);
     vf inverse = one / sum;
-    vf large = vf_fma(inverse, -vf_fma(inverse, sum_lo, vf_fma_once(inverse, sum, -one)), inverse);
-    vf ratio = e.hi * inverse;
-    vf remainder = vf_fma_once(ratio, sum, -e.hi) + vf_fma(ratio, sum_lo, -e.lo);
-    vf small = vf_ldexp(vf_fma(inverse, -remainder, ratio), e.n);
-    *complement = vf_select(x < 0, large, small);
-    return vf_select(x < 0, small, large);
-}
-static inline vf vf_sigmoid(vf x) {
-    vf complement;
-    return vf_sigmoid_both(x, vf_zero(), &complement);
+    vf inverse_lo = -inverse * vf_fma(inverse, sum_lo, vf_fma_once(inverse, sum, -one));
+    vf small = vf_fma_once(e.hi, inverse, vf_fma(e.hi, inverse_lo, e.lo * inverse));
+    return vf_select(x < 0, vf_ldexp(small, e.n), inverse + inverse_lo);
 }
 
-/* x (c₁ + c₃ x²) = the result + *lo: in the tail of a sigmoid an error of its argument would count x-fold. */
+/* σ(x + x_lo) = part/(part + rest), 1 − σ = rest/(part + rest): one of the two is 1, the other e^(−|x|), to about a unit.
+ * For functions with σ as a factor, whose bounds leave room for that. */
+typedef struct { vf part, rest; } sigmoid_parts;
+
+static inline sigmoid_parts vf_sigmoid_parts(vf x, vf x_lo) {
+    vi negative = x < 0;
+    vf z = vf_exp_sum(-vf_abs(x), vf_select(negative, x_lo, -x_lo)), one = vf_set1(1);
+    return (sigmoid_parts){vf_select(negative, z, one), vf_select(negative, one, z)};
+}
+
+/* x (c₁ + c₃ x²) = the result + *lo, c₁ and c₃ positive: in the tail of a sigmoid an error of its argument would count
+ * x-fold. Every product and sum is kept with what its rounding lost. */
 static inline vf vf_cubic(vf x, double c1, double c3, vf *lo) {
-    vd a = vd_low(x), b = vd_high(x);
-    a = a * (c1 + c3 * (a * a));
-    b = b * (c1 + c3 * (b * b));
-    vf y = vf_narrow(a, b);
-    *lo = vf_narrow(a - vd_low(y), b - vd_high(y));
+    vf c1_hi = vf_set1((float)c1), c1_lo = vf_set1((float)(c1 - (float)c1));
+    vf c3_hi = vf_set1((float)c3), c3_lo = vf_set1((float)(c3 - (float)c3));
+    vf square = x * x, square_lo = vf_fma_once(x, x, -square);
+    vf third = c3_hi * square;
+    vf third_lo = vf_fma_once(c3_hi, square, -third) + vf_fma(c3_hi, square_lo, c3_lo * square);
+    vf sum = c1_hi + third, large = vf_max(c1_hi, third), small = vf_min(c1_hi, third);
+    vf sum_lo = ((large - sum) + small) + (third_lo + c1_lo);
+    vf y = x * sum;
+    *lo = vf_fma(x, sum_lo, vf_fma_once(x, sum, -y));
     return y;
 }
 
@@ -235,14 +245,14 @@ LANES_OF(vf_erf, erf)
 LANES_OF(vf_erfc, erfc)
 
 /* The formulas of the float half above; there they are explained. */
-static inline vf vf_sigmoid_both(vf x, vf x_lo, vf *complement) {
-    vf z = vf_exp(-vf_abs(x + x_lo)), large = 1 / (1 + z), small = z / (1 + z);
-    *complement = vf_select(x < 0, large, small);
-    return vf_select(x < 0, small, large);
+typedef struct { vf part, rest; } sigmoid_parts;
+static inline sigmoid_parts vf_sigmoid_parts(vf x, vf x_lo) {
+    vf z = vf_exp(-vf_abs(x + x_lo)), one = vf_set1(1);
+    return (sigmoid_parts){vf_select(x < 0, z, one), vf_select(x < 0, one, z)};
 }
 static inline vf vf_sigmoid(vf x) {
-    vf complement;
-    return vf_sigmoid_both(x, vf_zero(), &complement);
+    sigmoid_parts s = vf_sigmoid_parts(x, vf_zero());
+    return s.part / (s.part + s.rest);
 }
 static inline vf vf_cubic(vf x, double c1, double c3, vf *lo) {
     *lo = vf_zero();
