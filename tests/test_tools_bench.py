@@ -12,6 +12,7 @@ import pytest
 
 from engine.backend import get_backend
 from engine.backend.cpu import CpuBackend
+from tools.benchmarks import sweep
 from tools.benchmarks.contest import OURS, Contest, Machine, Result, measure
 from tools.benchmarks.peers import Peers, prepare_environment
 from tools.benchmarks.report import table
@@ -22,6 +23,12 @@ MACHINE = Machine(2, 1e9, 1e9, 1e9)
 
 def nothing() -> None:
     pass
+
+
+def with_torch() -> Peers:
+    peers = Peers([], 1)
+    peers.torch = "any"  # a case is made later
+    return peers
 
 
 def given(**seconds: list[float]) -> Result:
@@ -62,6 +69,36 @@ def test_a_setting_that_changes_a_peer_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_an_unknown_peer_is_refused() -> None:
     with pytest.raises(SystemExit, match="--peers names cuda, expected some of torch"):
         Peers(["cuda"], 1)
+
+
+def test_a_case_of_the_sweep_depends_on_its_number_alone() -> None:
+    def names(shapes: int, first: int) -> list[str]:
+        return [name for name, _ in sweep.contests(with_torch(), shapes, 7, first)]
+
+    whole = names(60, 0)
+    assert names(20, 40) == whole[40:]
+    assert len(set(whole)) > 50
+    assert whole != [name for name, _ in sweep.contests(with_torch(), 60, 8)]
+
+
+def test_the_sweep_draws_from_one_element_to_a_hundred_millions() -> None:
+    sizes = [rows * n for rows, n in (sweep.Draw(0, number).rows(2) for number in range(500))]
+    assert min(sizes) <= 2 and 5e7 < max(sizes) <= sweep.ELEMENTS
+    for number in range(200):
+        m, n, k = sweep.Draw(1, number).product()
+        assert 2 * m * n * k <= sweep.FLOPS
+
+
+def test_the_sweep_lists_the_slowest_first() -> None:
+    text = sweep.slowest([given(engine=[1.0, 1.0], torch=[2.0, 2.0]), given(engine=[1.0, 1.0], torch=[0.5, 0.5]),
+                          given(engine=[1.0, 1.0], torch=[0.95, 0.95])])
+    assert text.startswith("1 of 3 cases take more than 1.1 times as long")
+    assert [line.split(" | ")[-1] for line in text.splitlines()[4:]] == ["0.50 |", "0.95 |", "2.00 |"]
+
+
+def test_the_sweep_needs_torch() -> None:
+    with pytest.raises(SystemExit, match="sweep compares with torch"):
+        next(sweep.contests(Peers([], 1), 1, 0))
 
 
 @pytest.mark.skipif(not isinstance(get_backend("cpu"), CpuBackend), reason="measures the compiled kernels")

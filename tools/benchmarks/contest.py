@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 TURN_SECONDS = 0.01
+TIMES = {"ms": 1e3, "µs": 1e6}  # units of time, in a second
 PAUSE_SECONDS = 0.05
 OURS = "engine"
 
@@ -38,7 +39,7 @@ class Contest:
     """One row of a table: the same work done by each contestant.
 
     flops, bytes: what the work needs at least; bytes/bandwidth is its bound if they come from memory, else flops/peak
-    work, unit:   what the table shows, `work` units a second; without a unit, milliseconds
+    work, unit:   what the table shows: `work` units a second, or the time itself where the unit is one
     streams:      whether the bytes come from memory: they do not where they stay in the caches
     """
 
@@ -71,9 +72,9 @@ class Result:
         return self.quantile(who, 0.5)
 
     def shown(self, who: str, q: float = 0.5) -> float:
-        """What the table shows: units a second, or milliseconds."""
-        seconds = self.quantile(who, q)
-        return self.contest.work / seconds if self.contest.unit != "ms" else seconds * 1e3
+        """What the table shows: units a second, or the time."""
+        seconds, unit = self.quantile(who, q), self.contest.unit
+        return seconds * TIMES[unit] if unit in TIMES else self.contest.work / seconds
 
     @property
     def best_peer(self) -> str | None:

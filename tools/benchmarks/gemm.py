@@ -31,12 +31,16 @@ def contests(peers: Peers) -> Iterator[tuple[str, Callable[[], Contest]]]:
             yield name, partial(product, name, peers, batch, m, n, k, order)
 
 
-def product(name: str, peers: Peers, batch: int, m: int, n: int, k: int, order: str) -> Contest:
+def operands(batch: int, m: int, n: int, k: int, order: str) -> tuple[np.ndarray, np.ndarray]:
+    """(batch, m, k) and (batch, k, n); what is transposed is a view of an array in the other order."""
     rng = np.random.default_rng(m * n + k)
     a = rng.standard_normal((batch, k, m) if order == "TN" else (batch, m, k), np.float32)
     b = rng.standard_normal((batch, n, k) if order == "NT" else (batch, k, n), np.float32)
-    a_view = a.swapaxes(1, 2) if order == "TN" else a
-    b_view = b.swapaxes(1, 2) if order == "NT" else b
+    return a.swapaxes(1, 2) if order == "TN" else a, b.swapaxes(1, 2) if order == "NT" else b
+
+
+def product(name: str, peers: Peers, batch: int, m: int, n: int, k: int, order: str) -> Contest:
+    a_view, b_view = operands(batch, m, n, k, order)
     flops = 2.0 * batch * m * n * k
     runs: dict[str, Callable[[], object]] = {OURS: ours(a_view, b_view)}
     if peers.torch:
@@ -46,7 +50,7 @@ def product(name: str, peers: Peers, batch: int, m: int, n: int, k: int, order: 
         x, y, z = (a_view[0], b_view[0], out[0]) if batch == 1 else (a_view, b_view, out)
         runs["openblas"] = lambda: np.matmul(x, y, out=z)
     if peers.jax:
-        runs["jax"] = jax_product(peers.jax, a_view if order != "TN" else a, b_view if order != "NT" else b, order)
+        runs["jax"] = jax_product(peers.jax, a_view, b_view, order)
     return Contest(name, runs, flops, work=flops / 1e9, unit="GFLOP/s", streams=False)
 
 
@@ -73,5 +77,5 @@ def jax_product(jax: Any, a: np.ndarray, b: np.ndarray, order: str) -> Callable[
     """JAX has no strides: a transposed operand is part of the program that it compiles."""
     equation = {"NN": "bmk,bkn->bmn", "NT": "bmk,bnk->bmn", "TN": "bkm,bkn->bmn"}[order]
     run = jax.jit(lambda x, y: jax.numpy.einsum(equation, x, y))
-    x, y = jax.numpy.asarray(a), jax.numpy.asarray(b)
+    x, y = (jax.numpy.asarray(z if z.base is None else z.base) for z in (a, b))
     return lambda: run(x, y).block_until_ready()

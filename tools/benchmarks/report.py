@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from tools.benchmarks.contest import OURS, Machine, Result
+from tools.benchmarks.contest import OURS, TIMES, Machine, Result
 
 
 def number(value: float) -> str:
@@ -26,7 +26,7 @@ def table(title: str, machine: Machine, results: list[Result]) -> str:
              "|---" * (len(who) + 5) + "|"]
     for r in results:
         cells = [number(r.shown(name)) if name in r.seconds else "" for name in who]
-        spread = "–".join(number(r.shown(OURS, q)) for q in ((0.1, 0.9) if r.contest.unit == "ms" else (0.9, 0.1)))
+        spread = "–".join(number(r.shown(OURS, q)) for q in ((0.1, 0.9) if r.contest.unit in TIMES else (0.9, 0.1)))
         lines.append(f"| {r.contest.name} | {r.contest.unit} | " + " | ".join(cells) + f" | {spread} | "
                      + (f"{r.ratio:.2f}" if r.ratio else "") + " | "
                      + (f"{r.of_bound:.2f}" if r.of_bound else "") + " |")
