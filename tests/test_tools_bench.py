@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.backend import get_backend
+from engine.backend import get_backend, get_num_threads, set_num_threads
 from engine.backend.cpu import CpuBackend
-from tools.benchmarks import sweep
+from tools.benchmarks import overhead, sweep
 from tools.benchmarks.contest import OURS, Contest, Machine, Result, measure
+from tools.benchmarks.kernels import Maker
 from tools.benchmarks.peers import Peers, prepare_environment
 from tools.benchmarks.report import table
 
@@ -89,6 +91,24 @@ def test_the_sweep_draws_from_one_element_to_a_hundred_millions() -> None:
         assert 2 * m * n * k <= sweep.FLOPS
 
 
+class Small(sweep.Draw):
+    """The same kinds of shapes, of a few elements."""
+
+    def size(self, most: float, least: int = 1) -> int:
+        return min(super().size(most, least), 5)
+
+
+@pytest.mark.parametrize("work", sweep.WORKS, ids=lambda work: f"{work.level} {work.name}")
+@pytest.mark.skipif(not isinstance(get_backend("cpu"), CpuBackend), reason="launches the compiled kernels")
+def test_every_kind_of_case_runs(work: sweep.Work) -> None:
+    torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+    row = work.make(Maker(torch), *work.shape(Small(0, 3)))
+    row.ours()
+    if row.torch is not None:
+        row.torch()
+    assert (row.torch is not None) == (torch is not None)
+
+
 def test_the_sweep_lists_the_slowest_first() -> None:
     text = sweep.slowest([given(engine=[1.0, 1.0], torch=[2.0, 2.0]), given(engine=[1.0, 1.0], torch=[0.5, 0.5]),
                           given(engine=[1.0, 1.0], torch=[0.95, 0.95])])
@@ -102,7 +122,8 @@ def test_the_sweep_needs_torch() -> None:
 
 
 @pytest.mark.skipif(not isinstance(get_backend("cpu"), CpuBackend), reason="measures the compiled kernels")
-@pytest.mark.parametrize(("name", "only"), [("gemm", "NN 64×64×64"), ("kernels", "exp 64×1024")])
+@pytest.mark.parametrize(("name", "only"), [("gemm", "NN 64×64×64"), ("kernels", "exp 64×1024"),
+                                            ("overhead", "x < y")])
 def test_one_row(name: str, only: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS")}
     run = subprocess.run([sys.executable, "tools/bench.py", name, "--peers", "openblas", "--threads", "1", "--seconds",
@@ -112,3 +133,28 @@ def test_one_row(name: str, only: str, tmp_path: Path) -> None:
     assert f"| {only} |" in run.stdout
     rows = json.loads((tmp_path / "rows.json").read_text())[name]["rows"]
     assert [row["name"] for row in rows] == [only] and min(rows[0]["seconds"][OURS]) > 0
+
+
+@pytest.mark.skipif(not isinstance(get_backend("cpu"), CpuBackend), reason="measures the compiled kernels")
+def test_what_a_team_of_threads_costs() -> None:
+    assert overhead.team_results(Peers([], 1)) == []
+    before = get_num_threads()
+    try:
+        spinning, asleep = overhead.team_results(Peers([], 2), turns=1)
+    finally:
+        set_num_threads(before)
+    assert spinning.contest.name == "a job for 2 threads, spinning"
+    assert len(asleep.seconds[OURS]) == overhead.JOBS and min(asleep.seconds[OURS]) > 0
+
+
+@pytest.mark.skipif(not isinstance(get_backend("cpu"), CpuBackend), reason="measures the pool")
+def test_memory_of_a_step(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS")}
+    run = subprocess.run([sys.executable, "tools/bench.py", "memory", "--peers", "", "--threads", "1", "--only",
+                          "tiny engine", "--json", str(tmp_path / "rows.json")], cwd=ROOT, env=environment,
+                         capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["memory"]["rows"]
+    assert row["name"] == "tiny engine"
+    assert row["state"] < row["pool"] < 20 * row["state"]  # the activations of 768 tokens stand beside it
+    assert row["growth"] > row["state"]

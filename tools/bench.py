@@ -1,4 +1,4 @@
-"""Ours beside the peers that are installed: matrix products, the other kernels, training steps, random shapes.
+"""Ours beside the peers that are installed: matrix products, kernels, training steps, random shapes, calls, memory.
 
     python tools/bench.py gemm                                  one table; what the machine can do is measured first
     python tools/bench.py all --peers torch,torch.compile,openblas,jax --threads 1
@@ -6,6 +6,8 @@
     python tools/bench.py train --json runs/bench/train.json --png runs/bench
     python tools/bench.py sweep --shapes 200                    random shapes beside torch, slowest first
     python tools/bench.py sweep --first 40 --shapes 20          a part of it
+    python tools/bench.py overhead --peers torch                microseconds a call, and to wake the team of threads
+    python tools/bench.py memory                                of a training step: pool, resident set, page faults
 
 Contestants take turns within a row. Each table is printed when it is measured; other work on the machine shows in the
 spread.
@@ -14,14 +16,18 @@ spread.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-TABLES = ("gemm", "kernels", "train", "sweep")
+if TYPE_CHECKING:
+    from tools.benchmarks.contest import Result
+    from tools.benchmarks.peers import Peers
+
+TABLES = ("gemm", "kernels", "train", "sweep", "overhead", "memory")
 
 
 def parse() -> argparse.Namespace:
@@ -41,32 +47,49 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def contest_results(name: str, peers: Peers, arguments: argparse.Namespace) -> list[Result]:
+    """The rows of a table of contests, each shown when it is measured."""
+    from tools.benchmarks import gemm, kernels, overhead, sweep, train
+    from tools.benchmarks.contest import measure
+    from tools.benchmarks.machine import probes
+
+    modules: dict[str, Any] = {"gemm": gemm, "kernels": kernels, "train": train, "overhead": overhead}
+    contests = (sweep.contests(peers, arguments.shapes, arguments.seed, arguments.first) if name == "sweep"
+                else modules[name].contests(peers))
+    results = []
+    for row, make in contests:
+        if arguments.only in row:
+            results.append(measure(make(), arguments.seconds, probes()))
+            print(results[-1].line(), file=sys.stderr, flush=True)
+    if name == "overhead" and not arguments.only:
+        results += overhead.team_results(peers)
+    return results
+
+
 def main() -> int:
     arguments = parse()
     from tools.benchmarks.peers import Peers, prepare_environment
 
     prepare_environment(arguments.threads)  # before the libraries that read it
-    from tools.benchmarks.contest import measure
-    from tools.benchmarks.machine import measure_machine, probes
-    from tools.benchmarks.report import save_json, save_picture, table
+    from tools.benchmarks import memory, report, sweep
+    from tools.benchmarks.machine import measure_machine
 
     peers = Peers([name for name in arguments.peers.split(",") if name], arguments.threads)
     measured = {}
     for name in TABLES if arguments.table == "all" else (arguments.table,):
         machine = measure_machine(arguments.threads)
-        module = importlib.import_module(f"tools.benchmarks.{name}")
-        drawn = (arguments.shapes, arguments.seed, arguments.first) if name == "sweep" else ()
-        results = []
-        for row, make in module.contests(peers, *drawn):
-            if arguments.only in row:
-                results.append(measure(make(), arguments.seconds, probes()))
-                print(results[-1].line(), file=sys.stderr, flush=True)
-        print(module.slowest(results) if name == "sweep" else table(name, machine, results), flush=True)
-        measured[name] = (machine, results)
+        if name == "memory":
+            footprints = memory.measure(peers, arguments.only)
+            print(memory.table(machine, footprints), flush=True)
+            measured[name] = machine, memory.rows(footprints)
+            continue
+        results = contest_results(name, peers, arguments)
+        print(sweep.slowest(results) if name == "sweep" else report.table(name, machine, results), flush=True)
+        measured[name] = machine, report.rows(results)
         if arguments.png:
-            save_picture(arguments.png / f"{name}.png", name, machine, results)
+            report.save_picture(arguments.png / f"{name}.png", name, machine, results)
     if arguments.json:
-        save_json(arguments.json, measured)
+        report.save_json(arguments.json, measured)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tools.benchmarks.contest import OURS, TIMES, Machine, Result
 
@@ -33,16 +34,18 @@ def table(title: str, machine: Machine, results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def save_json(path: Path, tables: dict[str, tuple[Machine, list[Result]]]) -> None:
-    """{table: {"machine": ..., "rows": [{"name", "unit", "ratio", "seconds": {who: [of each turn]} ...}]}}"""
+def rows(results: list[Result]) -> list[dict[str, Any]]:
+    """[{"name", "unit", "ratio", "seconds": {who: [of each turn]} ...}]"""
+    return [{"name": r.contest.name, "unit": r.contest.unit, "work": r.contest.work, "flops": r.contest.flops,
+             "bytes": r.contest.bytes, "ratio": r.ratio, "of_bound": r.of_bound, "seconds": r.seconds,
+             "bounds": r.bounds} for r in results]
+
+
+def save_json(path: Path, tables: dict[str, tuple[Machine, list[dict[str, Any]]]]) -> None:
+    """{table: {"machine": ..., "rows": [...]}}"""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({
-        title: {"machine": asdict(machine),
-                "rows": [{"name": r.contest.name, "unit": r.contest.unit, "work": r.contest.work,
-                          "flops": r.contest.flops, "bytes": r.contest.bytes,
-                          "ratio": r.ratio, "of_bound": r.of_bound, "seconds": r.seconds, "bounds": r.bounds}
-                         for r in results]}
-        for title, (machine, results) in tables.items()}, indent=1))
+    path.write_text(json.dumps({title: {"machine": asdict(machine), "rows": found}
+                                for title, (machine, found) in tables.items()}, indent=1))
 
 
 def save_picture(path: Path, title: str, machine: Machine, results: list[Result]) -> None:
