@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := build
-.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-array-api test-gpu test-cuda-compile test-wheel lint mutate mutate-auto nightly fuzz-wire exhaustive bench ladder lines doctor wheel clean
+.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-array-api test-gpu test-cuda-compile test-wheel lint mutate mutate-auto nightly fuzz fuzz-wire exhaustive bench ladder lines doctor wheel clean
 .DELETE_ON_ERROR:
 
 build: $(READY) ## compile the kernels in place (what plain `make` does)
@@ -106,6 +106,9 @@ mutate-auto: build $(VENV)/mutation ## the same with 330 mutants of the ops and 
 
 nightly: build ## thousands of new examples a check, goes on where it stopped (make nightly ARGS="--minutes 60")
 	@ENGINE_NUM_THREADS=1 $(RUN) tools/nightly.py $(ARGS)
+
+fuzz: build ## damaged files for everything that reads files, a minute each (make fuzz ARGS="checkpoint --minutes 30")
+	@ENGINE_NUM_THREADS=1 $(RUN) tools/fuzz.py $(ARGS)
 
 fuzz-wire: build ## a million inputs for the decoder of messages; goes on where it stopped
 	@ENGINE_NUM_THREADS=1 $(RUN) tools/fuzz_wire.py $(ARGS)

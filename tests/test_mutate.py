@@ -10,6 +10,7 @@ import pytest
 
 from tools.mutants import MUTANTS, Mutant
 from tools.mutate import Copy, MutationError, check_record, killer_of, run
+from tools.mutate_server import OUT_OF_TIME
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -158,7 +159,7 @@ def test_how_a_run_of_the_tests_is_read() -> None:
     assert killer_of(66, report) == "ThreadSanitizer: data race"
     assert killer_of(-11, "") == "crash: SIGSEGV"
     assert killer_of(134, "") == "crash: SIGABRT"
-    assert str(killer_of(-1, "")).startswith("time")
+    assert str(killer_of(OUT_OF_TIME, "")).startswith("time")
     assert killer_of(4, "ImportError while loading conftest") == "import: the engine cannot be imported"
     with pytest.raises(MutationError, match="status 5"):
         killer_of(5, "no tests ran")

@@ -22,6 +22,7 @@ DeMillo, Lipton, Sayward 1978, "Hints on Test Data Selection".
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -45,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 from tools.mutants import MUTANTS, Mutant
 from tools.mutants.automatic import sample
 from tools.mutants.equivalent import changed_lines, why_equivalent
+from tools.mutate_server import OUT_OF_TIME
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("engine", "kernels", "tests", "tools", "pyproject.toml")
@@ -103,6 +105,7 @@ class Copy:
 
     def __init__(self, root: Path, folder: Path, limits: Mapping[int, int] | None = None):
         self.root, self.folder, self.limits = root, folder, limits or {}
+        self.servers: dict[str, subprocess.Popen[str]] = {}
         self.level = self._best_level()
         unwanted = shutil.ignore_patterns("*.so", "*.tmp", ".*")
         for name in COPIED:
@@ -169,9 +172,26 @@ class Copy:
     # ── tests ───────────────────────────────────────────────────────────────────────────────────────
 
     def test(self, arguments: Sequence[str], stop: bool = True, sanitizer: str = "") -> tuple[int, str]:
-        """(exit status, output) of pytest in the copy; a run that takes too long has status −1."""
+        """(exit status, output) of pytest in the copy; the status is negative for a signal, or OUT_OF_TIME."""
+        if sanitizer not in self.servers:
+            self.servers[sanitizer] = self._server(sanitizer)
+        server, output = self.servers[sanitizer], self.folder.parent / "output"
+        assert server.stdin is not None and server.stdout is not None
+        drawn = ["-p_hypothesis_pytestplugin"] if importlib.util.find_spec("hypothesis") else []
+        order = {"folder": str(self.folder), "output": str(output), "seconds": SECONDS_ALLOWED,
+                 "limits": list(self.limits.items()) if stop else [],
+                 "arguments": [*(["-x"] if stop else []), "-q", "-p", "no:cacheprovider", *drawn, "-pmutate_plugin",
+                               "--tb=no", *(["-s"] if sanitizer else []), *arguments]}
+        server.stdin.write(json.dumps(order) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return status, output.read_text(encoding="utf-8", errors="replace")
+
+    def _server(self, sanitizer: str) -> subprocess.Popen[str]:
+        """The process that runs the tests. It has no threads of its own, so that it can fork."""
         environment = {**os.environ, "ENGINE_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1",
-                       "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT / "tools")}
+                       "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OPENBLAS_NUM_THREADS": "1",
+                       "PYTHONPATH": str(ROOT / "tools")}
         for name in ("ENGINE_ISA", "ENGINE_KERNELS", "PYTEST_PLUGINS"):
             environment.pop(name, None)
         if sanitizer:
@@ -179,23 +199,12 @@ class Copy:
                                      capture_output=True, text=True).stdout.strip()
             environment.update(LD_PRELOAD=library, ENGINE_KERNELS=str(self.places(sanitizer)[0]),
                                TSAN_OPTIONS="halt_on_error=1")
-        drawn = ["-p_hypothesis_pytestplugin"] if importlib.util.find_spec("hypothesis") else []
-        command = [sys.executable, "-m", "pytest", *(["-x"] if stop else []), "-q", "-p", "no:cacheprovider", *drawn,
-                   "-pmutate_plugin", "--tb=no", *(["-s"] if sanitizer else []), *arguments]
-        process = subprocess.Popen(command, cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT, start_new_session=True,
-                                   preexec_fn=self._limit if stop and self.limits else None)
-        try:
-            output, _ = process.communicate(timeout=SECONDS_ALLOWED)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            return -1, output
-        return process.returncode, output
+        return subprocess.Popen([sys.executable, str(ROOT / "tools" / "mutate_server.py")], env=environment, text=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def _limit(self) -> None:
-        for which, most in self.limits.items():
-            resource.setrlimit(which, (most, most))
+    def close(self) -> None:
+        for server in self.servers.values():
+            server.communicate()
 
 
 class Planted:
@@ -241,7 +250,7 @@ def killer_of(status: int, output: str) -> str | None:
     """The test or the sanitizer that noticed, from pytest's exit status and output; None if none did."""
     if status == 0:
         return None
-    if status == -1:
+    if status == OUT_OF_TIME:
         return f"time: more than {SECONDS_ALLOWED} seconds"
     for _, report in SANITIZERS.values():
         if race := re.search(rf"WARNING: {report}: ([\w ]+)", output):
@@ -249,7 +258,7 @@ def killer_of(status: int, output: str) -> str | None:
     found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, flags=re.M)
     if found:
         return found[1]
-    if status in (-signal.SIGXCPU, -signal.SIGKILL):
+    if status in (-signal.SIGXCPU, -signal.SIGKILL):  # the soft limit, the hard one
         return f"time: more than {LIMITS[resource.RLIMIT_CPU]} seconds of the processor"
     if status < 0 or status > 128:
         return f"crash: {signal.Signals(-status if status < 0 else status - 128).name}"
@@ -308,8 +317,8 @@ def run(mutants: Sequence[Mutant], root: Path, ledger: Path, fresh: bool = False
         known = json.loads(ledger.read_text())
     judged = [mutant for mutant in mutants if not why_equivalent(mutant)]
     keys = {mutant.name: key_of(mutant, root) for mutant in judged}
-    with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
-        copy = Copy(root, Path(folder) / "tree", limits)
+    with (tempfile.TemporaryDirectory(prefix="mutate-") as folder,
+          contextlib.closing(Copy(root, Path(folder) / "tree", limits)) as copy):
         for mutant in mutants:
             if reason := why_equivalent(mutant):
                 show({"name": mutant.name, "file": mutant.file, "verdict": EQUIVALENT, "by": reason, "seconds": 0})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+import reprlib
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 CHOICES = {
@@ -11,6 +13,15 @@ CHOICES = {
     "norm": ("layer_norm", "rms_norm"),
     "activation": ("gelu", "gelu_tanh", "relu", "swiglu"),
 }
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 100
+
+
+def shown(value: Any) -> str:
+    """What came, for a line that says what was expected: short, whatever it is."""
+    return _short.repr(value)
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class TransformerConfig:
     kind: str = "decoder"
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not self.kv_heads:
             object.__setattr__(self, "kv_heads", self.heads)
         if not self.hidden:
@@ -71,17 +83,21 @@ class TransformerConfig:
             object.__setattr__(self, "hidden", hidden)
         for name in ("vocab_size", "context_length", "layers", "heads", "kv_heads", "width", "hidden"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"TransformerConfig: {name} is {value!r}, expected a whole number of at least 1")
-        if not isinstance(self.segments, int) or self.segments < 0 or (self.segments and self.kind != "encoder"):
-            raise ValueError(f"TransformerConfig: segments is {self.segments!r} for kind {self.kind!r}, expected 0, "
-                             "or for an 'encoder' a whole number of at least 1")
+            if value < 1:
+                raise ValueError(f"TransformerConfig: {name} is {shown(value)}, expected a whole number of at least 1")
+        if self.segments < 0 or (self.segments and self.kind != "encoder"):
+            raise ValueError(f"TransformerConfig: segments is {shown(self.segments)} for kind {shown(self.kind)}, "
+                             "expected 0, or for an 'encoder' a whole number of at least 1")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"TransformerConfig: {name} is {getattr(self, name)!r}, "
+                raise ValueError(f"TransformerConfig: {name} is {shown(getattr(self, name))}, "
                                  f"expected one of {', '.join(choices)}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"TransformerConfig: dropout is {self.dropout!r}, expected a number in [0, 1)")
+            raise ValueError(f"TransformerConfig: dropout is {shown(self.dropout)}, expected a number in [0, 1)")
+        for name in ("norm_eps", "rotary_base"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"TransformerConfig: {name} is {shown(value)}, expected a positive number")
         if self.width % self.heads or self.heads % self.kv_heads:
             raise ValueError(f"TransformerConfig: width {self.width}, heads {self.heads} and kv_heads {self.kv_heads}: "
                              "expected each to be a multiple of the next")
@@ -92,9 +108,28 @@ class TransformerConfig:
             raise ValueError(f"TransformerConfig: width is {self.width}, expected an even number for sinusoidal "
                              "positions")
 
+    def _check_types(self) -> None:
+        kinds: dict[str, Any] = {
+            "int": (int, "a whole number"), "float": ((int, float), "a number"), "bool": (bool, "true or false"),
+            "str": (str, "a word")}
+        for field in fields(self):
+            value, (kind, words) = getattr(self, field.name), kinds[str(field.type)]
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"TransformerConfig: {field.name} is {shown(value)}, expected {words}")
+
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+    @property
+    def matrix_parameters(self) -> int:
+        """How many numbers the matrices and tables have that a model cannot be without: nearly all of its parameters.
+
+        Known before the model is made, so that a file can be held against it before memory is taken.
+        """
+        stacks = 2 if self.kind == "encoder_decoder" else 1
+        table = self.vocab_size + (self.context_length if self.positions == "learned" else 0) + self.segments
+        return self.width * (table + stacks * self.layers * 2 * (self.width + self.hidden))
 
     def asdict(self) -> dict[str, Any]:
         """The choices as a dict; TransformerConfig(**config.asdict()) is the same again."""

@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from engine.models.config import TransformerConfig
+from engine.models.config import TransformerConfig, shown
 from engine.models.transformer import Transformer
+from engine.nn.module import listed
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -132,29 +133,31 @@ FAMILIES = {
 
 def config_from(entries: Mapping[str, Any]) -> TransformerConfig:
     """The choices that a config.json describes. Raises ValueError for a model that the Transformer is not."""
-    family = FAMILIES.get(entries.get("model_type", ""))
-    if family is None:
-        raise ValueError(f"config.json: model_type is {entries.get('model_type')!r}, "
-                         f"expected one of {', '.join(FAMILIES)}")
+    kind = entries.get("model_type")
+    if kind not in list(FAMILIES):
+        raise ValueError(f"config.json: model_type is {shown(kind)}, expected one of {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
     rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: the rotations' parameters are {shown(rope)}, expected an object")
     entries = {**entries, **rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
     for name, expected in family.required.items():
         if entries.get(name, expected) != expected:
-            raise ValueError(f"config.json: {name} is {entries[name]!r}, expected {expected!r}, which is all that the "
-                             "engine's Transformer does")
+            raise ValueError(f"config.json: {name} is {shown(entries[name])}, expected {expected!r}, which is all that "
+                             "the engine's Transformer does")
     chosen = dict(family.fixed)
     for ours, (theirs, default) in family.choices.items():
         found = entries.get(theirs.split()[0])
         chosen[ours] = default if found is None else found
     activation = chosen["activation"]
-    if activation not in family.activations:
-        raise ValueError(f"config.json: the activation is {activation!r}, expected one of "
+    if activation not in list(family.activations):
+        raise ValueError(f"config.json: the activation is {shown(activation)}, expected one of "
                          f"{', '.join(family.activations)}")
     chosen["activation"] = family.activations[activation]
     config = TransformerConfig(**chosen)
     if entries.get("head_dim") not in (None, config.head_width):
-        raise ValueError(f"config.json: head_dim is {entries['head_dim']}, expected hidden_size / num_attention_heads "
-                         f"= {config.head_width}")
+        raise ValueError(f"config.json: head_dim is {shown(entries['head_dim'])}, expected hidden_size / "
+                         f"num_attention_heads = {config.head_width}")
     return config
 
 
@@ -207,12 +210,16 @@ def weights_from(weights: Arrays, config: TransformerConfig) -> dict[str, np.nda
         for kind in ("weight", "bias"):
             whole = left.pop(f"{theirs}.{kind}", None)
             if whole is not None:
-                pieces = np.split(whole.T if transposed else whole, len(ours))
+                whole = whole.T if transposed else whole
+                if not whole.ndim or len(whole) % len(ours):
+                    raise ValueError(f"huggingface: {theirs}.{kind} is {whole.shape}, expected something that can be "
+                                     f"cut in {len(ours)}")
+                pieces = np.split(whole, len(ours))
                 state.update({f"{o}.{kind}": piece for o, piece in zip(ours, pieces)})
     unknown = [name for name in left if not name.endswith(family.passed_over)
                and not name.startswith(family.passed_over)]
     if unknown:
-        raise ValueError(f"huggingface: got weights {', '.join(sorted(unknown)[:5])}, which are no part of a "
+        raise ValueError(f"huggingface: got weights {listed(sorted(unknown))}, which are no part of a "
                          f"{family.architecture} with {config.layers} layers")
     return state
 
@@ -250,10 +257,13 @@ def load(folder: str | os.PathLike[str]) -> Transformer:
     """
     path = Path(folder)
     config = config_from(_json(path / "config.json"))
-    parts = sorted(set(_json(path / INDEX)["weight_map"].values())) if (path / INDEX).exists() else [SINGLE]
     weights: dict[str, np.ndarray] = {}
-    for part in parts:
+    for part in _parts(path):
         weights.update(_read(_existing(path / part)))
+    numbers = sum(x.size for x in weights.values())
+    if numbers < config.matrix_parameters:  # before memory is taken for them
+        raise ValueError(f"huggingface.load: {path / 'config.json'} is of a model with more than "
+                         f"{shown(config.matrix_parameters)} parameters, and its files hold {numbers}")
     model = Transformer(config)
     model.load_state_dict(weights_from(weights, config))
     return model.eval()
@@ -266,11 +276,27 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _json(path: Path) -> Any:
+def _parts(path: Path) -> list[str]:
+    """The names of the folder's weight files, which lie in it."""
+    if not (path / INDEX).exists():
+        return [SINGLE]
+    places = _json(path / INDEX).get("weight_map")
+    names = list(places.values()) if isinstance(places, dict) else []
+    here = [isinstance(n, str) and n.isprintable() and 0 < len(n) < 100 and Path(n).name == n for n in names]
+    if not names or not all(here):
+        raise ValueError(f"huggingface.load: {path / INDEX}: weight_map is {shown(places)}, expected names of files "
+                         "in this folder by names of weights")
+    return sorted(set(names))
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(_existing(path).read_text())
-    except json.JSONDecodeError as error:
+        found = json.loads(_existing(path).read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"huggingface.load: {path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"huggingface.load: {path} is {shown(found)}, expected an object")
+    return found
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -281,7 +307,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     try:
         entries = safetensors.deserialize(path.read_bytes())
     except safetensors.SafetensorError as error:
-        raise ValueError(f"huggingface.load: {path} is damaged or no safetensors file: {error}") from None
+        raise ValueError(f"huggingface.load: {path} is damaged or no safetensors file: {str(error)[:300]!r}"
+                         ) from None
     for name, entry in entries:
         if entry["dtype"] not in kinds:
             continue  # causal masks and position numbers, which are no weights; a weight would be missed by its name

@@ -194,7 +194,7 @@ class Module:
                     ("of another shape", misshapen), ("read-only here", read_only)]
         if any(names for _, names in problems):
             raise ValueError(f"{type(self).__name__}.load_state_dict: "
-                             + "; ".join(f"{what}: {_some(names)}" for what, names in problems if names))
+                             + "; ".join(f"{what}: {listed(names)}" for what, names in problems if names))
         for name, value in targets.items():
             if name in state:
                 k = get_backend(value.device)
@@ -220,9 +220,11 @@ class Module:
         return "\n".join(lines)
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def listed(names: list[str], most: int = 5) -> str:
+    """The first of some names, for an error's one line, whatever they are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    shown = [name if name.isprintable() and len(name) <= 200 else repr(name[:100]) + "..." for name in names[:most]]
+    return ", ".join(shown) + more
 
 
 def _runs(children: list[tuple[str, Module]]) -> list[tuple[list[str], Module]]:

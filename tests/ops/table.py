@@ -14,10 +14,13 @@ from engine.testing import OpSpec, specs
 from engine.testing.row_checks import CHECKS
 from engine.testing.strategies import row_examples
 
+only: set[str] = set()  # ops, by --ops (conftest.py); empty: all
+
 
 def rows(choose: Callable[[OpSpec], Any] = lambda spec: True) -> Any:
-    """Run a test once for each row that is chosen, named by it."""
-    return pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in specs.values() if choose(s)])
+    """Run a test once for each row that is chosen, named by it; of some ops only, with --ops."""
+    return pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in specs.values()
+                                            if choose(s) and (not only or s.op in only)])
 
 
 def share(fraction: float) -> settings:

@@ -158,7 +158,7 @@ def users_of(name: str, module: cst.Module, ops: Container[str]) -> set[str]:
 
 def stages(file: str, named: set[str]) -> list[str]:
     """pytest's arguments, from the tests that should notice in seconds to those that may."""
-    rows = f"{ROWS} '-k{' or '.join(sorted(named))}'" if 0 < len(named) < MANY else ROWS
+    rows = f"{ROWS} --ops={','.join(sorted(named))}" if 0 < len(named) < MANY else ROWS
     first = FIRST.get(file) or (f"{rows} {QUICK}" if named else TENSORS)
     others = [test for test in f"{GRAPHS} {TENSORS}".split() if test not in first.split()]
     last = [rows] if rows != ROWS else [f"{ROWS} {QUICK}"] if file in FIRST or not named else []

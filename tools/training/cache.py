@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from tools.training.corpus import HELD_OUT, Corpus
-from tools.training.errors import ProgramError
+from tools.training.errors import ProgramError, json_object
 from tools.training.tokens import TOKENIZER_FILE, BPETokenizer, ByteTokenizer, Tokenizer
 
 SPLITS = ("training", "validation")
+DTYPES = {name: np.dtype(name) for name in ("uint8", "uint16", "uint32")}  # what a tokenizer gives
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,10 @@ def write_split(path: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) ->
 def open_entry(entry: Path, vocab: int | None) -> TokenCache | None:
     """Map an entry's files, or None where there is no entry or its files are not as long as it says."""
     try:
-        facts = json.loads((entry / "facts.json").read_text())
+        facts = json_object((entry / "facts.json").read_bytes())
         splits = {}
         for split in SPLITS:
-            path, dtype = entry / f"{split}.tokens", np.dtype(facts[split]["dtype"])
+            path, dtype = entry / f"{split}.tokens", DTYPES[facts[split]["dtype"]]
             if path.stat().st_size != facts[split]["tokens"] * dtype.itemsize or not facts[split]["tokens"]:
                 return None
             splits[split] = np.memmap(path, dtype, mode="r")

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.training.errors import ProgramError, require
+from tools.training.errors import ProgramError, json_object, require
 from tools.training.tokens import Tokenizer
 
 Arrays = dict[str, np.ndarray]
@@ -150,9 +150,11 @@ def locate(path: Path) -> Path:
 def read(folder: Path, optimizer: bool = False) -> Checkpoint:
     """Load a checkpoint folder, its files held against their SHA-256. The optimizer's state only if asked for."""
     from_bytes = require("safetensors.numpy", "reading a checkpoint").load
+    damage = require("safetensors", "reading a checkpoint").SafetensorError
     try:
-        facts = json.loads((folder / FACTS).read_text())
-        hashes = dict(facts["sha256"])
+        facts = json_object((folder / FACTS).read_bytes())
+        check_facts(facts)
+        hashes = facts["sha256"]
 
         def checked(name: str) -> bytes:
             data = (folder / name).read_bytes()
@@ -163,9 +165,20 @@ def read(folder: Path, optimizer: bool = False) -> Checkpoint:
 
         return Checkpoint(model=from_bytes(checked("model.safetensors")),
                           optimizer=from_bytes(checked("optimizer.safetensors")) if optimizer else {},
-                          config=json.loads(checked("config.json")), facts=facts)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+                          config=json_object(checked("config.json")), facts=facts)
+    except (OSError, ValueError, KeyError, TypeError, damage) as error:
         raise ProgramError(f"cannot read the checkpoint {folder}: {error}") from error
+
+
+def check_facts(facts: dict[str, Any]) -> None:
+    """Raise ValueError unless training.json has what a run that goes on takes from it."""
+    kinds: dict[str, Any] = {"step": int, "seconds": (int, float), "settings": dict, "corpus": dict, "sha256": dict}
+    for name, kind in kinds.items():
+        if not isinstance(facts.get(name), kind) or isinstance(facts[name], bool):
+            raise ValueError(f"{FACTS}: {name} is {facts.get(name)!r}")
+    data, sha256 = facts["corpus"].get("data"), facts["corpus"].get("sha256")
+    if not isinstance(data, (str, type(None))) or not isinstance(sha256, str):
+        raise ValueError(f"{FACTS}: corpus is {facts['corpus']!r}")
 
 
 # ── one run at a time ─────────────────────────────────────────────────────────────────────────────────

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 
 class ProgramError(Exception):
     """A mistake in the input, the flags or the machine's state. The message is one line that says how to go on."""
+
+    def __init__(self, message: str, longest: int = 900):
+        line = " ".join(message.split())
+        super().__init__(line if len(line) <= longest else line[:longest] + "...")
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """The object that a JSON text is. Raises ValueError in one line for anything else."""
+    try:
+        found = json.loads(data)
+    except RecursionError:
+        raise ValueError("not JSON: nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"JSON of a {type(found).__name__}, expected an object")
+    return found
 
 
 def require(module: str, purpose: str) -> ModuleType:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tools.training import machine
+from tools.training.errors import json_object
 from tools.training.evaluation import Score, score
 from tools.training.generation import generate_text, visible
 from tools.training.metrics import read_metrics
@@ -84,7 +84,7 @@ def collect(session: Session, baselines: dict[str, float], result: Score, sample
 def finished_report(run: Path, digest: str) -> dict[str, Any] | None:
     """The report of this very result, if it was written before."""
     try:
-        facts: dict[str, Any] = json.loads((run / "report.json").read_text())
+        facts = json_object((run / "report.json").read_bytes())
     except (OSError, ValueError):
         return None
     return facts if facts.get("result_sha256") == digest else None

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tools.training.errors import ProgramError
+from tools.training.errors import ProgramError, json_object
 
 
 class Metrics:
@@ -46,16 +46,16 @@ class Metrics:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete records of the file; none where there is no file."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return []
     records = []
     for line in lines:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = json_object(line)
+        except ValueError:
             break  # a line cut off by a kill: what follows it cannot be trusted
-        if not isinstance(record, dict) or "step" not in record:
+        if not isinstance(record.get("step"), int):
             break
         records.append(record)
     return records

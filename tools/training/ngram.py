@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.training.corpus import Corpus
+from tools.training.errors import json_object
 
 ORDERS = (1, 3, 4, 5)
 TEXT_LIMIT = 32 << 20  # bytes of training text that the baselines read: sorting takes 16 bytes of memory for each
@@ -98,8 +99,8 @@ def baselines(corpus: Corpus, cache_folder: Path) -> dict[str, float]:
     """Bits per byte of every baseline on the corpus's validation split, by name; computed once per corpus."""
     path = cache_folder / f"baselines-{corpus.sha256[:16]}.json"
     try:
-        return {str(name): float(bits) for name, bits in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, AttributeError):
+        return {name: float(bits) for name, bits in json_object(path.read_bytes()).items()}
+    except (OSError, ValueError, TypeError, OverflowError):
         pass
     training = corpus.text("training", TEXT_LIMIT)
     validation = corpus.text("validation", TEXT_LIMIT)

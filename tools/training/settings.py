@@ -66,7 +66,12 @@ class Settings:
         at_least = {"vocab": 257, "warmup": 0, "seed": 0, "samples": 0, "weight_decay": 0, "backups": 0}
         for setting in fields(self):
             name, value = setting.name, getattr(self, setting.name)
-            if value is None or isinstance(value, str):
+            kind: Any = {"int": int, "int | None": int, "float": (int, float), "str": str}[str(setting.type)]
+            if value is None and setting.default is None:
+                continue
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ProgramError(f"--{dashed(name)} is {value!r}, expected a value as {setting.default!r} is one")
+            if isinstance(value, str):
                 continue
             if name in ("lr", "clip"):
                 possible, expected = 0 < value < inf, "a positive number"

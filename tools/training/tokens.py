@@ -75,7 +75,9 @@ class BPETokenizer:
         library = require("tokenizers", "a checkpoint with a tokenizer.json")
         try:
             return cls(library.Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises bare Exception for files it cannot read
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the library raises bare Exception, or panics, which is not even an Exception
             raise ProgramError(f"cannot read the tokenizer {path}: {error}") from error
 
     def encode(self, text: bytes) -> np.ndarray:

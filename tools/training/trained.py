@@ -16,7 +16,11 @@ def load_model(path: Path) -> tuple[Any, Tokenizer, dict[str, Any]]:
     folder = checkpoint.locate(path)
     saved = checkpoint.read(folder)
     try:
-        model = eg.models.Transformer(eg.models.TransformerConfig(**saved.config))
+        config = eg.models.TransformerConfig(**saved.config)
+        numbers = sum(array.size for array in saved.model.values())
+        if numbers < config.matrix_parameters:  # before memory is taken for them
+            raise ValueError(f"{numbers} numbers are too few for its config.json")
+        model = eg.models.Transformer(config)
         model.load_state_dict({name: eg.tensor(array) for name, array in saved.model.items()})
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise ProgramError(f"the checkpoint {folder} does not fit this version's models: {error}") from error
