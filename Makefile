@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := build
-.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-array-api test-gpu test-cuda-compile test-wheel lint mutate mutate-auto nightly fuzz fuzz-wire exhaustive bench ladder lines doctor wheel clean
+.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-kills test-array-api test-gpu test-cuda-compile test-wheel lint mutate mutate-auto nightly fuzz fuzz-wire exhaustive bench ladder lines doctor wheel clean
 .DELETE_ON_ERROR:
 
 build: $(READY) ## compile the kernels in place (what plain `make` does)
@@ -77,6 +77,9 @@ test-peers: build $(VENV)/peers ## hold ops, layers, optimizers and models again
 
 test-crashes: build ## a crash and a reshard at every event boundary, for 1..8 workers and 1..7 shards (hours)
 	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q -m slow -n $(JOBS) tests/sharder/test_crashes.py $(ARGS)
+
+test-kills: build ## 200 real SIGKILLs at random moments of training; goes on where it stopped
+	@ENGINE_NUM_THREADS=1 $(RUN) tools/kills.py $(ARGS)
 
 # The suite is not on PyPI: git clone --recursive https://github.com/data-apis/array-api-tests
 test-array-api: build $(VENV)/array-api ## the array API standard's own tests: ARRAY_API_TESTS=a checkout of data-apis/array-api-tests

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from engine.backend import Backend
+from engine.dtypes import DType
 from engine.sharder.binding import bind, flat_gradients, take_gradients
-from engine.sharder.cluster import Cluster
 from engine.sharder.events import Began, ClockRequested, Ended, Pulled, PullRequested, PushRequested, Send
-from engine.sharder.versions import assemble
+from engine.sharder.versions import Counter, Traffic, assemble
 from engine.sharder.worker import Worker
 
 
@@ -33,6 +34,19 @@ class Port(Protocol):
         """The next message for this worker; waits for one."""
 
 
+class Desk(Protocol):
+    """What a client wants of its cluster: a backend, the parameters' type, and where bytes are counted."""
+
+    @property
+    def k(self) -> Backend: ...
+    @property
+    def dtype(self) -> DType: ...
+    @property
+    def copied(self) -> Counter: ...
+    @property
+    def pushed(self) -> Traffic: ...
+
+
 class Client:
     """Worker `worker`'s access to the server.
 
@@ -40,7 +54,7 @@ class Client:
     microbatches: its share of the clock ended:  whether training is over
     """
 
-    def __init__(self, cluster: Cluster, machine: Worker, port: Port):
+    def __init__(self, cluster: Desk, machine: Worker, port: Port):
         self._cluster, self._machine, self._port = cluster, machine, port
         self.worker = machine.number
         self.step = -1

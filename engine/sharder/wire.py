@@ -48,6 +48,10 @@ HELLO_LIMIT = 512
 NONCE = 16
 
 
+class Foreign(WireError):
+    """A machine that belongs here and computes otherwise. Calling it again will not help."""
+
+
 @dataclass(frozen=True)
 class Hello:
     """Who speaks: an address, its incarnation, and what its arithmetic is."""
@@ -88,10 +92,10 @@ class Channel:
     # ── hello ───────────────────────────────────────────────────────────────────────────────────────
 
     def meet(self, data: bytes) -> Hello:
-        """Take the other end's hello. Raises WireError for one that cannot be read, or whose arithmetic is another."""
+        """Take the other end's hello. Raises WireError if it cannot be read, Foreign if its arithmetic is another."""
         peer = read_hello(data)
         if peer.arithmetic != self.own.arithmetic:
-            raise WireError(f"wire: {peer} computes with {peer.arithmetic}, and {self.own} with "
+            raise Foreign(f"wire: {peer} computes with {peer.arithmetic}, and {self.own} with "
                             f"{self.own.arithmetic}: results would have other bits")
         hellos = (data, self.hello) if self.called else (self.hello, data)
         transcript = b"".join(hashlib.sha256(hello).digest() for hello in hellos)

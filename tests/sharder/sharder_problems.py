@@ -14,6 +14,7 @@ from engine.sharder import ParameterServer
 from engine.sharder.consistency import Consistency
 from engine.sharder.drivers.faults import FAULTS, Weather
 from engine.sharder.drivers.plain import Plain
+from engine.sharder.drivers.processes import ProcessServer
 from engine.sharder.drivers.simulator import Simulation
 
 DEVICE = "reference"
@@ -208,4 +209,16 @@ class Simulator:
         return cluster.run(gradient, clocks, seed).committed
 
 
-DRIVERS = [Threads, Simulator]
+class Processes:
+    """The driver of processes, under the suite's interface."""
+
+    @staticmethod
+    def make(**arguments):
+        return make(ProcessServer, **arguments)
+
+    @staticmethod
+    def run(cluster, clocks, seed=0):
+        return list(cluster.run(program, clocks))
+
+
+DRIVERS = [Threads, Simulator, Processes]

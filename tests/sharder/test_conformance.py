@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sharder_problems import DRIVERS, assert_same_bits, plain
+from sharder_problems import DRIVERS, Processes, assert_same_bits, plain
 
 CLOCKS = 3
 
@@ -16,7 +16,8 @@ def driver(request):
 @pytest.mark.parametrize("shards", range(1, 6))
 @pytest.mark.parametrize("workers", range(1, 5))
 def test_every_number_of_workers_and_shards_gives_the_bits_of_plain_training(driver, workers, shards):
-    for microbatches, clip_norm in ((1, None), (3, 1.0), (4, 0.5), (6, None)):
+    cases = ((1, None), (3, 1.0), (4, 0.5), (6, None))
+    for microbatches, clip_norm in (cases[(workers + shards) % 4],) if driver is Processes else cases:
         states, losses, norms = plain(True, microbatches, clip_norm, CLOCKS)
         cluster = driver.make(wide=True, workers=workers, shards=shards, microbatches=microbatches, clip_norm=clip_norm)
         committed = driver.run(cluster, CLOCKS, seed=workers * 10 + shards)

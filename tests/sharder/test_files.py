@@ -1,0 +1,133 @@
+"""Logs and snapshots on disk: what is written comes back to the bit; what is half written is seen and left out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fuzz_wire import bits
+from sharder_machines import machines, push_to
+
+from engine.sharder.drivers.files import Library, Store, folder_of, record_bytes, records_of
+from engine.sharder.drivers.frozen import freeze, thaw
+from engine.sharder.encoding import decode, encode
+from engine.sharder.events import Proceed, shard_address
+from engine.sharder.memory import Checkpoint
+from engine.sharder.messages import Apply
+
+ADDRESS = shard_address(0)
+
+
+def stored(tmp_path, setup, records=3):
+    store = Store(tmp_path, ADDRESS, setup)
+    for number in range(1, records + 1):
+        store.append(number, Proceed(number))
+        assert store.synchronise() == number
+    return store
+
+
+def test_records_come_back_in_order_and_a_torn_one_ends_the_log(tmp_path):
+    cluster, *_ = machines()
+    stored(tmp_path, cluster.setup)
+    path = folder_of(tmp_path, ADDRESS) / "log"
+    whole = path.read_bytes()
+    ends = [end for *_, end in records_of(whole)]
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        store = Store(tmp_path, ADDRESS, cluster.setup)
+        complete = sum(end <= cut for end in ends)
+        assert store.records == [Proceed(n) for n in range(1, complete + 1)] and store.number == complete
+        store.append(complete + 1, Proceed(99))  # the log goes on where it was whole
+        store.synchronise()
+        assert Store(tmp_path, ADDRESS, cluster.setup).records[-1] == Proceed(99)
+
+
+def test_every_changed_byte_ends_the_log_before_it():
+    data = b"".join(b"".join(record_bytes(n, Proceed(n))) for n in (1, 2))
+    first = next(end for *_, end in records_of(data))
+    for i in range(len(data)):
+        changed = data[:i] + bytes([data[i] ^ 0x10]) + data[i + 1:]
+        assert [n for n, *_ in records_of(changed)] == ([] if i < first else [1])
+
+
+def test_nothing_is_written_before_it_is_synchronised(tmp_path):
+    cluster, *_ = machines()
+    store = Store(tmp_path, ADDRESS, cluster.setup)
+    assert store.synchronise() is None
+    store.append(1, Proceed(1))
+    assert Store(tmp_path, ADDRESS, cluster.setup).number == 0
+
+
+def remembered(shard):
+    """All that a shard has, without what lies between its pieces."""
+    frozen = freeze(shard.snapshot())
+    parameters = [version.read(piece).tobytes() for version in frozen.kept for piece in shard.pieces]
+    return parameters, b"".join(encode(replace(frozen, kept=())))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"consistency": "ssp:2"}, {"microbatches": 5}])
+def test_a_shard_in_the_middle_of_everything_comes_back_from_its_snapshot(arguments):
+    cluster, _, (shard, *_), _ = machines(**{"microbatches": 3, "clip_norm": 1.0, **arguments})
+    shard.step(push_to(shard, microbatch=1, sequence=4))
+    shard.step(push_to(shard, microbatch=2, sequence=0, worker=1))
+    if "consistency" in arguments:
+        shard.step(push_to(shard, clock=1, microbatch=0, sequence=1, version=0))
+    frozen = freeze(shard.snapshot())
+    written = b"".join(encode(frozen))
+    again = thaw(decode(written), cluster.setup, 0)
+    assert b"".join(encode(freeze(again))) == written
+    twin = type(shard)(0, cluster.setup)
+    twin.resume(again)
+    for machine in (shard, twin):
+        for microbatch in {0, 3, 4} & set(range(cluster.setup.microbatches)):
+            said = machine.step(push_to(machine, microbatch=microbatch, sequence=7 + microbatch))
+        machine.step(Apply(1, 0, 0.5))
+    assert remembered(twin) == remembered(shard) and said
+
+
+def test_a_snapshot_makes_earlier_records_needless(tmp_path):
+    cluster, _, (shard, *_), _ = machines()
+    store = stored(tmp_path, cluster.setup)
+    store.append(4, Proceed(4))
+    store.save(shard.snapshot(), 2)
+    again = Store(tmp_path, ADDRESS, cluster.setup)
+    assert again.records == [Proceed(3), Proceed(4)] and again.number == 4
+    assert bits(freeze(again.snapshot)) == bits(freeze(shard.snapshot()))
+    store.append(5, Proceed(5))
+    store.synchronise()
+    assert Store(tmp_path, ADDRESS, cluster.setup).records == [Proceed(3), Proceed(4), Proceed(5)]
+
+
+def saved_at(tmp_path, shard, clock, setup):
+    shard.clock = clock
+    Store(tmp_path, shard_address(shard.number), setup).save(shard.snapshot(), 0)
+
+
+def test_a_term_begins_with_what_every_shard_has(tmp_path):
+    cluster, _, shards, _ = machines()
+    library, origin = Library(tmp_path, cluster.setup), cluster.checkpoint()
+    library.keep_origin(origin)
+    for shard in shards:
+        saved_at(tmp_path, shard, 2, cluster.setup)
+    saved_at(tmp_path, shards[0], 4, cluster.setup)
+    assert library.checkpoint(2).clock == 2
+    assert all(np.array_equal(value, origin.parameters[name])
+               for name, value in library.checkpoint(2).parameters.items())
+    with pytest.raises(KeyError, match="there is no snapshot of version 4 that all shards have"):
+        library.checkpoint(4)
+    path = folder_of(tmp_path, ADDRESS) / "snapshot-2-1"
+    path.write_bytes(path.read_bytes()[:-1])  # not whole
+    with pytest.raises(KeyError, match="version 2"):
+        library.checkpoint(2)
+    assert bits(library.checkpoint(0)) == bits(Checkpoint(0, origin.parameters, origin.slots))
+
+
+def test_old_snapshots_and_those_of_a_term_that_went_back_are_removed(tmp_path):
+    cluster, _, (shard, *_), _ = machines()
+    for clock in (1, 2, 3, 4, 5):
+        saved_at(tmp_path, shard, clock, cluster.setup)
+    kept = {path.name for path in folder_of(tmp_path, ADDRESS).glob("snapshot-*")}
+    assert kept == {"snapshot-3-1", "snapshot-4-1", "snapshot-5-1"}
+    saved_at(tmp_path, shard, 4, cluster.setup)
+    assert "snapshot-5-1" not in {path.name for path in folder_of(tmp_path, ADDRESS).glob("snapshot-*")}

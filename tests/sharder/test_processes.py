@@ -1,0 +1,332 @@
+"""The driver of processes: whatever is killed, the bits are those of plain training, and nothing is left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+
+import kills
+import pytest
+from kills import Killer
+from sharder_problems import Momentum, assert_same_bits, gradient, make, plain, program
+
+from engine.sharder.consistency import Consistency
+from engine.sharder.drivers import child
+from engine.sharder.drivers.plain import Plain
+from engine.sharder.drivers.processes import ProcessServer, WorkFailed
+from engine.sharder.memory import Checkpoint
+from engine.sharder.wire import arithmetic
+
+TESTS = Path(__file__).parent
+
+
+def server_of(**arguments):
+    return make(ProcessServer, **{"workers": 2, "shards": 2, "microbatches": 3, "save_every": 2, **arguments})
+
+
+def expected(clock):
+    return plain(False, 3, None, 8)[0][clock]
+
+
+def children():
+    """The processes that this one bore and that live."""
+    found = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        found |= set(path.read_text().split())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before, shared = children(), set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    yield
+    assert children() <= before
+    assert not list(tmp_path.glob("shardgrad-*"))
+    assert not shared or set(os.listdir("/dev/shm")) <= shared
+
+
+# ── killed ────────────────────────────────────────────────────────────────────────────────────────────
+
+def slow_program(client):
+    """As program, with time for something to be killed in."""
+    while client.clock():
+        parameters = client.pull()
+        for index in client.microbatches:
+            time.sleep(0.01)
+            client.push(index, *gradient(parameters, client.step, index))
+
+
+@pytest.mark.parametrize(("durability", "workers", "shards"), [("snapshot", 2, 2), ("log", 2, 3), ("snapshot", 3, 1)])
+def test_killed_at_any_moment_and_still_the_same_bits(durability, workers, shards):
+    states, losses, norms = plain(True, 4, 1.0, 6)
+    server = make(ProcessServer, wide=True, durability=durability, workers=workers, shards=shards, microbatches=4,
+                  clip_norm=1.0, save_every=2)
+    draw = Random(workers * 10 + shards)
+    plan = [(draw.uniform(0.001, 0.03), kind) for kind in ("shard", "worker", "coordinator", "shard", "coordinator")]
+    with Killer(server, plan, draw) as killer:
+        done = list(server.run(slow_program, 6))
+    assert_same_bits(server.state(), states[6])
+    assert [(c.clock, c.loss, c.tokens, c.norm) for c in done] == [
+        (i, *loss, norm) for i, (loss, norm) in enumerate(zip(losses[:6], norms[:6]))]
+    assert killer.killed
+
+
+@pytest.mark.parametrize("consistency", ["ssp:1", Consistency(backups=1)])
+def test_what_is_committed_stays_so_with_logs(consistency):
+    """The state is that of plain training along the course that was taken."""
+    server = server_of(consistency=consistency, microbatches=3)
+    origin = server.checkpoint()
+    plan = [(0.05, "shard"), (0.03, "coordinator"), (0.03, "worker"), (0.03, "shard")]
+    with Killer(server, plan, Random(0)) as killer:
+        done = list(server.run(slow_program, 6))
+    course = tuple((c.version, tuple(i for i in range(3) if i not in c.dropped)) for c in done)
+    right = Plain(server.setup, Checkpoint(0, origin.parameters, dict.fromkeys(origin.slots)), gradient).after(course)
+    assert_same_bits(server.checkpoint().parameters, right.parameters)
+    assert_same_bits(server.checkpoint().slots["velocity"], right.slots["velocity"])
+    assert killer.killed
+
+
+def test_asp_takes_every_push_once():
+    """Gradients that do not depend on the parameters, and a rule that adds them: the sum shows each of them."""
+    server = server_of(consistency="asp", rule=Adding(), microbatches=4)
+    before = server.parameters()["v"]
+    plan = [(0.04, "worker"), (0.02, "shard"), (0.03, "coordinator"), (0.03, "shard")]
+    with Killer(server, plan, Random(0)) as killer:
+        list(server.run(ones_program, 5, stride=5))
+    difference = server.parameters()["v"] - before  # 20 sums, each rounded by at most 2^-20 where they are below 32
+    assert killer.killed and (abs(difference - 20) <= 20 * 2.0 ** -20).all()
+
+
+class Adding(Momentum):
+    slots = ()
+    lr = 1.0
+
+    def init(self, k, n, dtype):
+        return {}
+
+    def apply(self, k, new_param, new_state, param, state, grad, step, **hyper):
+        k.add(new_param, param, grad, None)
+
+
+def ones_program(client):
+    while client.clock():
+        parameters = client.pull()
+        for index in client.microbatches:
+            time.sleep(0.002)
+            client.push(index, {name: value * 0 + 1 for name, value in parameters.items()}, 0.0, 1)
+
+
+def test_state_between_two_clocks_while_shards_die():
+    server = server_of()
+    for done in server.run(program, 4):
+        for address, pid in server.processes().items():
+            if address == ("shard", done.clock % 2):
+                os.kill(pid, signal.SIGKILL)
+        assert_same_bits(server.state(), expected(done.clock + 1))
+    assert_same_bits(server.state(), expected(4))
+
+
+def test_the_program_that_kills_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    ledger = tmp_path / "ledger"
+    for count in (1, 1, 9):
+        monkeypatch.setattr("sys.argv", ["kills", "--kills", str(count), "--ledger", str(ledger)])
+        assert kills.main() == 0
+        assert "every run has the bits of plain training" in capsys.readouterr().out
+    assert len(ledger.read_text().splitlines()) == 2
+    monkeypatch.setattr("sys.argv", ["kills", "--kills", "99", "--ledger", str(ledger)])
+    monkeypatch.setattr(kills.Plain, "update", lambda self, before, *_: before)
+    assert kills.main() == 1 and "other bits or clocks with seed 2" in capsys.readouterr().out
+
+
+# ── a clean end ───────────────────────────────────────────────────────────────────────────────────────
+
+def failing_program(client):
+    while client.clock():
+        parameters = client.pull()
+        for index in client.microbatches:
+            if (client.worker, client.step) == (1, 2):
+                raise ZeroDivisionError("by worker 1")
+            client.push(index, *gradient(parameters, client.step, index))
+
+
+def test_an_exception_in_a_worker_is_raised_in_the_caller_with_its_text():
+    server = server_of()
+    done = []
+    with pytest.raises(WorkFailed, match=r"(?s)ZeroDivisionError: by worker 1.*in failing_program"):
+        for committed in server.run(failing_program, clocks=5):
+            done.append(committed.clock)
+    assert done == [0, 1]
+    assert_same_bits(server.state(), expected(2))
+    list(server.run(program, clocks=2))
+    assert_same_bits(server.state(), expected(4))
+
+
+class Breaking(Momentum):
+    def apply(self, k, new_param, new_state, param, state, grad, step):
+        if step == 3:
+            raise FloatingPointError("in the rule")
+        super().apply(k, new_param, new_state, param, state, grad, step)
+
+
+def test_an_exception_in_a_rule_is_raised_and_what_it_left_is_not_mistaken_for_a_state():
+    server = server_of(rule=Breaking())
+    saved = None
+    with pytest.raises(WorkFailed, match="FloatingPointError: in the rule"):
+        for _ in server.run(program, clocks=5):
+            saved = server.state()
+    with pytest.raises(RuntimeError, match=r"load\(\) a saved"):
+        server.state()
+    server.load(saved)
+    assert server.clock == 2
+
+
+@pytest.mark.parametrize(("end", "error"), [
+    (lambda client: None, "its program returned in clock -1, before the end"),
+    (lambda client: sys.exit("enough"), "SystemExit: enough"),
+    (lambda client: os._exit(7), r"worker \d: its process ended with exit code 7"),
+])
+def test_a_program_that_ends_too_early_is_an_error(end, error):
+    with pytest.raises(WorkFailed, match=error):
+        list(server_of().run(end, clocks=1))
+
+
+def test_leaving_the_loop_ends_the_run_between_two_clocks():
+    server = server_of()
+    for committed in server.run(program):
+        if committed.clock == 2:
+            break
+    assert_same_bits(server.state(), expected(3))
+    with pytest.raises(KeyError):
+        for _ in server.run(program):
+            raise KeyError
+    assert_same_bits(server.state(), expected(4))
+
+
+def test_programs_clean_up_when_the_run_is_ended(tmp_path):
+    def tidy(client):
+        try:
+            program(client)
+        finally:
+            (tmp_path / f"tidy {client.worker}").touch()
+
+    next(server_of().run(tidy))
+    assert len(list(tmp_path.glob("tidy *"))) == 2
+
+
+def test_an_interrupt_ends_the_run_at_the_end_of_its_clock():
+    def interrupting(client):
+        while client.clock():
+            parameters = client.pull()
+            for index in client.microbatches:
+                if (client.step, index) == (2, 0):
+                    os.kill(os.getppid(), signal.SIGINT)
+                client.push(index, *gradient(parameters, client.step, index))
+
+    server, done = server_of(), []
+    with pytest.raises(KeyboardInterrupt):
+        for committed in server.run(interrupting, clocks=6):
+            done.append(committed.clock)
+    assert done == [0, 1, 2]
+    assert_same_bits(server.state(), expected(3))
+
+
+def test_what_dies_again_and_again_is_no_accident(monkeypatch):
+    monkeypatch.setattr("engine.sharder.drivers.processes.DEATHS", 3)
+    with pytest.raises(WorkFailed, match=r"worker \d: its process died 3 times in clock 0, the last time by signal 9"):
+        list(server_of().run(lambda client: os.kill(os.getpid(), signal.SIGKILL), clocks=1))
+
+
+ORPHANS = """
+import sys, time
+sys.path[:0] = {paths!r}
+from sharder_problems import make, program
+from engine.sharder.drivers.processes import ProcessServer
+server = make(ProcessServer, workers=2, shards=2, microbatches=3, start={start!r}, folder={folder!r})
+if __name__ == "__main__":
+    for done in server.run(program):
+        print(*server.processes().values(), flush=True)
+        time.sleep({pause})
+"""
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(("start", "end"), [("fork", signal.SIGKILL), ("spawn", signal.SIGKILL),
+                                            ("fork", signal.SIGINT)])
+def test_no_child_outlives_its_run(tmp_path, start, end):
+    script = tmp_path / "orphans.py"
+    script.write_text(ORPHANS.format(paths=[str(TESTS), str(TESTS.parents[1])], start=start, folder=str(tmp_path),
+                                     pause=0.01 if end == signal.SIGINT else 60))
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        pids = [int(pid) for pid in run.stdout.readline().split()]
+        assert len(pids) == 5 and all(map(alive, pids))
+        run.send_signal(end)
+        run.communicate(timeout=30)
+    wait = time.monotonic() + 20
+    while (any(map(alive, pids)) or list(tmp_path.glob("shardgrad-*"))) and time.monotonic() < wait:
+        time.sleep(0.01)
+    assert not any(map(alive, pids)) and not list(tmp_path.glob("shardgrad-*"))
+
+
+# ── who may take part ─────────────────────────────────────────────────────────────────────────────────
+
+def test_a_worker_with_other_arithmetic_is_refused_by_one_line(monkeypatch, capfd):
+    def other(k):
+        return "cpu v2 0123" if multiprocessing.current_process().name == "worker 1" else arithmetic(k)
+
+    monkeypatch.setattr(child, "arithmetic", other)
+    with pytest.raises(WorkFailed, match=r"^worker 1: its process ended with exit code 1; wire: worker 1 computes with "
+                                         r"cpu v2 0123, and run 0 with reference .*: results would have other bits$"):
+        list(server_of().run(program, 1))
+
+
+def test_strangers_at_the_socket_change_nothing(caplog):
+    server, sockets = server_of(), []
+    for done in server.run(program, 4):
+        for name in ("shard-0", "coordinator-0", "run-0"):
+            stranger = socket.socket(socket.AF_UNIX)
+            stranger.connect(str(next(Path(tempfile.gettempdir()).glob("shardgrad-*")) / f"{name}.socket"))
+            stranger.sendall([b"GET / HTTP/1.1\r\n\r\n" * 20, os.urandom(300), b"shgH" + bytes(60)][done.clock % 3])
+            sockets.append(stranger)
+    assert_same_bits(server.state(), expected(4))
+    assert any("wire: begins with b'GET ', expected b'shgH'" in record.message for record in caplog.records)
+    for stranger in sockets:
+        stranger.close()
+
+
+@pytest.mark.parametrize(("arguments", "error"), [
+    ({"compress": "int8"}, "compress is 'int8'.*expected None"),
+    ({"durability": "backup"}, "durability is 'backup', expected snapshot or log"),
+    ({"durability": "snapshot", "consistency": "asp"}, "durability is 'snapshot', expected log, the only one"),
+    ({"start": "thread"}, "start is 'thread', expected fork or spawn"),
+    ({"shards": 0}, "shards is 0"),
+])
+def test_what_cannot_be_configured(arguments, error):
+    with pytest.raises(ValueError, match=f"^(ProcessServer|ParameterServer): {error}"):
+        server_of(**arguments)
+
+
+def test_a_folder_in_which_no_run_can_be(tmp_path):
+    deep = tmp_path / ("x" * 120)
+    deep.mkdir()
+    server = server_of(folder=deep)
+    with pytest.raises(ValueError, match=r"ProcessServer: folder is .*, where no run can be: AF_UNIX path too long"):
+        list(server.run(program, 1))
+    assert not list(deep.iterdir())
+    server.folder = None
+    list(server.run(program, 1))
+    assert_same_bits(server.state(), expected(1))
