@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -84,3 +86,28 @@ def test_a_wrong_row_of_a_table_is_named() -> None:
     for index, wrong in (([0, -2, 3], -2), ([0, 4], 4), ([-1, 9], -1)):
         with pytest.raises(IndexError, match=f"index holds {wrong},"):
             eg.embedding(table, eg.tensor(index))
+
+
+def test_help_shows_what_a_caller_passes() -> None:
+    """The forward's parameters without the backend; a composite has none."""
+    for op, names in ((eg.exp, "x"), (eg.sum, "x axis keepdims dtype"), (eg.mean, "x axis keepdims")):
+        assert list(inspect.signature(op).parameters) == names.split()
+
+
+def test_what_is_made_requires_no_grad_unless_asked() -> None:
+    for make, shape in ((eg.zeros, 2), (eg.ones, 2), (eg.rand, 2), (eg.randn, 2), (eg.tensor, [1.0])):
+        assert not make(shape).requires_grad and make(shape, requires_grad=True).requires_grad
+    assert not eg.full((2,), 1.0).requires_grad and eg.full((2,), 1.0, requires_grad=True).requires_grad
+
+
+def test_padding_is_zero_unless_asked() -> None:
+    assert eg.pad(eg.ones(2), [(1, 2)]).tolist() == [0, 1, 1, 0, 0]
+
+
+def test_weighted_targets_of_length_one_along_an_axis() -> None:
+    """Losses of targets (3, 1) are (3, 1): only the axis of the classes is taken away."""
+    logits = eg.tensor(np.random.default_rng(0).uniform(-1, 1, (3, 1, 4)))
+    target, weight = eg.tensor([[0], [3], [1]]), eg.tensor([1.0, 2.0, 3.0, 4.0], dtype="float64")
+    logp = eg.log_softmax(logits, -1).numpy()
+    want = [[-1.0 * logp[0, 0, 0]], [-4.0 * logp[1, 0, 3]], [-2.0 * logp[2, 0, 1]]]
+    np.testing.assert_array_equal(eg.cross_entropy(logits, target, weight, reduction="none").numpy(), want)

@@ -141,7 +141,7 @@ def _four_axes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
 # ── rotary positions ──────────────────────────────────────────────────────────────────────────────────
 
 @op("...td, th, th -> ...td", types="float!", kernel="rope", public=False)
-def rotate_pairs(k: Any, x: Array, cosine: Array, sine: Array, interleaved: bool = False) -> Array:
+def rotate_pairs(k: Any, x: Array, cosine: Array, sine: Array, interleaved: bool) -> Array:
     """Turn each pair of coordinates of position t by its angle."""
     x, cosine, sine = k.contiguous(x), k.contiguous(cosine), k.contiguous(sine)
     t, d = x.shape[-2:]

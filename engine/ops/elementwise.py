@@ -55,7 +55,7 @@ def _(g: Tensor, a: Tensor, b: Tensor, needs: tuple[bool, ...]) -> Any:
     return g * b if needs[0] else None, g * a if needs[1] else None
 
 
-@op(BINARY, reference=np.divide, types="float", domain=(0.5, 4.0), method="__truediv__")
+@op(BINARY, reference=np.divide, types="float", method="__truediv__")
 def divide(k: Any, a: Array, b: Array) -> Array:
     """y = a / b, IEEE: x/0 = ±∞, 0/0 = NaN. Integers become float32."""
     return k.map("divide", a, b)
@@ -67,7 +67,7 @@ def _(g: Tensor, b: Tensor, y: Tensor, needs: tuple[bool, ...]) -> Any:
     return da, -(da * y) if needs[1] else None
 
 
-@op(BINARY, reference=np.power, domain=(0.25, 3.0), method="__pow__")
+@op(BINARY, reference=np.power, method="__pow__")
 def pow(k: Any, a: Array, b: Array) -> Array:
     """y = aᵇ, with C's special cases: a⁰ = 1, also for NaN. Raises ValueError for integers to a negative power."""
     return k.map("pow", a, b)
@@ -81,13 +81,13 @@ def _(g: Tensor, a: Tensor, b: Tensor, y: Tensor, needs: tuple[bool, ...]) -> An
     return da, db
 
 
-@op(BINARY, reference=np.floor_divide, domain=(0.5, 4.0), method="__floordiv__")
+@op(BINARY, reference=np.floor_divide, method="__floordiv__")
 def floor_divide(k: Any, a: Array, b: Array) -> Array:
     """y = ⌊a / b⌋, which is −0 for 1 // −∞. Raises ZeroDivisionError for integers divided by 0."""
     return k.map("floor_divide", a, b)
 
 
-@op(BINARY, reference=np.remainder, domain=(0.5, 4.0), method="__mod__")
+@op(BINARY, reference=np.remainder, method="__mod__")
 def remainder(k: Any, a: Array, b: Array) -> Array:
     """y = a − ⌊a / b⌋ b, with the sign of b."""
     return k.map("remainder", a, b)
@@ -128,7 +128,7 @@ def _(g: Tensor) -> Tensor:
     return -g
 
 
-@op(UNARY, reference=np.abs, domain=(0.1, 4.0), method="__abs__")
+@op(UNARY, reference=np.abs, method="__abs__")
 def abs(k: Any, x: Array) -> Array:
     """y = |x|; the gradient at 0 is 0."""
     return k.map("abs", x)
@@ -139,7 +139,7 @@ def _(g: Tensor, x: Tensor) -> Tensor:
     return g * sign(x)
 
 
-@op(UNARY, reference=np.sign, domain=(0.1, 4.0))
+@op(UNARY, reference=np.sign)
 def sign(k: Any, x: Array) -> Array:
     """y = −1, 0 or 1; NaN stays. Its gradient is 0."""
     return k.map("sign", x)
@@ -161,7 +161,7 @@ def _(g: Tensor, x: Tensor) -> Tensor:
     return g * (x * 2.0)
 
 
-@op(UNARY, reference=lambda x: 1 / x, types="float", domain=(0.5, 4.0))
+@op(UNARY, reference=lambda x: 1 / x, types="float")
 def reciprocal(k: Any, x: Array) -> Array:
     """y = 1 / x."""
     return k.map("reciprocal", x)
@@ -214,7 +214,7 @@ def _(g: Tensor, y: Tensor) -> Tensor:
     return g * (y + 1.0)
 
 
-@op(UNARY, reference=np.log, types="float", domain=(0.1, 8.0), method="log")
+@op(UNARY, reference=np.log, types="float", method="log")
 def log(k: Any, x: Array) -> Array:
     """y = ln x; −∞ at 0, NaN below."""
     return k.map("log", x)
@@ -225,7 +225,7 @@ def _(g: Tensor, x: Tensor) -> Tensor:
     return g / x
 
 
-@op(UNARY, reference=np.log1p, types="float", domain=(-0.8, 8.0))
+@op(UNARY, reference=np.log1p, types="float")
 def log1p(k: Any, x: Array) -> Array:
     """y = ln(1 + x), exact to rounding near 0."""
     return k.map("log1p", x)
@@ -236,7 +236,7 @@ def _(g: Tensor, x: Tensor) -> Tensor:
     return g / (x + 1.0)
 
 
-@op(UNARY, reference=np.sqrt, types="float", domain=(0.1, 8.0), method="sqrt")
+@op(UNARY, reference=np.sqrt, types="float", method="sqrt")
 def sqrt(k: Any, x: Array) -> Array:
     """y = √x; NaN below 0."""
     return k.map("sqrt", x)
@@ -247,7 +247,7 @@ def _(g: Tensor, y: Tensor) -> Tensor:
     return g * (0.5 / y)
 
 
-@op(UNARY, reference=lambda x: 1 / np.sqrt(x), types="float", domain=(0.1, 8.0), method="rsqrt")
+@op(UNARY, reference=lambda x: 1 / np.sqrt(x), types="float", method="rsqrt")
 def rsqrt(k: Any, x: Array) -> Array:
     """y = 1/√x."""
     return k.map("rsqrt", x)

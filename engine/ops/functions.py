@@ -20,7 +20,7 @@ from engine.tensor import Tensor
 
 # ── logarithms ────────────────────────────────────────────────────────────────────────────────────────
 
-@op(UNARY, reference=np.log2, types="float", domain=(0.1, 8.0))
+@op(UNARY, reference=np.log2, types="float")
 def log2(k: Any, x: Array) -> Array:
     """y = log₂ x; −∞ at 0, NaN below."""
     return k.map("log2", x)
@@ -31,7 +31,7 @@ def _(g: Tensor, x: Tensor) -> Tensor:
     return g / (x * math.log(2))
 
 
-@op(UNARY, reference=np.log10, types="float", domain=(0.1, 8.0))
+@op(UNARY, reference=np.log10, types="float")
 def log10(k: Any, x: Array) -> Array:
     """y = log₁₀ x; −∞ at 0, NaN below."""
     return k.map("log10", x)
@@ -56,7 +56,7 @@ def _(g: Tensor, a: Tensor, b: Tensor) -> Any:
 
 # ── the circle ────────────────────────────────────────────────────────────────────────────────────────
 
-@op(UNARY, reference=np.tan, types="float", domain=(-1.2, 1.2))
+@op(UNARY, reference=np.tan, types="float")
 def tan(k: Any, x: Array) -> Array:
     """y = sin x / cos x, x in radians."""
     return k.map("tan", x)
@@ -67,7 +67,7 @@ def _(g: Tensor, y: Tensor) -> Tensor:
     return g * (y * y + 1.0)
 
 
-@op(UNARY, reference=np.arcsin, types="float", domain=(-0.9, 0.9))
+@op(UNARY, reference=np.arcsin, types="float")
 def asin(k: Any, x: Array) -> Array:
     """y in [−π/2, π/2] with sin y = x; NaN where |x| > 1."""
     return k.map("asin", x)
@@ -78,7 +78,7 @@ def _(g: Tensor, x: Tensor) -> Tensor:
     return g / sqrt((1.0 - x) * (1.0 + x))
 
 
-@op(UNARY, reference=np.arccos, types="float", domain=(-0.9, 0.9))
+@op(UNARY, reference=np.arccos, types="float")
 def acos(k: Any, x: Array) -> Array:
     """y in [0, π] with cos y = x; NaN where |x| > 1."""
     return k.map("acos", x)
@@ -100,7 +100,7 @@ def _(g: Tensor, x: Tensor) -> Tensor:
     return g / (x * x + 1.0)
 
 
-@op(BINARY, reference=np.arctan2, types="float", domain=(0.5, 4.0))
+@op(BINARY, reference=np.arctan2, types="float")
 def atan2(k: Any, a: Array, b: Array) -> Array:
     """The angle of the point with abscissa b and ordinate a, in [−π, π]."""
     return k.map("atan2", a, b)
@@ -112,7 +112,7 @@ def _(g: Tensor, a: Tensor, b: Tensor) -> Any:
     return g * (b / r / r), -(g * (a / r / r))
 
 
-@op(BINARY, reference=np.hypot, types="float", domain=(0.5, 4.0))
+@op(BINARY, reference=np.hypot, types="float")
 def hypot(k: Any, a: Array, b: Array) -> Array:
     """y = √(a² + b²), without overflow on the way; the gradient at 0, 0 is 0."""
     return k.map("hypot", a, b)
@@ -159,7 +159,7 @@ def _(g: Tensor, x: Tensor) -> Tensor:
     return g / hypot(x, 1.0)
 
 
-@op(UNARY, reference=np.arccosh, types="float", domain=(1.2, 8.0))
+@op(UNARY, reference=np.arccosh, types="float")
 def acosh(k: Any, x: Array) -> Array:
     """y ≥ 0 with cosh y = x: ln(x + √(x² − 1)); NaN where x < 1."""
     return k.map("acosh", x)
@@ -170,7 +170,7 @@ def _(g: Tensor, x: Tensor) -> Tensor:
     return g / (sqrt(x - 1.0) * sqrt(x + 1.0))
 
 
-@op(UNARY, reference=np.arctanh, types="float", domain=(-0.9, 0.9))
+@op(UNARY, reference=np.arctanh, types="float")
 def atanh(k: Any, x: Array) -> Array:
     """y with tanh y = x: ½ ln((1 + x)/(1 − x)); ±∞ at ±1, NaN outside."""
     return k.map("atanh", x)
@@ -200,7 +200,7 @@ def signbit(k: Any, x: Array) -> Array:
     return k.map("signbit", x, dtype=bool_)
 
 
-@op(BINARY, reference=np.copysign, types="float", domain=(0.1, 4.0))
+@op(BINARY, reference=np.copysign, types="float")
 def copysign(k: Any, a: Array, b: Array) -> Array:
     """y = |a| with the sign of b, be it that of −0 or of a NaN. The gradient of b is 0."""
     return k.map("copysign", a, b)

@@ -81,7 +81,7 @@ def _(g: Tensor, x_shape: tuple[int, ...], axis: Axis) -> Tensor:
     return _spread(g, x_shape, axis).broadcast_to(x_shape)
 
 
-@op("... -> ...", reference=np.prod, domain=(0.5, 2.0), method="prod")
+@op("... -> ...", reference=np.prod, method="prod")
 def prod(k: Any, x: Array, axis: Axis = None, keepdims: bool = False, dtype: Any = None) -> Array:
     """y = Π x over `axis` (None: all); 1 over an empty axis. The gradient is y / x, so NaN where x is 0."""
     wanted = _wide(x.dtype, dtype)
@@ -236,13 +236,13 @@ def _cumulated(run: Op, initial: int, x: Tensor, axis: int | None, dtype: Any, i
     return concat([full((*x.shape[:at], 1, *x.shape[at + 1:]), initial, dtype=y.dtype, device=x.device), y], at)
 
 
-@composite("... -> ...", reference=np.cumsum, method="cumulative_sum")
+@composite("... -> ...", method="cumulative_sum")
 def cumulative_sum(x: Tensor, axis: int | None = -1, dtype: Any = None, include_initial: bool = False) -> Tensor:
     """y[i] = x[0] + ... + x[i] along `axis`, in the type that sum gives; with include_initial, 0 before them."""
     return _cumulated(running_sum, 0, x, axis, dtype, include_initial)
 
 
-@composite("... -> ...", reference=np.cumprod, domain=(0.5, 2.0), method="cumulative_prod")
+@composite("... -> ...", method="cumulative_prod")
 def cumulative_prod(x: Tensor, axis: int | None = -1, dtype: Any = None, include_initial: bool = False) -> Tensor:
     """y[i] = x[0] · ... · x[i] along `axis`; with include_initial, 1 before them. The gradient is NaN where x is 0."""
     return _cumulated(running_prod, 1, x, axis, dtype, include_initial)

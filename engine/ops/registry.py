@@ -57,7 +57,7 @@ class Op:
     """An op; calling it computes, and records a node if a gradient is wanted."""
 
     def __init__(self, forward: Callable[..., Any], signature: str, *, reference: Callable[..., Any] | None,
-                 types: str, fixed: tuple[str, ...], domain: tuple[float, float], kernel: str | None, composite: bool):
+                 types: str, fixed: tuple[str, ...], kernel: str | None, composite: bool):
         self.name = forward.__name__
         self.forward = forward
         self.signature = signature
@@ -65,7 +65,6 @@ class Op:
         self.types = types
         self.fixed = fixed
         self.kernel = kernel or self.name
-        self.domain = domain
         self.composite = composite
         self.variadic = signature.startswith("*")
         self.named_axes = not self.variadic and any(c.isalpha() for c in signature.split("->")[0])
@@ -420,22 +419,20 @@ def axes_tuple(name: str, axis: int | Sequence[int] | None, ndim: int) -> tuple[
 # ── the decorators ────────────────────────────────────────────────────────────────────────────────────
 
 def op(signature: str, *, reference: Callable[..., Any] | None = None, types: str = "same",
-       fixed: tuple[str, ...] = (), domain: tuple[float, float] = (-4.0, 4.0), method: str | None = None,
-       kernel: str | None = None, public: bool = True, composite: bool = False) -> Callable[[Callable[..., Any]], Op]:
+       fixed: tuple[str, ...] = (), method: str | None = None, kernel: str | None = None, public: bool = True,
+       composite: bool = False) -> Callable[[Callable[..., Any]], Op]:
     """Register an op.
 
     signature: shapes, "...i, oi, o -> ...o"; "*" before it for one sequence of tensors
-    reference: the same in NumPy on float64 arrays; None for a fused op, whose composition is the oracle
+    reference: the same in NumPy on float64 arrays; None where the op's row has an equation of its own
     types:     "same": operands are promoted to one type; "float": and integers become float32; "float!": integers
                are refused; "any": operands are left alone
     fixed:     operands that are indices or conditions: integer or bool, and no part of the promotion
-    domain:    where tests draw inputs from
     method:    the Tensor method to attach ("" for the op's own name)
     kernel:    a fused op's kernel in kernels.h, if it is not called as the op is
     """
     def register(forward: Callable[..., Any]) -> Op:
-        made = Op(forward, signature, reference=reference, types=types, fixed=fixed, domain=domain, kernel=kernel,
-                  composite=composite)
+        made = Op(forward, signature, reference=reference, types=types, fixed=fixed, kernel=kernel, composite=composite)
         (registry if public else internal)[made.name] = made
         if method is not None:
             name = method or made.name

@@ -38,7 +38,7 @@ class UniqueInverse(NamedTuple):
 
 
 def _unique(x: np.ndarray) -> tuple[np.ndarray, ...]:
-    return np.unique(x.reshape(-1), return_index=True, return_inverse=True, return_counts=True, equal_nan=False)
+    return np.unique(x, return_index=True, return_inverse=True, return_counts=True, equal_nan=False)
 
 
 @composite("... -> ...", reference=lambda x: np.unique(x, equal_nan=False))

@@ -8,11 +8,25 @@ from table import generated, rows
 
 import engine as eg
 from engine.testing import OpSpec, Seeded, check_bits
+from engine.testing.checks import check_close
 from engine.testing.row_checks import forward
 
 test_forward = generated("forward")
 test_special_values = generated("special_values")
 test_reference_device = generated("reference_device")
+
+
+@rows(lambda spec: (spec.formula or spec.reference) and spec.name == spec.op and eg.ops.registry[spec.op].reference)
+@pytest.mark.parametrize("seed", range(3))
+def test_references_agree(spec: OpSpec, seed: int) -> None:
+    """The line of NumPy at an op's definition against its row's own equation: either may round as the bound allows."""
+    case = spec.example(Seeded(seed, "float64"))
+    want, bound = spec.expected(case)
+    reference = eg.ops.registry[spec.op].reference
+    assert reference is not None
+    with np.errstate(all="ignore"):
+        got = np.asarray(reference(*case.operands, **case.attributes))
+    check_close(got, want, 2 * bound, check=f"{spec.name}: the op's reference")
 
 
 @rows()
