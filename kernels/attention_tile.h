@@ -55,7 +55,8 @@ struct query_tile {
     real *gathered;                      /* [QUERIES][KEYS] */
     real *panel;                         /* the last, ragged columns of a right-hand side */
     int64_t head[QUERIES], time[QUERIES];
-    int64_t row[QUERIES];                /* the place in an array (batch, heads, T) */
+    int64_t row[QUERIES];                /* the place in an array (batch, T, heads) */
+    int64_t drawn[QUERIES];              /* and in one of (batch, heads, T), by which dropout numbers its draws */
     int64_t limit[QUERIES];              /* the query sees keys 0 … limit − 1 */
     int partly_visible;
     real_int visible[WIDEST];            /* how many keys of the present tile each query sees */
@@ -139,7 +140,8 @@ static void name_rows(struct query_tile *w) {
     for (int64_t i = 0; i < w->rows; i++) {
         w->head[i] = head;
         w->time[i] = time;
-        w->row[i] = (w->batch * x->heads + head) * x->t + time;
+        w->row[i] = (w->batch * x->t + time) * x->heads + head;
+        w->drawn[i] = (w->batch * x->heads + head) * x->t + time;
         w->limit[i] = visible_keys(x, w->batch, time);
         if (++head == (w->kv_head + 1) * group)
             head -= group, time++;
@@ -212,7 +214,7 @@ static void load_dropout(struct query_tile *w, int64_t key, int64_t keys) {
     const real keep = (real)(1 / (1 - x->dropout)), p = (real)x->dropout;
     for (int64_t i = 0; i < w->rows; i++) {
         uint32_t words[4 * BLOCKS];
-        int64_t first = (w->row[i] * x->s + key) * EACH;
+        int64_t first = (w->drawn[i] * x->s + key) * EACH;
         const uint32_t *word = words + first % 4;
         for (int64_t block = 0; block < BLOCKS; block++)
             philox_block(words + 4 * block, first / 4 + block, x->seed, x->step, x->microbatch, x->site);

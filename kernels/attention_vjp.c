@@ -51,12 +51,12 @@ static void softmax_gradient(struct query_tile *w, struct gradient_tile *z, int6
 
 /* dk or dv: to[key, :] += Σ_query tile[key, query] rows[query, :], from the first query that sees any of the keys. */
 static void add_over_queries(struct query_tile *w, real *to, const real *tile, const real *rows, int64_t keys) {
-    int64_t d = w->x->d, first = 0;
+    int64_t d = w->x->d, to_row = w->x->kv_heads * d, first = 0;
     for (int64_t i = 0; i < keys; i += 2 * MR) {
         while (first < w->rows && w->visible[first] <= i)
             first++;
         if (first < w->rows)
-            tile_product(to + i * d, d, tile + i * w->wide + first, w->wide, 1, at_most(keys - i, 2 * MR),
+            tile_product(to + i * to_row, to_row, tile + i * w->wide + first, w->wide, 1, at_most(keys - i, 2 * MR),
                          rows + first * d, d, d, w->rows - first, 1, NULL, w->panel);
     }
 }
@@ -70,7 +70,7 @@ static void tile_gradient(struct query_tile *w, struct gradient_tile *z, int64_t
     if (part->want_dq)
         add_over_keys(w, z->dq, z->dscores, keys_of(w, key), x->strides[K_KEY], NULL);
     if (part->want_dkv) {
-        int64_t row = ((w->batch * x->kv_heads + w->kv_head) * x->s + key) * x->d;
+        int64_t row = ((w->batch * x->s + key) * x->kv_heads + w->kv_head) * x->d;
         add_over_queries(w, x->dv + row, w->scores, z->g_rows, keys);
         add_over_queries(w, x->dk + row, z->dscores, w->q_rows, keys);
     }
@@ -107,9 +107,11 @@ static void store_dq(const struct query_tile *w, const struct gradient_tile *z) 
 static void gradient_part(const struct attention *x, int64_t head, const struct part *part) {
     real *scratch = thread_scratch(SCRATCH_ATTENTION, (size_t)gradient_size(x) * sizeof(real));
     if (part->want_dkv) {
-        int64_t from = part->first_keys * KEYS, rows = at_most(part->last_keys * KEYS, x->s) - from;
-        memset(x->dk + (head * x->s + from) * x->d, 0, (size_t)(rows * x->d) * sizeof(real));
-        memset(x->dv + (head * x->s + from) * x->d, 0, (size_t)(rows * x->d) * sizeof(real));
+        int64_t first = head / x->kv_heads * x->s * x->kv_heads + head % x->kv_heads;
+        for (int64_t key = part->first_keys * KEYS; key < at_most(part->last_keys * KEYS, x->s); key++) {
+            memset(x->dk + (first + key * x->kv_heads) * x->d, 0, (size_t)x->d * sizeof(real));
+            memset(x->dv + (first + key * x->kv_heads) * x->d, 0, (size_t)x->d * sizeof(real));
+        }
     }
     for (int64_t n = part->first_queries; n < part->last_queries; n++) {
         struct query_tile w;
@@ -153,7 +155,7 @@ static void gradients_by_keys(void *context, int64_t begin, int64_t end) {
     }
 }
 
-/* δ = Σ_d g · out for each row of (batch, heads, T). */
+/* δ = Σ_d g · out for each row of (batch, T, heads). */
 static void row_products(void *context, int64_t begin, int64_t end) {
     const struct attention *x = context;
     for (int64_t row = begin; row < end; row++) {

@@ -9,6 +9,7 @@ from engine.autograd import is_grad_enabled
 from engine.dtypes import DType, float32
 from engine.nn.layers import Linear
 from engine.nn.module import Module
+from engine.ops.attention import attend, turned
 from engine.tensor import Tensor
 
 
@@ -89,24 +90,22 @@ class MultiHeadAttention(Module):
         """
         query = self._heads(self.query(x), self.heads)
         if context is not None and cache is not None and cache.length:
-            key, value = cache.filled()
+            key, value = (turned(kept) for kept in cache.filled())
         else:
             source = x if context is None else context
             key = self._heads(self.key(source), self.kv_heads)
             value = self._heads(self.value(source), self.kv_heads)
             if rotary is not None and context is None:
-                query, key = ops.rope(query, *rotary), ops.rope(key, *rotary)
+                query, key = (turned(ops.rope(turned(turn), *rotary)) for turn in (query, key))
             if cache is not None:
-                key, value = cache.append(key, value)
-        y = ops.scaled_dot_product_attention(query, key, value, mask, causal=causal, lengths=lengths,
-                                             scale=1 / math.sqrt(self.head_width),
-                                             dropout=self.dropout if self.training else 0.0)
-        batch, time = x.shape[:2]
-        return self.output(ops.permute_dims(y, (0, 2, 1, 3)).reshape(batch, time, self.heads * self.head_width))
+                key, value = (turned(kept) for kept in cache.append(turned(key), turned(value)))
+        y = attend(query, key, value, mask, causal=causal, lengths=lengths, scale=1 / math.sqrt(self.head_width),
+                   dropout=self.dropout if self.training else 0.0)
+        return self.output(y.reshape(*x.shape[:2], self.heads * self.head_width))
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
-        """(batch, T, heads · d) as (batch, heads, T, d)."""
-        return ops.permute_dims(x.reshape(*x.shape[:2], heads, self.head_width), (0, 2, 1, 3))
+        """(batch, T, heads · d) as (batch, T, heads, d)."""
+        return x.reshape(*x.shape[:2], heads, self.head_width)
 
     def extra_repr(self) -> str:
         return f"{self.heads} heads" + (f", {self.kv_heads} of keys and values" if self.kv_heads != self.heads else "")

@@ -12,7 +12,7 @@ from engine.dtypes import as_dtype, float32, int64
 from engine.ops.creation import arange, masked_scale
 from engine.ops.elementwise import where
 from engine.ops.matmul import matmul
-from engine.ops.movement import concat, matrix_transpose, repeat, stack
+from engine.ops.movement import concat, matrix_transpose, permute_dims, repeat, stack
 from engine.ops.normalization import softmax_rows
 from engine.ops.reductions import any as any_over
 from engine.ops.registry import cast, composite, op
@@ -23,17 +23,17 @@ NO_DRAW = Key(0, 0, 0, 0)
 
 
 def _strides(k: Any, x: Array) -> Array:
-    """x (batch, heads, t, d) with a dense last axis: itself, or a copy."""
+    """x (batch, t, heads, d) with a dense last axis: itself, or a copy."""
     return x if x.data.strides[-1] == x.dtype.itemsize or x.shape[-1] == 1 else k.contiguous(x)
 
 
 def _arguments(k: Any, q: Array, key: Array, value: Array, mask: Array | None, lengths: Array | None, scale: float,
                causal: bool, p: float, draw: Key) -> tuple[Any, ...]:
     """What the two attention kernels share: sizes, strides and scalars, in the order of kernels.h."""
-    batch, heads, t, d = q.shape
-    kv_heads, s = key.shape[1:3]
+    batch, t, heads, d = q.shape
+    s, kv_heads = key.shape[1:3]
     size = q.dtype.itemsize
-    strides = [n // size for x in (q, key, value) for n in x.data.strides[:3]]
+    strides = [x.data.strides[axis] // size for x in (q, key, value) for axis in (0, 2, 1)]
     if mask is not None:
         mask = mask.seen_as(np.broadcast_to(mask.data, (batch, heads, t, s)))
         strides += [n // size for n in mask.data.strides]
@@ -43,10 +43,14 @@ def _arguments(k: Any, q: Array, key: Array, value: Array, mask: Array | None, l
     return (q, key, value, mask, lengths, batch, heads, kv_heads, t, s, d, record, scale, int(causal), p, *draw)
 
 
-@op("bhtd, bgsd, bgsd, ..., b -> bhtd", types="float!", fixed=("lengths",), public=False)
+@op("bthd, bsgd, bsgd, ..., b -> bthd", types="float!", fixed=("lengths",), public=False)
 def attention(k: Any, query: Array, key: Array, value: Array, mask: Array | None = None, lengths: Array | None = None,
               scale: float = 1.0, causal: bool = False, p: float = 0.0, draw: Key = NO_DRAW) -> Any:
-    """Flash attention. Dao 2023, arXiv:2307.08691, algorithm 1: memory O(T), the scores are never stored."""
+    """Flash attention. Dao 2023, arXiv:2307.08691, algorithm 1: memory O(T), the scores are never stored.
+
+    The heads of a token stand beside each other, as projections give and take them: nothing is moved on the way in or
+    out, forward or backward.
+    """
     q, key, value = _strides(k, query), _strides(k, key), _strides(k, value)
     out, lse = k.empty(q.shape, q.dtype), k.empty(q.shape[:3], q.dtype)
     k.attention(out, lse, *_arguments(k, q, key, value, mask, _lengths(k, lengths), scale, causal, p, draw))
@@ -72,7 +76,8 @@ def _(k: Any, g: Array, query: Array, key: Array, value: Array, mask: Array | No
 @attention.composition
 def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor | None, scale: float,
       causal: bool, p: float, draw: Key) -> Tensor:
-    heads, (kv_heads, s), t = query.shape[1], key.shape[1:3], query.shape[2]
+    t, heads, (s, kv_heads) = query.shape[1], query.shape[2], key.shape[1:3]
+    query, key, value = (turned(x) for x in (query, key, value))
     key, value = repeat(key, heads // kv_heads, 1), repeat(value, heads // kv_heads, 1)
     scores = matmul(query, matrix_transpose(key)) * scale
     at = arange(s, device=query.device)
@@ -85,7 +90,12 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, lengths: T
     # A row that sees nothing is all −∞: its softmax is NaN, its attention is 0.
     alive = any_over(scores > -math.inf, -1, keepdims=True)
     weights = where(alive, softmax_rows(where(alive, scores, 0.0)), 0.0)
-    return matmul(masked_scale(weights, p, draw) if p else weights, value)
+    return turned(matmul(masked_scale(weights, p, draw) if p else weights, value))
+
+
+def turned(x: Tensor) -> Tensor:
+    """(batch, T, heads, d) as (batch, heads, T, d), and back: a view."""
+    return permute_dims(x, (0, 2, 1, 3))
 
 
 @composite("...td, ...sd, ...sd -> ...td")
@@ -104,7 +114,16 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask
     A query that sees no key gives zeros. Raises ValueError for shapes that do not fit.
     """
     query, key, value, leading = _four_axes(query, key, value)
-    heads, kv_heads = query.shape[1], key.shape[1]
+    out = turned(attend(turned(query), turned(key), turned(value), mask, causal=causal, lengths=lengths, scale=scale,
+                         dropout=dropout, generator=generator))
+    return out.reshape(*leading, *out.shape[2:]) if leading is not None else out
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False,
+           lengths: Tensor | None = None, scale: float | None = None, dropout: float = 0.0,
+           generator: Generator | None = None) -> Tensor:
+    """scaled_dot_product_attention for query (batch, T, heads, d), key and value (batch, S, kv_heads, d)."""
+    heads, kv_heads = query.shape[2], key.shape[2]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"scaled_dot_product_attention: query has {heads} heads and key {kv_heads}, "
                          "expected a multiple")
@@ -116,14 +135,13 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask
                              "compute; write the attention with matmul and softmax")
         mask = where(mask, 0.0, -math.inf).to(dtype=query.dtype) if not mask.dtype.is_floating else mask
         try:
-            np.broadcast_shapes(mask.shape, wanted := (*query.shape[:3], key.shape[2]))
+            np.broadcast_shapes(mask.shape, wanted := (query.shape[0], heads, query.shape[1], key.shape[1]))
         except ValueError:
             raise ValueError(f"scaled_dot_product_attention: mask has shape {mask.shape}, which does not "
                              f"broadcast to (batch, heads, T, S) = {wanted}") from None
     draw = (generator or default_generator()).key() if dropout else NO_DRAW
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    out = attention(query, key, value, mask, lengths, scale, causal, dropout, draw)
-    return out.reshape(*leading, *out.shape[2:]) if leading is not None else out
+    return attention(query, key, value, mask, lengths, scale, causal, dropout, draw)
 
 
 def _four_axes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:

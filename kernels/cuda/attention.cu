@@ -53,10 +53,9 @@ static __device__ inline void attend(real *out, real *lse, const attention &x, i
         tile_accumulate(z.o, p, values_of(x, b, kv_head, tile), first, x.d, right);
     }
     for (int i = 0; i < OWN; i++) divisor[i] = z.l[i] == 0 ? 1 : z.l[i]; /* a query that sees nothing gives 0 */
-    const int64_t row = (b * x.heads + head) * x.t + query;
-    store_tile(out + row * x.d, z.o, divisor, x.t - query, first, x.d);
+    store_tile(out + row_of(x, b, head, query) * x.d, x.heads * x.d, z.o, divisor, x.t - query, first, x.d);
     for (int i = 0; i < OWN; i++)
-        if (first == 0 && lane_index() == 0 && own + i < x.t) lse[row + warp_index() * OWN + i] = z.m[i] + log(z.l[i]);
+        if (first == 0 && lane_index() == 0 && own + i < x.t) lse[row_of(x, b, head, own + i)] = z.m[i] + log(z.l[i]);
 }
 
 KERNEL(attention)(real *out, real *lse, const real *q, const real *k, const real *v, const real *mask,

@@ -63,14 +63,14 @@ static __device__ inline void tile_accumulate(real o[OWN][PARTS], const real wei
     }
 }
 
-/* to[OWN·warp + i][first + 32c + lane] = o[i][c] / divisor[i], for the first `count` rows; dense rows of d. */
-static __device__ inline void store_tile(real *to, const real o[OWN][PARTS], const real divisor[OWN], int64_t count,
-                                         int64_t first, int64_t d) {
+/* to[OWN·warp + i][first + 32c + lane] = o[i][c] / divisor[i], for the first `count` rows of d, `stride` apart. */
+static __device__ inline void store_tile(real *to, int64_t stride, const real o[OWN][PARTS], const real divisor[OWN],
+                                         int64_t count, int64_t first, int64_t d) {
 #pragma unroll
     for (int c = 0; c < PARTS; c++)
         for (int i = 0; i < OWN; i++) {
             int64_t row = warp_index() * OWN + i, column = first + c * TILE + lane_index();
-            if (row < count && column < d) to[row * d + column] = o[i][c] / divisor[i];
+            if (row < count && column < d) to[row * stride + column] = o[i][c] / divisor[i];
         }
 }
 
@@ -112,10 +112,14 @@ static __device__ inline tile_rows values_of(const attention &x, int64_t b, int6
     const real *first = x.v + b * x.strides[V_BATCH] + kv_head * x.strides[V_HEAD] + key * x.strides[V_KEY];
     return {first, x.s - key, x.strides[V_KEY]};
 }
-/* The same rows of an operand that is dense like the output: (batch, heads, T, D). */
+/* The place of a query in an array (batch, T, heads), dense like the output without its last axis. */
+static __device__ inline int64_t row_of(const attention &x, int64_t b, int64_t head, int64_t query) {
+    return (b * x.t + query) * x.heads + head;
+}
+/* The same rows of an operand that is dense like the output: (batch, T, heads, D). */
 static __device__ inline tile_rows dense_rows(const attention &x, const real *operand, int64_t b, int64_t head,
                                               int64_t query) {
-    return {operand + ((b * x.heads + head) * x.t + query) * x.d, x.t - query, x.d};
+    return {operand + row_of(x, b, head, query) * x.d, x.t - query, x.heads * x.d};
 }
 
 /* Query t of sequence b sees keys 0 … visible_keys − 1; a query beyond the last sees none. */

@@ -33,17 +33,17 @@ static __device__ inline real row_product(const real *g, const real *out, int64_
 
 static __device__ inline void query_gradient(const gradient &y, const attention &x, int64_t b, int64_t head,
                                              int64_t query, int64_t first, chunk left, chunk right) {
-    const int64_t own = query + warp_index() * OWN, kv_head = kv_head_of(x, head), row = (b * x.heads + head) * x.t;
+    const int64_t own = query + warp_index() * OWN, kv_head = kv_head_of(x, head);
     const tile_rows q = queries_of(x, b, head, query), g = dense_rows(x, y.g, b, head, query);
     real delta[OWN], lse[OWN], one[OWN], p[OWN], dp[OWN], dq[OWN][PARTS];
     clear_tile(dq);
     for (int i = 0; i < OWN; i++) {
         bool real_query = own + i < x.t;
-        int64_t at = real_query ? (row + own + i) * x.d : 0;
+        int64_t row = real_query ? row_of(x, b, head, own + i) : 0;
         one[i] = 1;
-        lse[i] = real_query ? y.lse[row + own + i] : -INFINITY;
-        delta[i] = row_product(y.g + at, y.out + at, real_query ? x.d : 0);
-        if (first == 0 && real_query && lane_index() == 0) y.delta[row + own + i] = delta[i];
+        lse[i] = real_query ? y.lse[row] : -INFINITY;
+        delta[i] = row_product(y.g + row * x.d, y.out + row * x.d, real_query ? x.d : 0);
+        if (first == 0 && real_query && lane_index() == 0) y.delta[row] = delta[i];
     }
     const int64_t limit = visible_keys(x, b, at_most(query + TILE, x.t) - 1);
     for (int64_t tile = 0; tile < limit; tile += TILE) {
@@ -56,7 +56,7 @@ static __device__ inline void query_gradient(const gradient &y, const attention 
         }
         tile_accumulate(dq, dp, keys_of(x, b, kv_head, tile), first, x.d, right);
     }
-    store_tile(y.dq + (row + query) * x.d, dq, one, x.t - query, first, x.d);
+    store_tile(y.dq + row_of(x, b, head, query) * x.d, x.heads * x.d, dq, one, x.t - query, first, x.d);
 }
 
 /* ── a tile of keys: dk and dv ──────────────────────────────────────────────────────────────────── */
@@ -66,19 +66,18 @@ static __device__ inline void query_gradient(const gradient &y, const attention 
 static __device__ inline void add_queries(real dk[OWN][PARTS], real dv[OWN][PARTS], const gradient &y,
                                           const attention &x, int64_t b, int64_t head, int64_t tile, int64_t query,
                                           int64_t first, chunk left, chunk right, real delta[TILE]) {
-    const int64_t own = tile + warp_index() * OWN, kv_head = kv_head_of(x, head), row = (b * x.heads + head) * x.t;
-    const int64_t mine = query + lane_index();
+    const int64_t own = tile + warp_index() * OWN, kv_head = kv_head_of(x, head), mine = query + lane_index();
     const tile_rows q = queries_of(x, b, head, query), g = dense_rows(x, y.g, b, head, query);
     real p[OWN], dp[OWN];
     tile_dot(p, keys_of(x, b, kv_head, tile), q, x.d, left, right);
     tile_dot(dp, values_of(x, b, kv_head, tile), g, x.d, left, right);
     for (int i = 0; i < OWN; i++) { /* each warp four queries' δ, for all to read */
-        int64_t at = query + warp_index() * OWN + i;
-        real product = row_product(y.g + (row + at) * x.d, y.out + (row + at) * x.d, at < x.t ? x.d : 0);
+        int64_t at = query + warp_index() * OWN + i, row = at < x.t ? row_of(x, b, head, at) : 0;
+        real product = row_product(y.g + row * x.d, y.out + row * x.d, at < x.t ? x.d : 0);
         if (lane_index() == 0) delta[warp_index() * OWN + i] = product;
     }
     __syncthreads(); /* all 32 are there; the barriers of the products keep the next tile's from them */
-    real lse = mine < x.t ? y.lse[row + mine] : -INFINITY;
+    real lse = mine < x.t ? y.lse[row_of(x, b, head, mine)] : -INFINITY;
     for (int i = 0; i < OWN; i++) {
         real keep = keep_factor(x, b, head, mine, own + i);
         real seen = probability(masked_score(x, p[i], b, head, mine, own + i), lse);
@@ -100,9 +99,9 @@ static __device__ inline void key_gradient(const gradient &y, const attention &x
         for (int64_t query = 0; query < x.t; query += TILE)
             if (tile < visible_keys(x, b, at_most(query + TILE, x.t) - 1))
                 add_queries(dk, dv, y, x, b, head, tile, query, first, left, right, delta);
-    const int64_t at = ((b * x.kv_heads + kv_head) * x.s + tile) * x.d;
-    store_tile(y.dk + at, dk, one, x.s - tile, first, x.d);
-    store_tile(y.dv + at, dv, one, x.s - tile, first, x.d);
+    const int64_t at = ((b * x.s + tile) * x.kv_heads + kv_head) * x.d, stride = x.kv_heads * x.d;
+    store_tile(y.dk + at, stride, dk, one, x.s - tile, first, x.d);
+    store_tile(y.dv + at, stride, dv, one, x.s - tile, first, x.d);
 }
 
 KERNEL(attention_vjp)(real *dq, real *dk, real *dv, real *delta, const real *g, const real *q, const real *k,

@@ -204,10 +204,15 @@ def kept(count: int, p: float, dtype: Any) -> np.ndarray:
     return np.where(u >= dtype.type(p), 1 / (1 - p), 0.0)
 
 
+def turned(x: Any) -> Any:
+    """(batch, heads, length, d) as (batch, length, heads, d), and back."""
+    return np.swapaxes(x, 1, 2) if isinstance(x, np.ndarray) else x.moved(lambda a: np.swapaxes(a, 1, 2))
+
+
 def apart(rng: Any, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """An operand (batch, heads, length, d) whose axes are strided, as after a split of heads."""
-    b, h, t, d = shape
-    return draw(rng, dtype, b, t, h, d, low=-2, high=2).transpose(0, 2, 1, 3)
+    """An operand (batch, length, heads, d) whose axes are strided: out of a longer last axis, heads first."""
+    b, t, h, d = shape
+    return turned(draw(rng, dtype, b, h, t, d + 1, low=-2, high=2))[..., :d]
 
 
 def element_strides(x: np.ndarray, axes: int) -> list[int]:
@@ -216,15 +221,15 @@ def element_strides(x: np.ndarray, axes: int) -> list[int]:
 
 def attention_case(dtype: Any, rng: Any, sizes: tuple[int, ...], causal: bool = False, mask: bool = False,
                    lengths: Any = None, dropout: float = 0.0) -> tuple[list[Any], dict[str, Any], list[Any], list[Any]]:
-    """(operands q, k, v; options of the formulas; mask and lengths as passed; sizes and scalars)."""
+    """(operands q, k, v as passed; options of the formulas; mask and lengths as passed; sizes and scalars)."""
     batch, heads, kv_heads, t, s, d = sizes
-    q, k, v = (apart(rng, dtype, (batch, h, n, d)) for h, n in ((heads, t), (kv_heads, s), (kv_heads, s)))
+    q, k, v = (apart(rng, dtype, (batch, n, h, d)) for h, n in ((heads, t), (kv_heads, s), (kv_heads, s)))
     added = np.broadcast_to(draw(rng, dtype, t, s), (batch, heads, t, s)) if mask else None
     if added is not None:
         added = np.where(rng.random(added.shape) < 0.2, -np.inf, added).astype(dtype)
     keep = kept(batch * heads * t * s, dropout, dtype).reshape(batch, heads, t, s) if dropout else 1.0
     scale = d ** -0.5
-    strides = [*element_strides(q, 3), *element_strides(k, 3), *element_strides(v, 3),
+    strides = [*element_strides(turned(q), 3), *element_strides(turned(k), 3), *element_strides(turned(v), 3),
                *(element_strides(added, 4) if mask else [0] * 4)]
     options = {"causal": causal, "lengths": lengths, "scale": scale, "keep": keep, "mask": added}
     scalars = [*sizes, np.array(strides, np.int64), scale, int(causal), dropout, *KEY]
@@ -254,21 +259,22 @@ def log_sums(q: Any, k: Any, options: dict[str, Any]) -> Any:
 def _(dtype: Any, rng: Any) -> Cases:
     for label, (sizes, options) in ATTENTION.items():
         operands, formula, extra, scalars = attention_case(dtype, rng, sizes, **options)
-        q, k, v = map(rounded, operands)
-        yield label, [formulas.attention(q, k, v, **formula), log_sums(q, k, formula)], [*operands, *extra, *scalars]
+        q, k, v = (rounded(turned(x)) for x in operands)
+        want = [turned(formulas.attention(q, k, v, **formula)), turned(log_sums(q, k, formula))]
+        yield label, want, [*operands, *extra, *scalars]
 
 
 @of("attention_vjp")
 def _(dtype: Any, rng: Any) -> Cases:
     for label, (sizes, options) in ATTENTION.items():
         operands, formula, extra, scalars = attention_case(dtype, rng, sizes, **options)
-        exact = [x.astype("float64") for x in operands]
-        out = np.ascontiguousarray(formulas.attention(*exact, **formula)).astype(dtype)
-        lse = np.ascontiguousarray(formulas.plain(log_sums(exact[0], exact[1], formula))).astype(dtype)
+        exact = [turned(x).astype("float64") for x in operands]
+        out = np.ascontiguousarray(turned(formulas.attention(*exact, **formula))).astype(dtype)
+        lse = np.ascontiguousarray(turned(formulas.plain(log_sums(exact[0], exact[1], formula)))).astype(dtype)
         g = draw(rng, dtype, *out.shape)
-        grads = formulas.attention_vjp(rounded(g), *map(rounded, operands), **formula)
+        grads = formulas.attention_vjp(rounded(turned(g)), *(rounded(turned(x)) for x in operands), **formula)
         delta = total(rounded(g) * rounded(out), -1)
-        yield label, [*grads, delta], [g, *operands, out, lse, *extra, *scalars]
+        yield label, [*map(turned, grads), delta], [g, *operands, out, lse, *extra, *scalars]
 
 
 # ── gathering ─────────────────────────────────────────────────────────────────────────────────────────

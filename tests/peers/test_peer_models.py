@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 import engine as eg
 from engine.models import Transformer, huggingface
+from engine.nn import attention
 
 GPT2 = {"vocab_size": 101, "n_positions": 40, "n_embd": 48, "n_layer": 3, "n_head": 4, "resid_pdrop": 0.0,
         "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -182,8 +183,8 @@ def interleaved_rotations(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def padding_seen(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = eg.ops.scaled_dot_product_attention
-    monkeypatch.setattr(eg.ops, "scaled_dot_product_attention", lambda *x, lengths, **more: attend(*x, **more))
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *x, lengths, **more: attend(*x, **more))
 
 
 def one_segment(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
