@@ -67,6 +67,7 @@ HOST_WORK = {
     ("engine/models/huggingface.py", "*"): "rearranges files' arrays on the host",
     ("engine/sharder/shard.py", "Shard._report"): "joins the sums of blocks, one number each",
     ("engine/sharder/drivers/plain.py", "Plain._next"): "joins the sums of blocks, one number each",
+    ("engine/sharder/encoding.py", "_read_array"): "the bytes of an array that has travelled",
     ("engine/sharder/codecs.py", "*"): "positions and row numbers of what travels",
 }
 METHODS = {"all", "any", "argmax", "argmin", "argsort", "clip", "cumprod", "cumsum", "dot", "fill", "max", "mean",
