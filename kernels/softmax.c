@@ -156,7 +156,7 @@ KERNEL(cross_entropy)(real *loss, real *lse, const real *x, const int64_t *targe
     parallel_for(rows, grain_of_rows(n), cross_entropy_rows, &job);
 }
 
-/* dx = g (e^(x − lse) − (1 − smoothing)[i = target] − smoothing / n) */
+/* dx = g (e^(x − lse) − (1 − smoothing)[i = target] − smoothing / n); dx may be x. */
 static void cross_entropy_vjp_rows(void *context, int64_t begin, int64_t end) {
     const struct softmax_job *job = context;
     int64_t n = job->n;
@@ -169,13 +169,14 @@ static void cross_entropy_vjp_rows(void *context, int64_t begin, int64_t end) {
             memset(dx, 0, (size_t)n * sizeof *dx);
             continue;
         }
+        int in_row = target >= 0 && target < n;
+        real at_target = in_row ? x[target] : 0;
         FOR_ROW(i, count, n) {
             vf probability = vf_exp(vf_load_any(x + i, 1, count) - vf_set1(lse));
             vf_store_any(dx + i, 1, vf_set1(g) * (probability - vf_set1(share)), count);
         }
-        if (target < 0 || target >= n) continue;
-        real probability = vf_exp(vf_set1(x[target] - lse))[0];
-        dx[target] = g * (probability - share - hit);
+        if (in_row)
+            dx[target] = g * (vf_exp(vf_set1(at_target - lse))[0] - share - hit);
     }
 }
 KERNEL(cross_entropy_vjp)(real *dx, const real *g, const real *x, const real *lse, const int64_t *target, int64_t rows,

@@ -245,10 +245,14 @@ class Transformer(Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of all tokens from hidden (..., width), by the matrix `output` or the embedding."""
+        return ops.linear(*self._last_layer(hidden))
+
+    def _last_layer(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What is multiplied by which matrix, plus which bias, for the logits."""
         weight = self.embedding.weight if self.output is None else self.output.weight
         if self.output_layer is None:
-            return ops.linear(hidden, weight)
-        return ops.linear(self.output_layer(hidden), weight, self.output_layer.bias)
+            return hidden, weight, None
+        return self.output_layer(hidden), weight, self.output_layer.bias
 
     def loss(self, tokens: Tensor, targets: Tensor, source: Tensor | None = None, *, reduction: str = "mean",
              lengths: Tensor | None = None, source_lengths: Tensor | None = None,
@@ -257,8 +261,9 @@ class Transformer(Module):
 
         For a language model the targets are the tokens one place on: loss(text[:, :-1], text[:, 1:]).
         """
-        logits = self(tokens, source, lengths=lengths, source_lengths=source_lengths, segments=segments)
-        return ops.cross_entropy(logits, targets, reduction=reduction)
+        hidden = self.hidden(tokens, source, lengths=lengths, source_lengths=source_lengths, segments=segments)
+        x, weight, bias = self._last_layer(hidden)
+        return ops.linear_cross_entropy(x, weight, targets, bias, reduction=reduction)
 
     def _rotary(self, start: int, time: int) -> tuple[Tensor, Tensor] | None:
         if self.config.positions != "rotary":

@@ -96,6 +96,7 @@ from engine.ops.indexing import (
     take_along_axis,
     topk,
 )
+from engine.ops.linear_cross_entropy import linear_cross_entropy
 from engine.ops.logic import (
     bitwise_and,
     bitwise_left_shift,
@@ -245,6 +246,7 @@ __all__ = [
     "less",
     "less_equal",
     "linear",
+    "linear_cross_entropy",
     "linspace",
     "log",
     "log1p",

@@ -24,6 +24,12 @@ def reduced(name: str, loss: Tensor, reduction: str) -> Tensor:
     return mean(loss) if reduction == "mean" else sum(loss) if reduction == "sum" else loss
 
 
+def check_smoothing(name: str, label_smoothing: float) -> None:
+    """Raises ValueError naming the op."""
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{name}: label_smoothing is {label_smoothing!r}, expected a number in [0, 1]")
+
+
 @op("...n, ... -> ...", types="float!", fixed=("target",), kernel="cross_entropy", public=False)
 def token_cross_entropy(k: Any, logits: Array, target: Array, ignore_index: int = IGNORE,
                         label_smoothing: float = 0.0) -> Any:
@@ -31,21 +37,21 @@ def token_cross_entropy(k: Any, logits: Array, target: Array, ignore_index: int 
     if target.shape != logits.shape[:-1]:
         raise ValueError(f"cross_entropy: target has shape {target.shape}, expected {logits.shape[:-1]}, "
                          f"the shape of logits {logits.shape} without its last axis")
-    x, index = k.contiguous(logits), _targets(k, target, logits.shape[-1], ignore_index)
+    x, index = k.contiguous(logits), class_indices("cross_entropy", k, target, logits.shape[-1], ignore_index)
     loss, lse = k.empty(target.shape, x.dtype), k.empty(target.shape, x.dtype)
     k.cross_entropy(loss, lse, x, index, index.size, x.shape[-1], ignore_index, label_smoothing)
     return loss, {"lse": lse}
 
 
-def _targets(k: Any, target: Array, classes: int, ignore_index: int) -> Array:
-    """The targets as dense int64, each a class or ignore_index."""
+def class_indices(name: str, k: Any, target: Array, classes: int, ignore_index: int) -> Array:
+    """The targets as dense int64, each a class or ignore_index; raises IndexError naming the op."""
     index = k.contiguous(target if target.dtype is int64 else cast(k, target, int64))
     if index.size:
         wrong = (index.data < 0) | (index.data >= classes)
         if wrong.any():
             bad = index.data[wrong & (index.data != ignore_index)]
             if bad.size:
-                raise IndexError(f"cross_entropy: target holds {bad[0]}, expected classes in [0, {classes}) "
+                raise IndexError(f"{name}: target holds {bad[0]}, expected classes in [0, {classes}) "
                                  f"or ignore_index {ignore_index}")
     return index
 
@@ -64,7 +70,7 @@ def _(logits: Tensor, target: Tensor, ignore_index: int = IGNORE, label_smoothin
     if target.shape != logits.shape[:-1]:
         raise ValueError(f"cross_entropy: target has shape {target.shape}, expected {logits.shape[:-1]}, "
                          f"the shape of logits {logits.shape} without its last axis")
-    _targets(get_backend(target.device), target.array, logits.shape[-1], ignore_index)
+    class_indices("cross_entropy", get_backend(target.device), target.array, logits.shape[-1], ignore_index)
     counted = target != ignore_index
     safe = where(counted, target, 0)
     chosen = take_along_axis(logits, safe.expand_dims(-1), -1).squeeze(-1)
@@ -84,8 +90,7 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None, 
     label_smoothing s: the target distribution is (1 − s) one-hot + s uniform. Szegedy et al. 2016, arXiv:1512.00567.
     The mean is NaN when nothing counts. Raises IndexError for a target that is no class.
     """
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"cross_entropy: label_smoothing is {label_smoothing!r}, expected a number in [0, 1]")
+    check_smoothing("cross_entropy", label_smoothing)
     if weight is not None:
         return _weighted(logits, target, weight, ignore_index, label_smoothing, reduction)
     loss = token_cross_entropy(logits, target, ignore_index, label_smoothing)

@@ -30,11 +30,13 @@ def _batch_stride(k: Any, x: Array, batch: tuple[int, ...]) -> tuple[Array, int]
     return x, x.data.shape[-1] * x.data.shape[-2]
 
 
-def gemm(k: Any, a: Array, b: Array, bias: Array | None = None) -> Array:
-    """a (..., m, k) times b (..., k, n), leading axes broadcast, plus bias (n,): one launch."""
+def gemm(k: Any, a: Array, b: Array, bias: Array | None = None, out: Array | None = None,
+         accumulate: bool = False) -> Array:
+    """a (..., m, k) times b (..., k, n), leading axes broadcast, plus bias (n,), plus what is in out (..., m, n) if
+    accumulate: one launch."""
     (m, inner), n = a.data.shape[-2:], b.data.shape[-1]
     batch = broadcast_shapes("matmul", a.data.shape[:-2], b.data.shape[:-2])
-    c = k.empty((*batch, m, n), a.dtype)
+    c = k.empty((*batch, m, n), a.dtype) if out is None else out
     if math.prod(b.data.shape[:-2]) == 1 and a.data.flags.c_contiguous and batch == a.data.shape[:-2]:
         rows, count, a_step, b_step = math.prod(batch) * m, 1, 0, 0  # one tall product instead of a batch
         a = a.seen_as(a.data.reshape(rows, inner))  # a stride of an axis of length 1 may be anything; these are not
@@ -44,7 +46,7 @@ def gemm(k: Any, a: Array, b: Array, bias: Array | None = None) -> Array:
     size = a.dtype.itemsize
     (a_row, a_col), (b_row, b_col) = a.data.strides[-2:], b.data.strides[-2:]
     k.gemm(c, a, b, bias, count, rows, n, inner, a_step, a_row // size, a_col // size,
-           b_step, b_row // size, b_col // size, rows * n, n, 0)
+           b_step, b_row // size, b_col // size, rows * n, n, int(accumulate))
     return c
 
 
@@ -93,12 +95,12 @@ def linear(k: Any, x: Array, weight: Array, bias: Array | None = None) -> Array:
     """y = x Wᵀ + b, W (out, in): a matrix product with the bias added as it is written."""
     bias = None if bias is None else k.contiguous(bias)
     if x.data.ndim == 1:
-        y = gemm(k, x.seen_as(x.data[None, :]), _transposed(weight), bias)
+        y = gemm(k, x.seen_as(x.data[None, :]), transposed(weight), bias)
         return y.seen_as(y.data[0])
-    return gemm(k, x, _transposed(weight), bias)
+    return gemm(k, x, transposed(weight), bias)
 
 
-def _transposed(x: Array) -> Array:
+def transposed(x: Array) -> Array:
     return Array(x.data.T, x.dtype, x.ptr, x.storage)
 
 
@@ -112,7 +114,7 @@ def _(k: Any, g: Array, x: Array, weight: Array, bias: Array | None, needs: tupl
     if needs[0]:
         dx = gemm(k, flat_g, weight)
         dx = dx.seen_as(dx.data.reshape(x.shape))
-    dweight = gemm(k, _transposed(flat_g), flat_x) if needs[1] else None
+    dweight = gemm(k, transposed(flat_g), flat_x) if needs[1] else None
     dbias = None
     if bias is not None and needs[2]:
         dbias = k.empty((outputs,), g.dtype)

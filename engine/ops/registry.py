@@ -141,7 +141,7 @@ class Op:
             check_shapes(self.name, self.signature, self.inputs,
                          tuple([None if a is None else a.data.shape for a in arrays]))
         y = self.forward(k, arrays, **attributes) if self.variadic else self.forward(k, *arrays, **attributes)
-        extra: dict[str, Array] = {}
+        extra: dict[str, Array | None] = {}
         if y.__class__ is tuple:
             y, extra = y
         if self.differentiable and _grad_mode.get():
@@ -268,7 +268,7 @@ class Op:
     # ── gradients ───────────────────────────────────────────────────────────────────────────────────
 
     def _record(self, tensors: Sequence[Tensor | None], arrays: Sequence[Array | None], attributes: dict[str, Any],
-                y: Array, extra: dict[str, Array], device: str) -> Node:
+                y: Array, extra: dict[str, Array | None], device: str) -> Node:
         """The node of this application: edges to the inputs, and the arrays that the rule's names ask for."""
         edges = tuple([None if t is None else edge_of(t) for t in tensors])
         shapes = tuple([() if t is None else t.shape for t in tensors])
@@ -279,10 +279,8 @@ class Op:
         for name in needed:
             if name == "y":
                 saved[name] = save(y)
-            elif name in extra:
-                saved[name] = save(extra[name])
-            elif name in self.inputs and not self.variadic:
-                array = arrays[self.inputs.index(name)]
+            elif name in extra or (name in self.inputs and not self.variadic):
+                array = extra[name] if name in extra else arrays[self.inputs.index(name)]
                 saved[name] = None if array is None else save(array)
         return Node(self, edges, shapes, saved, attributes, device)
 

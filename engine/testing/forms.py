@@ -284,6 +284,13 @@ def _affine(xs: Sequence[np.ndarray], pick: int) -> dict[str, Any] | None:
     return {} if fits else None
 
 
+def _predicting(xs: Sequence[np.ndarray], pick: int) -> dict[str, Any] | None:
+    x, weight, _ = xs
+    if x.ndim != 2 or not x.size or _affine(xs, pick) is None or not len(weight):
+        return None
+    return {"target": [(pick + i) % len(weight) for i in range(len(x))]}
+
+
 def _attended(xs: Sequence[np.ndarray], pick: int) -> dict[str, Any] | None:
     query, key, value = xs
     fits = all(x.ndim == 2 and x.size for x in xs) and query.shape[1] == key.shape[1] and key.shape == value.shape
@@ -292,6 +299,8 @@ def _attended(xs: Sequence[np.ndarray], pick: int) -> dict[str, Any] | None:
 
 add_form(Form("matmul", "{0} @ {1}", formulas.matrix_product, 2, _chained, moved=True))
 add_form(Form("linear", "eg.linear({0}, {1}, {2})", formulas.linear, 3, _affine, moved=True))
+add_form(Form("linear_cross_entropy", "eg.linear_cross_entropy({0}, {1}, eg.tensor({target}), {2})",
+              lambda x, w, b, target: formulas.linear_cross_entropy(x, w, target, b), 3, _predicting))
 add_form(Form("attention", "eg.scaled_dot_product_attention({0}, {1}, {2}, causal={causal})",
               lambda q, k, v, causal: formulas.attention(q, k, v, causal=causal), 3, _attended, moved=True))
 

@@ -314,6 +314,10 @@ def cross_entropy_vjp(g: Number, logits: Number, target: Any, *, ignore_index: i
     return where(counted, g.reshape(*g.shape, 1) * d, 0.0), None
 
 
+def linear_cross_entropy(x: Number, weight: Number, target: Any, bias: Number | None = None, **options: Any) -> Number:
+    return cross_entropy(linear(x, weight, bias), target, **options)
+
+
 def mse_loss(x: Number, target: Number, reduction: str = "mean") -> Number:
     d = x - target
     return reduced(d * d, reduction)

@@ -117,6 +117,11 @@ def cross_entropy(x: T, target: T, weight: T | None = None, reduction: str = "no
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
+def linear_cross_entropy(x: T, weight: T, target: T, bias: T | None = None, reduction: str = "none",
+                         label_smoothing: float = 0.0) -> T:
+    return cross_entropy(F.linear(x, weight, bias), target, None, reduction, label_smoothing)
+
+
 def attention(query: T, key: T, value: T, mask: T | None = None, *, causal: bool = False, lengths: Any = None,
               scale: float | None = None, **unused: Any) -> T:
     """All ways of masking as one bias; a query that may look nowhere gives 0 here and NaN there."""
@@ -249,7 +254,8 @@ FUSED: dict[str, Callable[..., T]] = {
     "conv1d": F.conv1d, "cross_entropy": cross_entropy,
     "einsum": lambda operands, subscripts: torch.einsum(subscripts, *operands), "huber_loss": F.huber_loss,
     "kl_div": F.kl_div, "layer_norm": lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps),
-    "linear": F.linear, "log_softmax": lambda x, axis: F.log_softmax(x, axis), "matmul": torch.matmul,
+    "linear": F.linear, "linear_cross_entropy": linear_cross_entropy,
+    "log_softmax": lambda x, axis: F.log_softmax(x, axis), "matmul": torch.matmul,
     "mse_loss": F.mse_loss, "outer": torch.outer,
     "rms_norm": lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps), "rope": rope,
     "scaled_dot_product_attention": attention, "softmax": lambda x, axis: F.softmax(x, axis), "tensordot": tensordot,

@@ -154,6 +154,40 @@ register(OpSpec("cross_entropy: each", _classified_each, wrt=(0,), gradient=form
                 call=lambda x, t, **a: eg.cross_entropy(x, t, reduction="none", **a)))
 
 
+def _predicted(s: Source) -> Draw:
+    (logits, target, _), attributes = _classified(s)
+    classes, inputs = logits.shape[-1], s.side()
+    bias = s.array((classes,)) if s.boolean() else None
+    return [s.array((*target.shape, inputs)), s.array((classes, inputs)), target, bias], attributes
+
+
+def _predicted_rows(s: Source) -> Draw:
+    rows, classes, inputs = s.integer(2, 6), s.integer(1, 40), s.integer(1, 300)
+    return [s.array((rows, inputs)), s.array((classes, inputs)), s.whole((rows,), 0, classes - 1), None], {
+        "label_smoothing": s.choice([0.0, 0.1]), "reduction": "none"}
+
+
+def _predicted_large(s: Source) -> Draw:
+    """More logits than are computed at once."""
+    rows, classes = 520, 8200
+    return [s.array((rows, 3)), s.array((classes, 3)), s.whole((rows,), 0, classes - 1), s.array((classes,))], {
+        "reduction": "mean"}
+
+
+register(OpSpec("linear_cross_entropy", _predicted, formula=formulas.linear_cross_entropy, wrt=(0, 1, 3),
+                batch=(_predicted_rows, (0, 2)), large=_predicted_large, errors=(
+    ErrorCase(lambda: eg.linear_cross_entropy(eg.zeros(2, 4), eg.zeros(3, 4), eg.tensor([0, 3])), IndexError,
+              ("linear_cross_entropy", "3", "[0, 3)")),
+    ErrorCase(lambda: eg.linear_cross_entropy(eg.zeros(2, 4), eg.zeros(3, 4), eg.tensor([0])), ValueError,
+              ("linear_cross_entropy", "(1,)", "(2,)")),
+    ErrorCase(lambda: eg.linear_cross_entropy(eg.zeros(2, 4), eg.zeros(3, 5), eg.tensor([0, 1])), ValueError,
+              ("(3, 5)", "(2, 4)")),
+    ErrorCase(lambda: eg.linear_cross_entropy(eg.zeros(2, 4), eg.zeros(3, 4), eg.tensor([0, 1]), reduction="all"),
+              ValueError, ("linear_cross_entropy", "'all'", "'mean'")),
+    ErrorCase(lambda: eg.linear_cross_entropy(eg.zeros(1, 4), eg.zeros(3, 4), eg.tensor([0]), label_smoothing=2.0),
+              ValueError, ("linear_cross_entropy", "label_smoothing", "2.0")))))
+
+
 def loss(name: str, formula: Callable[..., Any], low: float, high: float, target: tuple[float, float] | None = None,
          **options: list[Any]) -> None:
     """A loss of two operands of one shape."""
