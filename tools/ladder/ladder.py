@@ -4,9 +4,9 @@
     python tools/ladder/ladder.py --check               only validate: every rung on odd sizes against float64
     python tools/ladder/ladder.py --size 1024 --threads 1 --png ladder.png
 
-Contestants take turns (tools/benchmarks/contest.py), and so does the machine: a pure loop of fused multiply-adds, with
-the threads of the row. The fastest of these is the peak, since other work on the machine only takes away, and a rung's
-bar is its median as a share of it.
+Contestants take turns, and between any two of them the machine's peak is measured, with the same number of threads: a
+pure loop of fused multiply-adds. A rung's bar is its share of the peak right before and after it, the median over the
+turns; GFLOP/s are this share of the fastest peak. So a machine that changes its speed is fair to all rungs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,20 +26,20 @@ sys.path.insert(0, str(ROOT))  # a checkout runs without being installed
 if TYPE_CHECKING:
     import numpy as np
 
-    from tools.benchmarks.contest import Contest, Result
     from tools.ladder.rungs import Loaded
 
+Run = Callable[[], object]
 HEADS, WIDTH = 4, 64  # of the attention that is timed
 
 
 @dataclass
 class Bar:
-    """One line of the table and one bar of the picture; the rates are GFLOP/s."""
+    """One line of the table and one bar of the picture: shares of the peak, which is in GFLOP/s."""
 
     who: str
     threads: int
     low: float
-    median: float
+    share: float
     high: float
     peak: float
 
@@ -47,19 +48,13 @@ class Bar:
         return self.who[0].isdigit()
 
     @property
-    def share(self) -> float:
-        return self.median / self.peak
+    def rate(self) -> float:
+        return self.share * self.peak
 
     def line(self, below: Bar | None) -> str:
-        gain = f"{self.median / below.median:.1f}" if below else ""
-        return (f"| {self.who} | {self.threads} | {self.median:.3g} | {self.low:.3g}–{self.high:.3g} | {gain} "
-                f"| {self.share:.3f} |")
-
-
-def bars_of(result: Result, threads: int) -> list[Bar]:
-    peak = result.contest.work / min(result.bounds)
-    return [Bar(who, threads, result.shown(who, 0.9), result.shown(who), result.shown(who, 0.1), peak)
-            for who in result.seconds]
+        gain = f"{self.rate / below.rate:.1f}" if below else ""
+        return (f"| {self.who} | {self.threads} | {self.rate:.3g} | {gain} | {self.share:.3f} "
+                f"| {self.low:.3f}–{self.high:.3f} |")
 
 
 # ── what is timed ─────────────────────────────────────────────────────────────────────────────────────
@@ -74,54 +69,78 @@ def pooled(*shape: int, seed: int) -> tuple[Any, np.ndarray]:
     return array, array.data
 
 
-def gemm_contest(rungs: Sequence[Loaded], size: int, openblas: bool) -> Contest:
+def gemm_runs(rungs: Sequence[Loaded], size: int, openblas: bool) -> dict[str, Run]:
     import numpy as np
 
     from engine.backend import get_backend
-    from tools.benchmarks.contest import Contest
 
     (out, c), (x, a), (y, b) = (pooled(size, size, seed=seed) for seed in range(3))
     backend = get_backend("cpu")
-    runs: dict[str, Callable[[], object]] = {rung.rung.title: rung.bind(c, a, b) for rung in rungs}
+    runs: dict[str, Run] = {rung.rung.title: rung.bind(c, a, b) for rung in rungs}
     runs["engine"] = lambda: backend.gemm(out, x, y, None, 1, size, size, size, 0, size, 1, 0, size, 1, 0, size, 0)
     if openblas:
         runs["OpenBLAS"] = lambda: np.matmul(a, b, out=c)
-    flops = 2.0 * size**3
-    return Contest(f"GEMM {size}×{size}×{size}", runs, flops, work=flops / 1e9, unit="GFLOP/s", streams=False)
+    return runs
 
 
-def attention_contest(rungs: Sequence[Loaded], time: int) -> Contest:
+def attention_runs(rungs: Sequence[Loaded], t: int) -> dict[str, Run]:
     import engine as eg
-    from tools.benchmarks.contest import Contest
 
-    (_, out), (q, qs), (k, ks), (v, vs) = (pooled(HEADS, time, WIDTH, seed=seed) for seed in range(4))
+    (_, out), (q, qs), (k, ks), (v, vs) = (pooled(HEADS, t, WIDTH, seed=seed) for seed in range(4))
     tensors = [eg.tensor(x.data[None]) for x in (q, k, v)]
-    runs: dict[str, Callable[[], object]] = {rung.rung.title: rung.bind(out, qs, ks, vs) for rung in rungs}
+    runs: dict[str, Run] = {rung.rung.title: rung.bind(out, qs, ks, vs) for rung in rungs}
     runs["engine"] = lambda: eg.scaled_dot_product_attention(*tensors, causal=True)
-    flops = 4.0 * HEADS * WIDTH * time * (time + 1) / 2  # of what a causal mask leaves
-    return Contest(f"causal attention {HEADS}×{time}×{WIDTH}", runs, flops, work=flops / 1e9, unit="GFLOP/s",
-                   streams=False)
+    return runs
+
+
+def take_turns(runs: dict[str, Run], flops: float, threads: int, seconds: float, least_turns: int = 5) -> list[Bar]:
+    """Each run's share of the peak beside it, for about `seconds`."""
+    import numpy as np
+
+    from engine.backend import set_num_threads
+    from engine.backend.roofs import peak_flops
+    from tools.benchmarks.contest import PAUSE_SECONDS, calls_a_turn
+
+    set_num_threads(threads)
+    calls = {who: calls_a_turn(run) for who, run in runs.items()}
+    shares: dict[str, list[float]] = {who: [] for who in runs}
+    peaks = [peak_flops(repeats=2) or 0.0]
+    stop = time.perf_counter() + seconds
+    while len(shares["engine"]) < least_turns or time.perf_counter() < stop:
+        for who, run in runs.items():
+            run()  # brings back caches and sleeping threads
+            start = time.perf_counter()
+            for _ in range(calls[who]):
+                run()
+            rate = calls[who] * flops / (time.perf_counter() - start)
+            time.sleep(PAUSE_SECONDS)  # in which threads stop spinning
+            peaks.append(peak_flops(repeats=2) or 0.0)
+            shares[who].append(2 * rate / (peaks[-2] + peaks[-1]))
+    bars = []
+    for who in runs:
+        low, median, high = (float(x) for x in np.quantile(shares[who], (0.1, 0.5, 0.9)))
+        bars.append(Bar(who, threads, low, median, high, max(peaks) / 1e9))
+    return bars
 
 
 def climb(loaded: Sequence[Loaded], arguments: argparse.Namespace) -> dict[str, list[Bar]]:
     """Times everything; the bars of each table."""
-    from engine.backend import set_num_threads
-    from tools.benchmarks.contest import measure
-    from tools.benchmarks.machine import probes
-
     gemm = [rung for rung in loaded if rung.rung.family == "gemm"]
     attention = [rung for rung in loaded if rung.rung.family == "attention"]
     threaded = [rung for rung in gemm if rung.rung.idea == "threads"]
-    contests = [(1, gemm_contest([rung for rung in gemm if rung not in threaded], arguments.size, False)),
-                (arguments.threads, gemm_contest(threaded, arguments.size, True)),
-                (1, attention_contest(attention, arguments.time))]
-    tables: dict[str, list[Bar]] = {}
-    for threads, contest in contests:
-        set_num_threads(threads)
-        for rung in loaded:
-            rung.set_threads(threads)
-        tables.setdefault(contest.name, []).extend(bars_of(measure(contest, arguments.seconds, probes()), threads))
-    return tables
+    for rung in loaded:
+        rung.set_threads(arguments.threads if rung in threaded else 1)
+    size, t = arguments.size, arguments.time
+    flops = 2.0 * size**3
+    visible = 4.0 * HEADS * WIDTH * t * (t + 1) / 2  # of what a causal mask leaves
+    single = [rung for rung in gemm if rung not in threaded]
+    return {
+        f"GEMM {size}×{size}×{size}":
+            take_turns(gemm_runs(single, size, False), flops, 1, arguments.seconds)
+            + take_turns(gemm_runs(threaded, size, True), flops, arguments.threads, arguments.seconds),
+        f"causal attention {HEADS}×{t}×{WIDTH}":
+            take_turns(attention_runs(attention, t), visible, 1, arguments.seconds),
+    }
 
 
 # ── what is shown ─────────────────────────────────────────────────────────────────────────────────────
@@ -136,7 +155,7 @@ def table(title: str, bars: Sequence[Bar]) -> str:
     rungs = [bar for bar in bars if bar.is_rung]
     below = dict(zip([bar.who for bar in rungs[1:]], rungs))
     return "\n".join([f"{title}, float32; peak {limits}", "",
-                      "| rung | threads | GFLOP/s | 10–90 % | × the rung below | of the peak |",
+                      "| rung | threads | GFLOP/s | × the rung below | of the peak | 10–90 % |",
                       "|---|---|---|---|---|---|",
                       *(bar.line(below.get(bar.who)) for bar in bars)]) + "\n"
 
@@ -151,12 +170,13 @@ def draw(path: Path, tables: dict[str, list[Bar]]) -> None:
         for (threads, limit), style in zip(peaks(bars).items(), ("--", "-")):
             axes.axvline(limit, color="#b5523b", linestyle=style, linewidth=1,
                          label=f"peak, {threads}: {limit:.0f} GFLOP/s")
-        axes.barh(range(len(bars)), [bar.median for bar in bars], ecolor="#333333",
-                  xerr=[[bar.median - bar.low for bar in bars], [bar.high - bar.median for bar in bars]],
+        axes.barh(range(len(bars)), [bar.rate for bar in bars], ecolor="#333333",
+                  xerr=[[(bar.share - bar.low) * bar.peak for bar in bars],
+                        [(bar.high - bar.share) * bar.peak for bar in bars]],
                   color=["#3b6ea5" if bar.is_rung else "#b9b9b9" for bar in bars])
         for place, bar in enumerate(bars):
-            axes.annotate(f"{bar.median:.3g} GFLOP/s, {bar.share:.1%} of the peak", (bar.high, place), (6, 0),
-                          textcoords="offset points", va="center", fontsize=8,
+            axes.annotate(f"{bar.rate:.3g} GFLOP/s, {bar.share:.1%} of the peak", (bar.high * bar.peak, place),
+                          (6, 0), textcoords="offset points", va="center", fontsize=8,
                           bbox={"color": "white", "pad": 1})
         axes.set_yticks(range(len(bars)), [f"{bar.who}, {bar.threads} thr." if bar.threads > 1 else bar.who
                                            for bar in bars])
