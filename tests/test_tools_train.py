@@ -131,6 +131,18 @@ def test_killed_at_any_step_and_resumed_it_ends_with_the_same_bits(finished: tup
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc to find the processes of a run")
+def test_processes_of_a_run_may_be_killed(finished: tuple[Path, str], text: Path, tmp_path: Path) -> None:
+    run = start(*flags(tmp_path, text, *SMALL, "--driver", "processes"))
+    for step, which in ((2, 0), (4, 1), (6, -1)):  # a coordinator, a shard, a worker: the order of their birth
+        wait_for_step(tmp_path, step, run)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        os.kill(int(children.read_text().split()[which]), signal.SIGKILL)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    assert result(tmp_path) == result(finished[0])
+
+
 def test_interrupt_saves_and_says_how_to_go_on(text: Path, tmp_path: Path) -> None:
     more = ["--steps", "100000", "--checkpoint-every", "100000", "--validate-every", "100000"]
     process = start(*flags(tmp_path, text, *SMALL, *more))
@@ -194,6 +206,8 @@ def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, monkeypa
     (["--layers", "0"], "--layers is 0, expected at least 1"),
     (["--lr", "-1"], "--lr is -1.0, expected a positive number"),
     (["--dropout", "1"], "--dropout is 1.0, expected a number from 0 to below 1"),
+    (["--driver", "ray"], "--driver is ray, expected threads or processes"),
+    (["--driver", "processes", "--compress", "int8"], "--compress is int8, expected none with --driver processes"),
     (["--workers", "5"], "--workers is 5, expected at most --microbatches (4)"),
     (["--compress", "zip"], "--compress is 'zip', expected fp16, bf16, int8"),
     (["--compress", "1bit"], "--compress is '1bit' and the rule AdamWRule"),

@@ -4,7 +4,7 @@
     python tools/kills.py --kills 1000      until so many were
     python tools/kills.py --seed 17         one run, and what happened in it
 
-A run is drawn from its seed: 1..4 workers, 1..4 shards, microbatches, clipping, snapshots or logs, how often a snapshot
+A run is drawn from its seed: 1..8 workers, 1..7 shards, microbatches, clipping, snapshots or logs, how often a snapshot
 is made, and when which machine is killed: at its birth, in the middle of a clock, while it comes back, at the end. The
 expected state is that of a plain loop (engine/sharder/drivers/plain.py), hashed with the optimizer state.
 
@@ -104,7 +104,7 @@ def digest(state: Checkpoint) -> str:
 def run(seed: int) -> dict[str, Any]:
     """One run, as the ledger's line."""
     draw = Random(seed)
-    workers, shards, microbatches = draw.randint(1, 4), draw.randint(1, 4), draw.choice((2, 3, 4, 6))
+    workers, shards, microbatches = draw.randint(1, 8), draw.randint(1, 7), draw.choice((2, 3, 4, 6))
     clip_norm, durability = draw.choice((None, 1.0)), draw.choice(("snapshot", "log"))
     save_every, clocks = draw.choice((0, 1, 3)), draw.randint(4, 8)
     plan = [(draw.choice((0.0, draw.uniform(0, 0.01), draw.uniform(0, 0.1))), draw.choice(KINDS))

@@ -55,7 +55,8 @@ class Session:
             self.model = eg.models.Transformer(self.config)
         self.hyper = schedule(settings)
         rule = eg.optim.AdamWRule(beta1=0.9, beta2=settings.beta2)
-        self.server = eg.sharder.ParameterServer(
+        kind = eg.sharder.ProcessServer if settings.driver == "processes" else eg.sharder.ParameterServer
+        self.server = kind(
             self.model, rule, workers=settings.workers, shards=settings.shards,
             compress=None if settings.compress == "none" else settings.compress,
             microbatches=settings.microbatches, clip_norm=settings.clip, hyper=self.hyper,

@@ -121,7 +121,7 @@ class Order:
 
     incarnation: how often its address had another child before
     last:        the clock before which training ends, None if that is open
-    inherited:   file descriptors of the run that a forked child closes
+    let_go:      closes the run's connections in a forked child, lest they outlive the run; None if it has none
     """
 
     address: Address
@@ -136,7 +136,7 @@ class Order:
     durability: str
     program: Any
     threads: int
-    inherited: tuple[int, ...]
+    let_go: Callable[[], None] | None
 
 
 def live(order: Order, lifeline: Any, other_end: Any) -> None:
@@ -146,8 +146,8 @@ def live(order: Order, lifeline: Any, other_end: Any) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if other_end is not None:
         other_end.close()
-    for descriptor in order.inherited:
-        os.close(descriptor)
+    if order.let_go is not None:
+        order.let_go()
     threading.Thread(target=_watch, args=(lifeline, order.folder), daemon=True).start()
     kind, number = order.address
     setup = order.recipe.setup()

@@ -33,6 +33,7 @@ from engine.sharder.wire import Channel, Hello
 RANKS = ("run", "coordinator", "shard", "worker")
 WAITING = 1000  # messages to one machine that wait; more are dropped, and will be asked for again
 REDIAL = 0.02  # seconds between two calls of who does not answer
+READS = 64  # of the system before another connection has its turn
 PARTS = 64  # of frames that are handed to the system at once
 log = logging.getLogger(__name__)
 
@@ -102,8 +103,9 @@ class Connection:
                 sent -= min(sent, len(part))
 
     def read(self) -> None:
-        """Take what has come. Raises WireError for what is refused, and OSError when the connection is over."""
-        while True:
+        """Take what has come, but leave a turn to others. Raises WireError for what is refused, and OSError when the
+        connection is over."""
+        for _ in range(READS):
             while self._filled == len(self._buffer):
                 self._buffer, self._filled = _space(self._parser.send(self._buffer)), 0
             try:
@@ -147,11 +149,8 @@ class Post:
         self.listener.setblocking(False)
         self.selector.register(self.listener, selectors.EVENT_READ)
 
-    def sockets(self) -> list[int]:
-        """The file descriptors that a forked child must close, lest connections outlive their owner."""
-        return [key.fd for key in self.selector.get_map().values() if isinstance(key.fileobj, socket.socket)]
-
     def close(self) -> None:
+        """Close everything; in a forked child, its share of what the two have in common."""
         for key in list(self.selector.get_map().values()):
             self.selector.unregister(key.fileobj)
             if isinstance(key.fileobj, socket.socket):

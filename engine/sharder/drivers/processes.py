@@ -112,7 +112,9 @@ class ProcessServer(Cluster):
 
     def _fetch(self, seconds: float = float("inf")) -> None:
         """Bring the state of the shards here, if they are ahead."""
-        if self._team and self._stale and not self.busy:
+        if self.busy:
+            raise RuntimeError("parameters: a clock is running; ask between two clocks, in the loop over run()")
+        if self._team and self._stale:
             parts = self._team.standing(seconds)
             self._stale = False
             self._team.clock = parts[0].clock
@@ -213,7 +215,7 @@ class _Team:
         order = Order(address, incarnation, self.folder, self.secret, server.recipe, server.term,
                       self.epoch + incarnation, server.workers, self.last, server.durability,
                       self.program if address[0] == "worker" else None, max(1, get_num_threads() // share),
-                      tuple(self.post.sockets()) if forks else ())
+                      self.post.close if forks else None)
         child = server.context.Process(target=live, args=(order, self.lifeline, self.end if forks else None),
                                        name=f"{address[0]} {address[1]}", daemon=True)
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child ignores it
