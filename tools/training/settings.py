@@ -91,8 +91,8 @@ class Settings:
         if self.driver not in ("threads", "processes"):
             raise ProgramError(f"--driver is {self.driver}, expected threads or processes")
         if self.driver == "processes" and self.compress != "none":
-            raise ProgramError(f"--compress is {self.compress}, expected none with --driver processes: what a codec has "
-                               "left to say would be lost with a worker's process")
+            raise ProgramError(f"--compress is {self.compress}, expected none with --driver processes: what a codec "
+                               "has left to say would be lost with a worker's process")
         if self.width % (2 * self.heads):
             raise ProgramError(f"--width is {self.width}, expected a multiple of twice --heads ({2 * self.heads}): "
                                "each head has an even number of features, which rotary positions turn in pairs")
