@@ -48,6 +48,25 @@ def test_sign():
 """
 
 
+PROGRAMS = """
+from hypothesis import given, strategies as st
+from engine.maths import sign
+
+class Failure(AssertionError):
+    def __init__(self, nodes):
+        self.nodes = nodes
+
+def test_one():
+    if sign(4) != 1:
+        raise Failure(1)
+
+@given(st.integers(2, 8))
+def test_random_programs(n):
+    if sign(n) != 1:
+        raise Failure(n)
+"""
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     root = tmp_path / "tree"
@@ -114,6 +133,16 @@ def test_tests_that_cannot_run_decide_nothing(tree: Path, capsys: pytest.Capture
     assert run([mutant, MINUS], tree, tree / "build" / "mutate.json") == 1
     rows = capsys.readouterr().out.splitlines()
     assert rows[0].startswith("UNDECIDED") and rows[1].startswith("killed") and rows[-1].endswith("not: case")
+
+
+def test_what_shows_a_bug_is_shrunk_and_counted(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The test that caught it says how many ops it takes, and so does the random program that it shrinks to."""
+    (tree / "tests" / "test_programs.py").write_text(PROGRAMS)
+    mutant = record("sign", "a > 0", "a > 9", "tests/test_programs.py")
+    assert run([mutant], tree, tree / "mutate.json", sizes=True) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].endswith("::test_one, shrunk of 1 nodes, program of 2 nodes")
+    assert "of random programs: 1 shrunk, median 2, at most 2" in rows[3]
 
 
 def test_a_copy_is_as_it_was_after_a_bug(tree: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import engine as eg
 from engine.backend import get_backend
+from engine.ops import registry
 
 
 def test_promotion_takes_the_wider_float() -> None:
@@ -111,3 +112,48 @@ def test_weighted_targets_of_length_one_along_an_axis() -> None:
     logp = eg.log_softmax(logits, -1).numpy()
     want = [[-1.0 * logp[0, 0, 0]], [-4.0 * logp[1, 0, 3]], [-2.0 * logp[2, 0, 1]]]
     np.testing.assert_array_equal(eg.cross_entropy(logits, target, weight, reduction="none").numpy(), want)
+
+
+LAST = "vecdot cumulative_sum cumulative_prod diff softmax log_softmax take_along_axis argsort sort topk".split()
+FIRST = "concat expand_dims stack unstack split take".split()
+USUAL = {"keepdims": False, "dtype": None, "reduction": "mean", "generator": None, "descending": False, "stable": True,
+         "include_initial": False, "min": None, "max": None, "indexing": "xy", "value": 0.0, "stride": 1, "padding": 0,
+         "dilation": 1, "groups": 1, "axes": 2, "k": 0, "p": 0.5, "correction": 0.0, "n": 1, "prepend": None,
+         "append": None, "eps": 1e-5, "running_mean": None, "running_var": None, "training": True, "momentum": 0.1,
+         "mask": None, "causal": False, "lengths": None, "scale": None, "dropout": 0.0, "interleaved": False,
+         "sparse": False, "side": "left", "sorter": None, "weight": None, "ignore_index": -100, "label_smoothing": 0.0,
+         "delta": 1.0, "invert": False, **dict.fromkeys([("axis", op) for op in LAST], -1),
+         **dict.fromkeys([("axis", op) for op in FIRST], 0), "axis": None, ("eps", "rms_norm"): 1e-6}
+
+
+def test_what_is_left_out_is_as_published() -> None:
+    """The defaults of the array API standard, and for what it does not have those of PyTorch."""
+    for op in registry.values():
+        for name, value in op.attributes.items():
+            if value is not inspect.Parameter.empty:
+                want = USUAL.get((name, op.name), USUAL.get(name, "none given"))
+                assert value == want and type(value) is type(want), f"{op.name}: {name}={value!r}, expected {want!r}"
+
+
+def test_what_is_written_in_place_takes_the_type_of_what_it_overwrites() -> None:
+    for dtype, other in (("float32", "float64"), ("float64", "float32"), ("int32", "int64")):
+        x = eg.full((3,), 2, dtype=dtype)
+        x += eg.tensor([1, 2, 5], dtype=other)
+        assert x.dtype.name == dtype and x.tolist() == [3, 4, 7]
+
+
+def test_integers_are_drawn_from_the_given_generator_with_all_their_bits() -> None:
+    def drawn(seed: int) -> list[int]:
+        return list(eg.randint(0, 1 << 50, (40,), generator=eg.Generator(seed)).tolist())
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert len({n & 0xFFFF for n in drawn(1)}) > 30  # a float32 has 24 bits
+
+
+def test_rotations_and_statistics_at_their_edges() -> None:
+    """The published base of rotary positions; one row has no variance, and leaves that of the others finite."""
+    for one, other in zip(eg.rope_table(5, 8), eg.rope_table(5, 8, 10000.0)):
+        assert one.tolist() == other.tolist()
+    mean, var = eg.zeros(3), eg.ones(3)
+    eg.batch_norm(eg.ones(1, 3), eg.ones(3), eg.zeros(3), mean, var, momentum=0.5)
+    assert mean.tolist() == [0.5] * 3 and var.tolist() == [0.5] * 3

@@ -3,6 +3,8 @@
     python tools/mutate.py                     all records of tools/mutants; exit status 1 if one survives
     python tools/mutate.py --only gemm         those whose name or file contains a word
     python tools/mutate.py --list              what there is
+    python tools/mutate.py --sizes             shrink what shows each bug and count its ops, in the test that caught
+                                               it and in random programs
     python tools/mutate.py --fresh             forget the verdicts of earlier runs (build/mutate.json)
     python tools/mutate.py --automatic 300 --seed 0    a sample of the mutants that a library can make of the ops and
                                                of autograd (tools/mutants/automatic.py); goes on where it stopped
@@ -12,9 +14,10 @@ machine has, and after a bug in C only the objects that read the changed file. T
 first, then, if those notice nothing, the wider suite. At the end every test that caught something runs once
 more on the tree without bugs: one that fails there too has caught nothing.
 
-A verdict is kept under a hash of the record, of the file it changes, and of the tests that it names. Automatic mutants
-run under limits of memory and of processor time, which do not depend on what else the machine does; those that
-cannot be noticed stand, with the reason, in tools/mutants/equivalent.py, and are not run.
+A verdict is kept under a hash of the record, of the file it changes, and of the tests that it names; that of an
+automatic mutant under a hash of the lines that it changes. These run under limits of memory and processor time, which
+do not depend on what else the machine does; those that cannot be noticed stand, with the reason, in
+tools/mutants/equivalent.py, and are not run.
 
 DeMillo, Lipton, Sayward 1978, "Hints on Test Data Selection".
 """
@@ -90,8 +93,13 @@ def named_tests(mutant: Mutant) -> list[str]:
 
 
 def key_of(mutant: Mutant, root: Path) -> str:
-    """What a kill depends on: the record, the file that it changes, and the files of its first tests."""
-    digest = hashlib.sha256(repr(tuple(mutant._replace(then=None))).encode())
+    """What a kill depends on: the record, the file that it changes, and the files of its first tests.
+
+    An automatic one has tests by the thousand: a kill stands until the lines that it changes do not.
+    """
+    if mutant.then is not None:
+        return hashlib.sha256(repr((changed_lines(mutant), mutant.name.split()[-1])).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr(tuple(mutant)).encode())
     for name in (mutant.file, *sorted({a.partition("::")[0] for a in named_tests(mutant)})):
         for path in sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]:
             digest.update(path.read_bytes())
@@ -289,6 +297,20 @@ def judge(copy: Copy, mutant: Mutant) -> dict[str, Any]:
             "seconds": round(time.monotonic() - start, 1)}
 
 
+PROGRAMS = "tests/test_programs.py::test_random_programs"
+
+
+def sizes_of(copy: Copy, mutant: Mutant, killer: str) -> list[int | None]:
+    """How many ops it takes to show a bug, in the test that caught it and in a random program; None where not known."""
+    found = []
+    with copy.plant(mutant):
+        for test in (killer, PROGRAMS):
+            _, output = copy.test([test, "--shrink"]) if ".py::" in test else (0, "")
+            nodes = re.search(r"^SHRUNK to (\d+) nodes", output, flags=re.M)
+            found.append(int(nodes[1]) if nodes else None)
+    return found
+
+
 def confirm(copy: Copy, verdicts: Iterable[dict[str, Any]]) -> set[str]:
     """Which tests, of those that caught something, fail without any bug too."""
     tests = sorted({v["by"] for v in verdicts if v["verdict"] == KILLED and ".py" in v["by"]})
@@ -303,12 +325,13 @@ def confirm(copy: Copy, verdicts: Iterable[dict[str, Any]]) -> set[str]:
 # ── the run ───────────────────────────────────────────────────────────────────────────────────────────
 
 def show(verdict: dict[str, Any]) -> None:
+    sizes = "".join(f", {what} of {n} nodes" for what, n in zip(("shrunk", "program"), verdict.get("nodes", ())) if n)
     print(f"{verdict['verdict']:9}  {verdict['seconds']:6.1f} s  {verdict['name']:28}  {verdict['file']:32}  "
-          f"{verdict['by']}", flush=True)
+          f"{verdict['by']}{sizes}", flush=True)
 
 
 def run(mutants: Sequence[Mutant], root: Path, ledger: Path, fresh: bool = False,
-        limits: Mapping[int, int] | None = None) -> int:
+        limits: Mapping[int, int] | None = None, sizes: bool = False) -> int:
     """Judge every mutant, print the table, keep the ledger. The exit status: 1 if one survives."""
     for mutant in mutants:
         check_record(mutant, root)
@@ -326,6 +349,9 @@ def run(mutants: Sequence[Mutant], root: Path, ledger: Path, fresh: bool = False
             key = keys[mutant.name]
             if known.get(key, {}).get("verdict") != KILLED:  # a survivor is tried again: the tests may have grown
                 known[key] = judge(copy, mutant)
+                write(ledger, known)
+            if sizes and known[key]["verdict"] == KILLED and not mutant.sanitizer and "nodes" not in known[key]:
+                known[key]["nodes"] = sizes_of(copy, mutant, known[key]["by"])
                 write(ledger, known)
             show(known[key])
         verdicts = [known[keys[mutant.name]] for mutant in judged]
@@ -360,6 +386,11 @@ def report(mutants: Sequence[Mutant], verdicts: Sequence[dict[str, Any]]) -> int
               f"at most {slowest['seconds']:.1f} ({slowest['name']}); "
               f"{sum(v['by'].startswith('time') for v in kills)} by running out of time, "
               f"{sum('.py::' not in v['by'] for v in kills)} by no test of values")
+    for i, what in enumerate(("the tests that caught them", "random programs")):
+        nodes = [v["nodes"][i] for v in kills if v.get("nodes", [None, None])[i]]
+        if nodes:
+            print(f"nodes of what shows a bug, of {what}: {len(nodes)} shrunk, median {statistics.median(nodes):g}, "
+                  f"at most {max(nodes)}")
     alike = len(mutants) - len(verdicts)
     print(f"{len(kills)} of {len(verdicts)} planted bugs caught" + (f", {alike} equivalent left out" if alike else "")
           + (f"; not: {', '.join(v['name'] for v in survivors)}" if survivors else ""))
@@ -373,6 +404,7 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="forget the verdicts of earlier runs")
     parser.add_argument("--ledger", type=Path, default=ROOT / "build" / "mutate.json", help="where verdicts are kept")
     parser.add_argument("--automatic", type=int, metavar="N", help="judge a sample of automatic mutants instead")
+    parser.add_argument("--sizes", action="store_true", help="shrink what shows each bug, and count its ops")
     parser.add_argument("--near", action="store_true", help="of the tests after the first run one stage only")
     parser.add_argument("--seed", type=int, default=0, help="of that sample")
     arguments = parser.parse_args()
@@ -391,7 +423,8 @@ def main() -> int:
     try:
         if not chosen:
             raise MutationError(f"no record's name or file contains {' or '.join(arguments.only or ())}")
-        return run(chosen, ROOT, arguments.ledger, arguments.fresh, LIMITS if arguments.automatic else None)
+        return run(chosen, ROOT, arguments.ledger, arguments.fresh, LIMITS if arguments.automatic else None,
+                   arguments.sizes)
     except MutationError as error:
         print(f"mutate: {error}", file=sys.stderr)
         return 2

@@ -25,19 +25,21 @@ class CheckFailure(AssertionError):
     bound:        what was allowed
     origin:       where the bound comes from
     reproduction: a few lines of Python that fail in the same way; given as text, or as a function that writes it
+    nodes:        how many ops those lines apply, where that is known
     """
 
     def __init__(self, check: str, *, index: Any = None, got: Any = None, want: Any = None, ulps: float | None = None,
-                 bound: Any = None, origin: str = "", reproduction: Reproduction = ""):
+                 bound: Any = None, origin: str = "", reproduction: Reproduction = "", nodes: int | None = None):
         self.check, self.index, self.got, self.want = check, index, got, want
         self.ulps, self.bound, self.origin = ulps, bound, origin
         self.reproduction = reproduction if isinstance(reproduction, str) else reproduction()
+        self.nodes = nodes
         super().__init__(self._text())
 
-    def with_reproduction(self, reproduction: str) -> CheckFailure:
+    def with_reproduction(self, reproduction: str, nodes: int | None = None) -> CheckFailure:
         """The same failure with other lines that show it."""
         return CheckFailure(self.check, index=self.index, got=self.got, want=self.want, ulps=self.ulps,
-                            bound=self.bound, origin=self.origin, reproduction=reproduction)
+                            bound=self.bound, origin=self.origin, reproduction=reproduction, nodes=nodes)
 
     def _text(self) -> str:
         at = "" if self.index is None else f" at {tuple(int(i) for i in self.index)}"

@@ -375,7 +375,7 @@ def _failing(program: Program, failure: CheckFailure, dtype: str, device: str) -
             "# held against its meaning in float64:\n"
             "from engine.testing.programs import Input, Program, Step, check_program\n"
             f"check_program({program!r})\n")
-    return failure.with_reproduction(text)
+    return failure.with_reproduction(text, nodes=len(program.steps))
 
 
 def check_forward(program: Program, dtype: str, device: str = "cpu") -> None:

@@ -67,7 +67,7 @@ class RowCheck:
                 f"{registered}"
                 "from engine.testing import Case, placed, specs, unpacked\n"
                 "from engine.testing.row_checks import CHECKS\n"
-                f"CHECKS[{self.name!r}].check(specs[{spec.name!r}]{arguments})") from None
+                f"CHECKS[{self.name!r}].check(specs[{spec.name!r}]{arguments})", nodes=1) from None
 
 
 CHECKS: dict[str, RowCheck] = {}
