@@ -140,11 +140,12 @@ def test_what_a_team_of_threads_costs() -> None:
     assert overhead.team_results(Peers([], 1)) == []
     before = get_num_threads()
     try:
-        spinning, asleep = overhead.team_results(Peers([], 2), turns=1)
+        results = overhead.team_results(Peers([], 2), turns=1)
     finally:
         set_num_threads(before)
-    assert spinning.contest.name == "a job for 2 threads, spinning"
-    assert len(asleep.seconds[OURS]) == overhead.JOBS and min(asleep.seconds[OURS]) > 0
+    assert [result.contest.name for result in results] == [
+        f"2 threads {job}, {state}" for job in ("in registers", "over memory") for state in ("spinning", "asleep")]
+    assert all(len(result.seconds[OURS]) == overhead.JOBS and min(result.seconds[OURS]) > 0 for result in results)
 
 
 @pytest.mark.skipif(not isinstance(get_backend("cpu"), CpuBackend), reason="measures the pool")

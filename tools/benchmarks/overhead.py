@@ -1,7 +1,9 @@
 """What a call costs when there is nothing to compute: microseconds for each kind of eager call, on four elements.
 
 The last rows are about threads: what a job takes longer on a team of N than its N-th part takes one thread, while the
-team still spins from the job before, and when it has slept for 2 ms. The job is exp of 65,536 elements a thread.
+team still spins from the job before, and when it has slept for 2 ms. One job computes in registers only, so what is
+left is waking and joining; the other is exp of 65,536 elements a thread, where it also counts which thread finds which
+part in its cache.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from tools.benchmarks.kernels import Maker, Run
 from tools.benchmarks.peers import Peers
 
 ELEMENTS_A_THREAD = 1 << 16
+REGISTER_STEPS = 12_800  # some 30 µs
 ASLEEP_SECONDS = 0.002
 JOBS = 20  # timed in a row
 LEAST = 1e-8  # seconds: the clock's own grain, and what a difference of two times may not go below
@@ -126,19 +129,25 @@ KINDS: dict[str, Callable[[Operands], Pair]] = {
 
 def contests(peers: Peers) -> Iterator[tuple[str, Callable[[], Contest]]]:
     for name, make in KINDS.items():
-        yield name, partial(contest, name, make, peers)
+        yield name, partial(call_of, name, make, peers)
 
 
-def contest(name: str, make: Callable[[Operands], Pair], peers: Peers) -> Contest:
+def call_of(name: str, make: Callable[[Operands], Pair], peers: Peers) -> Contest:
     ours, torch = make(Operands(peers.torch))
     return Contest(name, {OURS: ours, **({"torch": torch} if torch else {})}, unit="µs")
 
 
 # ── threads ───────────────────────────────────────────────────────────────────────────────────────────
 
-def jobs(peers: Peers, threads: int) -> dict[str, Run]:
-    """exp of so many elements that each of `threads` has its share."""
-    row = kernels.unary(Maker(peers.torch), "exp", "exp", threads, ELEMENTS_A_THREAD)
+Jobs = Callable[[int], dict[str, Run]]  # from a number of threads to a job that gives each of them its share
+
+
+def in_registers(threads: int) -> dict[str, Run]:
+    return {OURS: partial(cast(Any, get_backend("cpu")).lib.peak_flops_run, REGISTER_STEPS)}
+
+
+def over_memory(torch: Any, threads: int) -> dict[str, Run]:
+    row = kernels.unary(Maker(torch), "exp", "exp", threads, ELEMENTS_A_THREAD)
     return {OURS: row.ours, **({"torch": row.torch} if row.torch else {})}
 
 
@@ -155,22 +164,25 @@ def set_everybody(peers: Peers, threads: int) -> None:
         peers.torch.set_num_threads(threads)
 
 
-def team_results(peers: Peers, turns: int = 10) -> list[Result]:
-    """The rows about threads; none where there is one."""
-    n = peers.threads
-    if n == 1:
-        return []
+def job_results(name: str, jobs: Jobs, peers: Peers, turns: int) -> Iterator[Result]:
     set_everybody(peers, 1)
-    alone = {who: float(np.median([timed(run) for _ in range(turns * JOBS)])) for who, run in jobs(peers, 1).items()}
-    set_everybody(peers, n)
-    together = jobs(peers, n)
-    found = []
+    alone = {who: float(np.median([timed(run) for _ in range(turns * JOBS)])) for who, run in jobs(1).items()}
+    set_everybody(peers, peers.threads)
+    together = jobs(peers.threads)
     for state, asleep in (("spinning", 0.0), ("asleep", ASLEEP_SECONDS)):
-        result = Result(Contest(f"a job for {n} threads, {state}", {}, unit="µs"), {who: [] for who in together})
+        contest = Contest(f"{peers.threads} threads {name}, {state}", {}, unit="µs")
+        result = Result(contest, {who: [] for who in together})
         for _ in range(turns):
             for who, run in together.items():
                 time.sleep(PAUSE_SECONDS)
                 run()
                 result.seconds[who] += [max(LEAST, timed(run, asleep) - alone[who]) for _ in range(JOBS)]
-        found.append(result)
-    return found
+        yield result
+
+
+def team_results(peers: Peers, turns: int = 10) -> list[Result]:
+    """The rows about threads; none where there is one."""
+    if peers.threads == 1:
+        return []
+    return [*job_results("in registers", in_registers, peers, turns),
+            *job_results("over memory", partial(over_memory, peers.torch), peers, turns)]
