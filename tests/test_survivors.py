@@ -9,7 +9,8 @@ import pytest
 
 import engine as eg
 from engine.backend import get_backend
-from engine.ops import registry
+from engine.ops import op, registry
+from engine.ops.registry import internal
 
 
 def test_promotion_takes_the_wider_float() -> None:
@@ -91,8 +92,8 @@ def test_a_wrong_row_of_a_table_is_named() -> None:
 
 def test_help_shows_what_a_caller_passes() -> None:
     """The forward's parameters without the backend; a composite has none."""
-    for op, names in ((eg.exp, "x"), (eg.sum, "x axis keepdims dtype"), (eg.mean, "x axis keepdims")):
-        assert list(inspect.signature(op).parameters) == names.split()
+    for public, names in ((eg.exp, "x"), (eg.sum, "x axis keepdims dtype"), (eg.mean, "x axis keepdims")):
+        assert list(inspect.signature(public).parameters) == names.split()
 
 
 def test_what_is_made_requires_no_grad_unless_asked() -> None:
@@ -128,11 +129,11 @@ USUAL = {"keepdims": False, "dtype": None, "reduction": "mean", "generator": Non
 
 def test_what_is_left_out_is_as_published() -> None:
     """The defaults of the array API standard, and for what it does not have those of PyTorch."""
-    for op in registry.values():
-        for name, value in op.attributes.items():
+    for public in registry.values():
+        for name, value in public.attributes.items():
             if value is not inspect.Parameter.empty:
-                want = USUAL.get((name, op.name), USUAL.get(name, "none given"))
-                assert value == want and type(value) is type(want), f"{op.name}: {name}={value!r}, expected {want!r}"
+                want = USUAL.get((name, public.name), USUAL.get(name, "none given"))
+                assert value == want and type(value) is type(want), f"{public.name}: {name}={value!r}, want {want!r}"
 
 
 def test_what_is_written_in_place_takes_the_type_of_what_it_overwrites() -> None:
@@ -157,3 +158,24 @@ def test_rotations_and_statistics_at_their_edges() -> None:
     mean, var = eg.zeros(3), eg.ones(3)
     eg.batch_norm(eg.ones(1, 3), eg.ones(3), eg.zeros(3), mean, var, momentum=0.5)
     assert mean.tolist() == [0.5] * 3 and var.tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize("signature", ["n, n -> ", "..., n, n -> ..."])
+def test_named_axes_are_checked_wherever_they_stand(signature: str) -> None:
+    """Also where the result has none of them, or the first operand."""
+    operands = signature.count(",") + 1
+    forward = {2: lambda k, a, b: a, 3: lambda k, a, b, c: a}[operands]
+    made = op(signature, public=False)(forward)
+    try:
+        made(*[eg.ones(2)] * operands)
+        with pytest.raises(ValueError, match="expected"):
+            made(*[eg.ones(2)] * (operands - 1), eg.ones(3))
+    finally:
+        del internal[made.name]
+
+
+def test_einsum_sums_a_letter_as_soon_as_nothing_later_needs_it() -> None:
+    a, b, c = (eg.ones(16, 16) for _ in range(3))
+    with eg.profile() as profile:
+        eg.einsum("ij,jk,kl->il", a, b, c)
+    assert max(event.bytes for event in profile.events) <= 3 * 4 * 16 * 16  # two matrices and their product

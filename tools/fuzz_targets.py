@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 
 import engine as eg
 from engine.models import Transformer, TransformerConfig, huggingface
-from tools.fuzz_wire import Fuzzer, wire_target
+from engine.sharder.drivers.files import RECORD, read_whole, record_bytes, records_of
+from tools.fuzz_wire import Fuzzer, draw_message, wire_target
 from tools.training import checkpoint
 from tools.training.cache import open_entry
 from tools.training.checkpoint import FACTS, Checkpoint
@@ -212,3 +215,25 @@ def _messages(folder: Path) -> list[bytes]:
 
 
 register(Target("wire", _messages, lambda data, folder: wire_target(data)))
+
+
+# ── logs and snapshots of a shard: they end before what is damaged ────────────────────────────────────────
+
+def _records(folder: Path) -> list[bytes]:
+    random = Random(0)
+    return [b"".join(part for number in range(3) for part in record_bytes(number, draw_message(random)))
+            for _ in range(20)]
+
+
+def _read_records(data: bytes, folder: Path) -> None:
+    """As a log, as a snapshot, and as a record's body under checksums that are right."""
+    path = folder / "snapshot"
+    path.write_bytes(data)
+    read_whole(path)
+    head = RECORD.pack(1, len(data), zlib.crc32(data), 0)[:-4]
+    for log in (data, head + zlib.crc32(head).to_bytes(4, "little") + data):
+        ends = [0, *(end for _, _, end in records_of(log))]
+        assert ends == sorted(set(ends)) and ends[-1] <= len(log)
+
+
+register(Target("log", _records, _read_records))

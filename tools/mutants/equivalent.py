@@ -9,6 +9,12 @@ from __future__ import annotations
 from tools.mutants.record import Mutant
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("engine/ops/attention.py",
+     "record = k.array(np.array(strides, np.int64), int64)",
+     "record = k.array(np.array(strides, ), int64)"): "NumPy's own whole numbers have 64 bits since 2.0",
+    ("engine/ops/creation.py",
+     "return _triangle(_k, x, np.tril(np.ones(x.shape[-2:], bool), k))",
+     "return _triangle(_k, x, np.tril(np.ones(x.shape[-3:], bool), k))"): "the mask broadcasts over axes before two",
 }
 
 
