@@ -41,7 +41,7 @@ from engine.dtypes import ALL, DType, bool_, float32
 from engine.sharder import encoding, wire
 from engine.sharder.codecs import Payload, codec_of
 from engine.sharder.encoding import WireError, decode, encode
-from engine.sharder.messages import Gone
+from engine.sharder.messages import Gone, Identity, Push
 
 ROOT = Path(__file__).resolve().parent.parent
 SLICE = 20_000  # inputs
@@ -204,6 +204,7 @@ class Link:
 
 # ── changes ───────────────────────────────────────────────────────────────────────────────────────────
 
+FAR = np.zeros(4 * encoding.LARGE, np.uint8)
 LENGTHS = (0, 1, 7, 255, 4096, (1 << 31) - 1, 1 << 32, 1 << 62, (1 << 63) - 1, (1 << 64) - 1)
 
 
@@ -267,7 +268,7 @@ class Fuzzer:
 
     def run(self, inputs: int) -> None:
         kinds = (self._body, self._body, self._body, self._signed_again, self._frame, self._same_checksum,
-                 self._foreign_frame, self._hello, self._payload, self._noise)
+                 self._foreign_frame, self._hello, self._segment, self._payload, self._noise)
         other = b""
         for _ in range(inputs):
             body = b"".join(encode(draw_message(self.random)))
@@ -324,6 +325,27 @@ class Fuzzer:
     def _hello(self, body: bytes, other: bytes) -> bool:
         hello = _draw_object(self.random, "Hello", 0)
         return check_hello(self._changed(wire._hello_bytes(hello, self.random.randbytes(wire.NONCE)), other))
+
+    def _segment(self, body: bytes, other: bytes) -> bool:
+        """Messages whose large arrays lie in a segment, of the right size and of others."""
+        sizes = [self.random.choice((encoding.LARGE, encoding.LARGE + 8)) for _ in range(self.random.choice((1, 1, 3)))]
+        gradients = tuple(Array(FAR[:size].view(self.random.choice((np.uint8, np.float32)))) for size in sizes)
+        far: list[np.ndarray] = []
+        body = b"".join(encode(Push(Identity(0, 0, 0), 0, 0, 0, 0, 0.0, 1.0, gradients), far))
+        end = 0
+        for size in sizes:
+            end += -end % encoding.FAR_ALIGNMENT + size
+        if self.random.random() < 0.7:
+            body = self._changed(body, other)
+        else:
+            end += self.random.choice((0, 0, 1, -1, 64, -encoding.LARGE))
+        segment = FAR.data[:end]
+        if refused(lambda data: decode(data, lambda: segment), body):
+            return False
+        far.clear()
+        again = b"".join(encode(decode(body, lambda: segment), far))
+        assert again == body, "the decoder takes what the encoder does not write"
+        return True
 
     def _payload(self, body: bytes, other: bytes) -> bool:
         return check_payload(self._changed(_draw_payload(self.random).data, other))

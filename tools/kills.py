@@ -37,7 +37,7 @@ from tools.training.checkpoint import arrays_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("worker", "shard", "coordinator")
-SHAPES = {"embedding": (90, 100), "bias": (3,), "deep": (2, 5000), "scale": ()}  # of several blocks
+SHAPES = {"embedding": (300, 100), "bias": (3,), "deep": (2, 5000), "scale": ()}  # of several blocks, some shared
 RETRY = 0.002  # seconds until a kill is tried again when there is nobody of its kind
 
 

@@ -16,6 +16,10 @@ So a reader knows from the class what must come, and bytes never say what is to 
 classes that are declared here. Nothing is evaluated or unpickled, and nothing is allocated before as many bytes are
 there. A value has one encoding: whatever decode() takes, encode() writes the same way. Arrays are not copied: they are
 read-only views of the bytes they came in.
+
+Between machines that share memory, arrays of LARGE bytes and more can lie elsewhere: end to end, each at a multiple of
+FAR_ALIGNMENT, in one segment that comes with the message. Then 128 is added to the element type, and nothing follows
+the lengths.
 """
 
 from __future__ import annotations
@@ -53,8 +57,9 @@ from engine.sharder.versions import Version
 ELEMENTS = (bool_, uint8, uint16, uint32, uint64, int8, int16, int32, int64, float32, float64)  # by number
 AXES = 16  # at most
 DEPTH = 4  # at most: a value of type Any within another
-ALIGNMENT = 8
-SMALL = 4096
+ALIGNMENT, FAR_ALIGNMENT = 8, 64
+SMALL, LARGE = 1 << 12, 1 << 16
+ELSEWHERE = 128
 
 INT, FLOAT, LENGTH, NUMBER = struct.Struct("<q"), struct.Struct("<d"), struct.Struct("<Q"), struct.Struct("<H")
 
@@ -106,16 +111,22 @@ ALIASES = {"Values": "Mapping[str, np.ndarray]"}
 Part = bytes | bytearray | memoryview
 
 
-def encode(value: Any) -> list[Part]:
-    """The bytes of a message, in parts; those of arrays are its own memory. Raises WireError for what cannot travel."""
-    writer = Writer()
+def encode(value: Any, elsewhere: list[np.ndarray] | None = None) -> list[Part]:
+    """The bytes of a message, in parts; those of arrays are its own memory. Raises WireError for what cannot travel.
+
+    elsewhere: where to put large arrays that are to lie in a segment; None: there is none
+    """
+    writer = Writer(elsewhere)
     _write_any(writer, value)
     return writer.parts
 
 
-def decode(data: Any) -> Any:
-    """What encode() wrote; `data` is bytes or a buffer. Raises WireError with one line for anything else."""
-    reader = Reader(data)
+def decode(data: Any, segment: Callable[[], memoryview] | None = None) -> Any:
+    """What encode() wrote; `data` is bytes or a buffer. Raises WireError with one line for anything else.
+
+    segment: gives the one that came with the message, and is called only if the message says that there is one
+    """
+    reader = Reader(data, segment)
     value = _read_any(reader)
     reader.end()
     return value
@@ -124,8 +135,9 @@ def decode(data: Any) -> Any:
 class Writer:
     """Bytes in parts: short ones are collected, arrays are referred to."""
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: list[np.ndarray] | None = None) -> None:
         self.parts: list[Part] = []
+        self.elsewhere = elsewhere
         self.size = 0
         self._open: bytearray | None = None  # the last part, while it grows
 
@@ -149,8 +161,9 @@ class Writer:
 class Reader:
     """Bytes that are taken one after the other, and never beyond their end."""
 
-    def __init__(self, data: Any):
+    def __init__(self, data: Any, segment: Callable[[], memoryview] | None = None):
         self.data = memoryview(data).cast("B").toreadonly()
+        self.segment, self.far, self.far_position = segment, memoryview(b""), 0
         self.position = 0
         self.depth = 0
         self.inside: list[str] = []  # the fields that are being read, for errors
@@ -164,6 +177,19 @@ class Reader:
             raise self.refuse(f"expected {size} bytes, got {left}")
         self.position += size
         return self.data[self.position - size:self.position]
+
+    def take_far(self, size: int) -> memoryview:
+        """The next bytes of the segment."""
+        assert self.segment is not None
+        if size < LARGE:
+            raise self.refuse(f"{size} bytes lie elsewhere, expected at least {LARGE}")
+        if not self.far:
+            self.far = self.segment().toreadonly()
+        start = self.far_position + -self.far_position % FAR_ALIGNMENT
+        if start + size > len(self.far):
+            raise self.refuse(f"expected {size} bytes at {start} of a segment of {len(self.far)}")
+        self.far_position = start + size
+        return self.far[start:start + size]
 
     def number(self, form: struct.Struct) -> Any:
         return form.unpack(self.take(form.size))[0]
@@ -181,6 +207,8 @@ class Reader:
     def end(self) -> None:
         if self.position != len(self.data):
             raise WireError(f"wire: message: {len(self.data) - self.position} bytes too many")
+        if self.far_position != len(self.far):
+            raise WireError(f"wire: message: {len(self.far) - self.far_position} bytes of its segment too many")
 
 
 # ── kinds ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -325,23 +353,34 @@ def _read_any(reader: Reader) -> Any:
 def _write_array(writer: Writer, data: Any, dtype: DType) -> None:
     if data.ndim > AXES:
         raise TypeError(f"an array of {data.ndim} axes, expected at most {AXES}")
-    writer.put(bytes([ELEMENTS.index(dtype), data.ndim]) + b"".join(map(LENGTH.pack, data.shape)))
+    code, lengths = ELEMENTS.index(dtype), b"".join(map(LENGTH.pack, data.shape))
+    host = np.asarray(data if isinstance(data, np.ndarray) else data.get(), order="C")  # from a GPU
+    if writer.elsewhere is not None and host.nbytes >= LARGE:
+        writer.elsewhere.append(host)
+        return writer.put(bytes([code + ELSEWHERE, data.ndim]) + lengths)
+    writer.put(bytes([code, data.ndim]) + lengths)
     writer.put(bytes(-writer.size % ALIGNMENT))
-    if data.size:
-        host = data if isinstance(data, np.ndarray) else data.get()  # from a GPU
-        writer.refer(np.asarray(host, order="C").reshape(-1).view(np.uint8).data)
+    return writer.refer(host.reshape(-1).view(np.uint8).data)
 
 
 def _read_array(reader: Reader) -> np.ndarray:
-    dtype = ELEMENTS[reader.byte(len(ELEMENTS), "its element type")]
+    limit = len(ELEMENTS) + (ELSEWHERE if reader.segment else 0)
+    code = reader.byte(limit, "its element type")
+    if len(ELEMENTS) <= code < ELSEWHERE:
+        raise reader.refuse(f"its element type is {code}, expected less than {len(ELEMENTS)}")
+    dtype = ELEMENTS[code % ELSEWHERE]
     shape = [reader.number(LENGTH) for _ in range(reader.byte(AXES + 1, "its number of axes"))]
     size, extent = dtype.itemsize, dtype.itemsize  # extent: as NumPy counts it, with axes of no elements
     for length in shape:
         size, extent = size * length, extent * max(1, length)
     if extent >= 1 << 62:
         raise reader.refuse(f"is an array of shape {tuple(shape)}")
-    reader.zeros(-reader.position % ALIGNMENT)
-    found = np.frombuffer(reader.take(size), dtype.numpy).reshape(shape)
+    if code >= ELSEWHERE:
+        elements = reader.take_far(size)
+    else:
+        reader.zeros(-reader.position % ALIGNMENT)
+        elements = reader.take(size)
+    found = np.frombuffer(elements, dtype.numpy).reshape(shape)
     if dtype is bool_ and found.size and found.view(np.uint8).max() > 1:
         raise reader.refuse("has truth values other than 0 and 1")
     return found if found.flags.aligned else found.copy()

@@ -18,6 +18,9 @@ What is refused raises WireError with one line, and changes nothing: the next fr
 whose kernels might compute other bits (another instruction-set level, other kernels, another protocol) are refused at
 the hello.
 
+What lies in a segment of shared memory (encoding.py) is not under a tag: tags would cost more than the memory saves. It
+comes over the same socket, sealed, and a message under its tag says how long it is and what is in it.
+
 A Channel is one end, and pure: no socket, no clock, and its nonce is given. Krawczyk, Bellare, Canetti 1997, RFC 2104.
 """
 
@@ -28,7 +31,7 @@ import hmac
 import struct
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,9 +113,9 @@ class Channel:
 
     # ── frames ──────────────────────────────────────────────────────────────────────────────────────
 
-    def seal(self, message: Any) -> list[Part]:
-        """The next frame, in parts. Raises WireError for a message that cannot travel."""
-        return self.seal_body(encode(message))
+    def seal(self, message: Any, elsewhere: list[Any] | None = None) -> list[Part]:
+        """The next frame, in parts; see encode(). Raises WireError for a message that cannot travel."""
+        return self.seal_body(encode(message, elsewhere))
 
     def seal_body(self, body: Sequence[Part]) -> list[Part]:
         length = sum(map(len, body))
@@ -140,15 +143,15 @@ class Channel:
             raise WireError(f"wire: a frame of {length} bytes, expected at most {self.limit}")
         return length + TAG
 
-    def open(self, head: Any, rest: Any) -> Any:
+    def open(self, head: Any, rest: Any, segment: Callable[[], memoryview] | None = None) -> Any:
         """The message of a frame: its first PREFIX bytes, and the others. Raises WireError unless it is the next one of
-        the other end, whole and unchanged."""
+        the other end, whole and unchanged. segment: see decode()."""
         expected, rest = self.head(head), memoryview(rest)
         if len(rest) != expected:
             raise WireError(f"wire: a frame with {len(rest)} bytes after its head, expected {expected}")
         self._check_body(HEAD.unpack_from(head)[4], rest[:-TAG])
         self._check_tag(_tag(self._body_in, [head[:HEAD.size], rest[:-TAG]]), rest[-TAG:])
-        message = decode(rest[:-TAG])
+        message = decode(rest[:-TAG], segment)
         self.taken += 1
         return message
 

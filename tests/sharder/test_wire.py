@@ -76,6 +76,26 @@ def test_large_arrays_are_not_copied():
     assert np.shares_memory(decode(data).gradients[0].data, data)
 
 
+def test_large_arrays_may_lie_in_a_segment():
+    arrays = [np.arange(20_000, dtype=dtype).reshape(100, 200) for dtype in ("float32", "int64")]
+    push = Push(Identity(0, 0, 0), 0, 0, 0, 0, 0.0, 1.0, (Array(arrays[0]), Array(np.ones(3)), Array(arrays[1])))
+    far = []
+    body = b"".join(encode(push, far))
+    assert all(a is b for a, b in zip(far, arrays)) and len(far) == 2 and len(body) < 1000
+    gap = bytes(-arrays[0].nbytes % encoding.FAR_ALIGNMENT)
+    segment = memoryview(arrays[0].tobytes() + gap + arrays[1].tobytes())
+    assert bits(decode(body, lambda: segment)) == bits(push)
+    for wrong, error in ((segment[:-1], r"Push.gradients: expected 160000 bytes at 80000 of a segment of 239999"),
+                         (memoryview(bytes(segment) + b"x"), "message: 1 bytes of its segment too many")):
+        with pytest.raises(WireError, match=error):
+            decode(body, lambda wrong=wrong: wrong)
+    with pytest.raises(WireError, match=r"Push.gradients: its element type is 137, expected less than 11"):
+        decode(body)
+    small = body.replace(struct.pack("<2Q", 100, 200), struct.pack("<2Q", 1, 200), 1)
+    with pytest.raises(WireError, match=r"Push.gradients: 800 bytes lie elsewhere, expected at least 65536"):
+        decode(small, lambda: segment)
+
+
 def test_elements_that_lie_askew_are_moved():
     message = Reduced(0, 0, 0, 0.0, 0.0, np.arange(5.0))
     squares = decode(memoryview(b"x" + joined(message))[1:]).squares
@@ -324,6 +344,8 @@ BUGS = {
     "padding is not looked at": lambda plant: plant(encoding.Reader, "zeros", lambda self, size: self.take(size)),
     "a byte may be anything": lambda plant: plant(encoding.Reader, "byte", lambda self, limit, what: self.take(1)[0]),
     "takes what is there": takes_what_is_there,
+    "reads beyond the segment": lambda plant: plant(
+        encoding.Reader, "take_far", lambda self, size: self.segment()[:size]),
     "text that is almost UTF-8": text_that_is_almost_utf8,
     "any byte is a truth value": any_byte_is_a_truth_value,
     "a damaged hello": lambda plant: plant(

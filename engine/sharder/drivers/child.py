@@ -189,7 +189,7 @@ class Patience:
 
     def is_over(self, messages: list[Any]) -> bool:
         met, self.post.met = self.post.met, False
-        if messages or self.post.stirred > self.heard:
+        if messages or self.post.stirred > self.heard or self.post.sending:
             self.wait, self.heard = PATIENCE[0], time.monotonic()
         elif not met and time.monotonic() - self.heard >= self.wait:
             self.wait, self.heard = min(2 * self.wait, PATIENCE[1]), time.monotonic()

@@ -8,24 +8,29 @@ that it is time to ask again.
 A connection that brings anything but the next frame of who it claims to be is closed, with one line in the log, and
 nothing of it reaches a machine. Nothing here blocks but receive() and flush(), and those go on reading while they wait,
 so two machines that both have much to say do not wait for each other.
+
+Large arrays do not go through the socket: a frame brings the descriptor of a segment that they lie in (segments.py).
 """
 
 from __future__ import annotations
 
+import array
 import logging
 import os
 import selectors
 import socket
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine.sharder import wire
+from engine.sharder.drivers.segments import AVAILABLE, Segment, Segments, opened
 from engine.sharder.encoding import WireError, declare
 from engine.sharder.events import Address
 from engine.sharder.wire import Channel, Hello
@@ -53,10 +58,12 @@ def path_of(folder: Path, address: Address) -> str:
 class Connection:
     """One socket and its channel. address: of the other end, None until it has said it. proven: it has the secret."""
 
-    def __init__(self, own: socket.socket, channel: Channel, address: Address | None):
+    def __init__(self, own: socket.socket, channel: Channel, address: Address | None, segments: Segments):
         self.socket, self.channel, self.address, self.proven = own, channel, address, False
+        self.segments = segments  # written here
+        self.descriptor: int | None = None  # of the segment that came with the frame that is coming
         self.waiting: deque[Any] = deque()  # messages, until the other end is proven
-        self.outbox: deque[memoryview] = deque([memoryview(channel.hello)])
+        self.outbox: deque[tuple[memoryview, Segment | None]] = deque([(memoryview(channel.hello), None)])
         self.inbox: list[Any] = []
         self._parser = self._parse()
         self._buffer, self._filled = _space(next(self._parser)), 0
@@ -72,7 +79,9 @@ class Connection:
         self._seal(Here())
         while True:
             head = yield wire.PREFIX
-            message = channel.open(head, (yield channel.head(head)))
+            message = channel.open(head, (yield channel.head(head)), self._next_segment if AVAILABLE else None)
+            if self.descriptor is not None:
+                raise WireError("wire: a segment that no message speaks of")
             if self.proven:
                 self.inbox.append(message)
                 continue
@@ -80,8 +89,17 @@ class Connection:
             while self.waiting:
                 self._seal(self.waiting.popleft())
 
+    def _next_segment(self) -> memoryview:
+        descriptor, self.descriptor = self.descriptor, None
+        if descriptor is None:
+            raise WireError("wire: a frame without the segment that it speaks of")
+        return opened(descriptor)
+
     def _seal(self, message: Any) -> None:
-        self.outbox += [memoryview(part).cast("B") for part in self.channel.seal(message) if len(part)]
+        far: list[np.ndarray] = []
+        first, *parts = self.channel.seal(message, far if AVAILABLE else None)
+        self.outbox.append((memoryview(first), self.segments.of(far) if far else None))
+        self.outbox += [(memoryview(part).cast("B"), None) for part in parts if len(part)]
 
     def put(self, message: Any) -> None:
         if self.proven:
@@ -92,14 +110,19 @@ class Connection:
     def write(self) -> None:
         """Hand over what the system takes now."""
         while self.outbox:
+            segment, parts = self.outbox[0][1], [self.outbox[0][0]]
+            for part, another in islice(self.outbox, 1, PARTS):
+                if another:
+                    break  # its descriptor goes with its first byte
+                parts.append(part)
             try:
-                sent = self.socket.sendmsg([self.outbox[i] for i in range(min(PARTS, len(self.outbox)))])
+                sent = self.socket.sendmsg(parts, [_rights(segment)] if segment else [])
             except BlockingIOError:
                 return
             while sent:
-                part = self.outbox.popleft()
+                part, _ = self.outbox.popleft()
                 if sent < len(part):
-                    self.outbox.appendleft(part[sent:])
+                    self.outbox.appendleft((part[sent:], None))
                 sent -= min(sent, len(part))
 
     def read(self) -> None:
@@ -109,12 +132,39 @@ class Connection:
             while self._filled == len(self._buffer):
                 self._buffer, self._filled = _space(self._parser.send(self._buffer)), 0
             try:
-                count = self.socket.recv_into(self._buffer[self._filled:])
+                count, extra, _, _ = self.socket.recvmsg_into([self._buffer[self._filled:]], SPACE)
             except BlockingIOError:
                 return
+            for level, kind, data in extra:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    self._take(array.array("i", data[:len(data) - len(data) % ITEM]))
             if not count:
                 raise ConnectionResetError("closed by the other end")
             self._filled += count
+
+    def _take(self, descriptors: Sequence[int]) -> None:
+        """What came with the first bytes of a frame: one segment at most, and from whoever is proven."""
+        if len(descriptors) == 1 and self.descriptor is None and self.proven:
+            self.descriptor = descriptors[0]
+        else:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise WireError(f"wire: {len(descriptors)} descriptors that nobody expects")
+
+    def close(self) -> None:
+        self.socket.close()
+        self.outbox.clear()
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+ITEM = array.array("i").itemsize
+SPACE = socket.CMSG_SPACE(4 * ITEM)  # of what comes with one call
+
+
+def _rights(segment: Segment) -> tuple[int, int, bytes]:
+    return socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [segment.descriptor]).tobytes()
 
 
 def _space(size: int) -> memoryview:
@@ -135,6 +185,7 @@ class Post:
         self.own, self.folder, self.secret = own, folder, secret
         self.selector = selectors.PollSelector()
         self.connections: dict[Address, Connection] = {}
+        self.segments = Segments()
         self.calls: set[Address] = set()
         self.refusals: deque[str] = deque(maxlen=100)
         self.met = False
@@ -153,8 +204,11 @@ class Post:
         """Close everything; in a forked child, its share of what the two have in common."""
         for key in list(self.selector.get_map().values()):
             self.selector.unregister(key.fileobj)
-            if isinstance(key.fileobj, socket.socket):
-                key.fileobj.close()
+            for own in (key.data, key.fileobj):
+                if isinstance(own, (Connection, socket.socket)):
+                    own.close()
+        self.connections.clear()
+        self.segments.clear()
 
     # ── sending ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -168,6 +222,11 @@ class Post:
             connection.put(message)
             self._write(connection)
 
+    @property
+    def sending(self) -> bool:
+        """Whether there is something that the system has not taken yet."""
+        return any(connection.outbox for connection in self.connections.values())
+
     def flush(self, seconds: float = float("inf")) -> None:
         """Wait until everything is handed over or lost; messages that come meanwhile are kept."""
         end = time.monotonic() + seconds
@@ -178,11 +237,10 @@ class Post:
         try:
             connection.write()
         except OSError:
-            return self._close(connection)
+            connection.outbox.clear()  # the other end hears nothing more, but its last words are yet to be read
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.outbox else 0)
         if self.selector.get_key(connection.socket).events != wanted:
             self.selector.modify(connection.socket, wanted, connection)
-        return None
 
     # ── receiving ───────────────────────────────────────────────────────────────────────────────────
 
@@ -212,7 +270,7 @@ class Post:
         except WireError as error:
             self._close(connection)
             self.refusals.append(str(error))
-            log.warning("%s: %s", self.own, error)
+            log.warning("%s: %s", self.own, str(error))  # a record that kept the error would keep what it refused
             if isinstance(error, wire.Foreign) and connection.address in self.calls:
                 raise
         except OSError:
@@ -242,15 +300,13 @@ class Post:
             own.connect(path_of(self.folder, to))
         except OSError:
             return own.close()
-        connection = self._add(own, to)
-        if connection.socket.fileno() >= 0:
-            self.connections[to] = connection
+        self.connections[to] = self._add(own, to)
         return None
 
     def _add(self, own: socket.socket, to: Address | None) -> Connection:
         own.setblocking(False)
         channel = Channel(self.secret, os.urandom(wire.NONCE), self.own, called=to is None)
-        connection = Connection(own, channel, to)
+        connection = Connection(own, channel, to, self.segments)
         self.selector.register(own, selectors.EVENT_READ, connection)
         self._write(connection)  # its hello at once, so that both ends can say what is wrong with the other
         return connection
@@ -266,6 +322,6 @@ class Post:
 
     def _close(self, connection: Connection) -> None:
         self.selector.unregister(connection.socket)
-        connection.socket.close()
+        connection.close()
         if connection.address is not None and self.connections.get(connection.address) is connection:
             del self.connections[connection.address]
