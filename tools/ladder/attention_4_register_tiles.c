@@ -12,8 +12,8 @@
  * 2·t²·d flops and t²/2 exponentials for a head. Bound by the arithmetic units; at d = 64 a quarter of the time goes
  * into the exponentials. (Dao 2023, arXiv:2307.08691, "FlashAttention-2", has the loops in this order.)
  *
- * What is still missing to the engine's kernels/attention_tile.h and attention.c: register tiles of the diagonal that no
- * query sees, skipped as well; threads; masks, lengths, dropout, heads that share keys; and the backward pass. */
+ * What the engine's kernels/attention_tile.h and attention.c do beyond this: register tiles of the diagonal that no query
+ * sees are skipped as well; threads; masks, lengths, dropout, heads that share keys; and the backward pass. */
 #include "simd_math.h"
 
 #if VECTOR_BYTES == 64 || defined(__aarch64__)

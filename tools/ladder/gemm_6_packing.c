@@ -12,9 +12,9 @@
  * is filled up with zeros while packing, so every tile is a whole one. (Goto and van de Geijn 2008, "Anatomy of
  * high-performance matrix multiplication".)
  *
- * Bound by the arithmetic units, at last. What is still missing to the engine's kernels/gemm.c and gemm_micro.c: tiles
- * of fewer rows at the edge, so that nothing is multiplied by zeros; asking for memory ahead of the tile; transposing A
- * by shuffles instead of element by element; small matrices without packing; operands of any stride. */
+ * Bound by the arithmetic units, at last. What the engine's kernels/gemm.c and gemm_micro.c do beyond this: tiles of
+ * fewer rows at the edge, so that nothing is multiplied by zeros; asking for memory ahead of the tile; transposing A by
+ * shuffles instead of element by element; small matrices without packing; operands of any stride. */
 #include "simd.h"
 
 #if VECTOR_BYTES == 64 || defined(__aarch64__)

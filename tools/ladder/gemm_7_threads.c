@@ -10,7 +10,7 @@
  * in columns/WIDTH.
  *
  * Twice the flops a second for two cores, as long as each has its own second-level cache and the memory feeds both. The
- * team of threads is the engine's: kernels/threads.c. What is still missing to kernels/gemm.c: blocks whose shape follows
+ * team of threads is the engine's: kernels/threads.c. What kernels/gemm.c does beyond this: blocks whose shape follows
  * the matrix and the number of threads, and batches of small products. */
 #include "threads.h"
 #include "gemm_6_packing.c"
