@@ -20,7 +20,6 @@
 #include "gemm_micro.h"
 #include "threads.h"
 
-#define KC 256                    /* part of the definition of the result; the rest may follow the machine */
 #define SPAN 12                   /* column panels a task at most: 384 KiB packed, a share of the second-level cache */
 #define GROUP 64                  /* row panels a task at most */
 #define BUNDLE 8                  /* row panels packed together: long runs of memory where A is transposed */
@@ -31,13 +30,6 @@
 #define PIECE_FLOPS (1 << 19)     /* a few microseconds: the least work worth waking a thread for */
 #define LONG_FLOPS (1 << 27)      /* about a millisecond */
 #define BATCH_FLOPS (1 << 24)     /* products smaller than this are spread over the batch, not cut up */
-
-struct product {
-    real *c;
-    const real *a, *b, *bias;
-    int64_t m, n, k, a_row, a_col, b_row, b_col, c_row;
-    int accumulate;
-};
 
 /* The columns now being multiplied, and how they are cut into tasks. */
 struct stage {
@@ -176,6 +168,8 @@ static void choose_tasks(struct stage *s) {
 }
 
 static void multiply_product(const struct product *x) {
+    if (x->m <= FEW_ROWS && x->b_row == 1)
+        return TYPED(multiply_few)(x);
     int in_scratch = x->accumulate && x->k > KC; /* C must keep its old value until the sum is finished */
     int64_t panels = divide_up(x->m, MR), width = in_scratch ? COLUMNS : x->n;
     struct stage s = {.product = x};

@@ -17,10 +17,13 @@
 
 #if VECTOR_BYTES == 64 || defined(__aarch64__)
 #define MR 14
+#define FEW_ROWS 8 /* of gemm_few.c, which keeps their sums in registers beside a block of VL × VL */
 #else
 #define MR 6
+#define FEW_ROWS 4
 #endif
 #define NR (2 * VL)
+#define KC 256 /* the sums of KC products are chains of their own: part of the definition of the result */
 
 /* The name of a function that has a float and a double version. */
 #if REAL_BITS == 32
@@ -28,6 +31,17 @@
 #else
 #define TYPED(name) name##_f64
 #endif
+
+/* C = A B (+ bias) (+ C), and the strides of A and B; the rows of C are dense. */
+struct product {
+    real *c;
+    const real *a, *b, *bias;
+    int64_t m, n, k, a_row, a_col, b_row, b_col, c_row;
+    int accumulate;
+};
+
+/* gemm_few.c: the same for m ≤ FEW_ROWS and b_row = 1. */
+void TYPED(multiply_few)(const struct product *x);
 
 /* What is added to a finished tile while it is in registers: (partial[i·partial_row + j] + tile) + bias[j]; each of
  * the two may be NULL, and partial may be the tile's own place. */
