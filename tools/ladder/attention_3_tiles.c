@@ -1,15 +1,15 @@
-/* Attention, rung 3: tiles. The online softmax for a tile of queries and a tile of keys at a time (Dao, Fu, Ermon, Rudra,
- * Ré 2022, arXiv:2205.14135, "FlashAttention"):
+/* Attention, rung 3: tiles. The online softmax for a tile of queries and a tile of keys at a time (Dao, Fu, Ermon,
+ * Rudra, Ré 2022, arXiv:2205.14135, "FlashAttention"):
  *
  *     for each tile of QUERIES queries, for each tile of KEYS keys up to the diagonal:
  *       score[s, i] = k[s] · q[i] / √d                          KEYS × QUERIES
  *       m' = max(m, max_s score)    c = exp(m − m')    p = exp(score − m')    l' = c l + Σ_s p    o' = c o + Σ_s p v[s]
  *
  * A key and a value, once loaded, serve all queries of the tile, and what they work on stays in the caches: 16 KiB of
- * scores, and q and o of the tile. All three are held with the queries side by side: q and o as (d, QUERIES), the scores
- * as (KEYS, QUERIES). A vector then is VL queries, each with its own maximum and its own sum, and no operation ever goes
- * across the lanes of a vector. That holds for the exponentials too: kernels/simd_math.h computes VL of them in some 20
- * instructions.
+ * scores, and q and o of the tile. All three are held with the queries side by side: q and o as (d, QUERIES), the
+ * scores as (KEYS, QUERIES). A vector then is VL queries, each with its own maximum and its own sum, and no operation
+ * ever goes across the lanes of a vector. That holds for the exponentials too: kernels/simd_math.h computes VL of them
+ * in some 20 instructions.
  *
  * 2·t²·d flops and t²/2 exponentials for a head, plus half a tile of hidden scores on the diagonal. What bounds it: the
  * two products load a vector, and o stores one, for each multiply-add; they are rung 3 of GEMM. */

@@ -5,15 +5,15 @@
  *     scores:   r = key,      p = e,     a[r, p] = k[r, p]     b = q      c = score
  *     values:   r = e,        p = key,   a[r, p] = v[p, r]     b = p      c = o
  *
- * so one register tile of ROWS rows by two vectors serves both, as in rung 5 of GEMM: per step two loads of b and ROWS of
- * a for 2·ROWS fused multiply-adds, and c is loaded and stored once. b needs no packing, since it was written in this
- * order and lies in the caches; a is read by any two strides, so V need not be transposed.
+ * so one register tile of ROWS rows by two vectors serves both, as in rung 5 of GEMM: per step two loads of b and ROWS
+ * of a for 2·ROWS fused multiply-adds, and c is loaded and stored once. b needs no packing, since it was written in
+ * this order and lies in the caches; a is read by any two strides, so V need not be transposed.
  *
  * 2·t²·d flops and t²/2 exponentials for a head. Bound by the arithmetic units; at d = 64 a quarter of the time goes
  * into the exponentials. (Dao 2023, arXiv:2307.08691, "FlashAttention-2", has the loops in this order.)
  *
- * What the engine's kernels/attention_tile.h and attention.c do beyond this: register tiles of the diagonal that no query
- * sees are skipped as well; threads; masks, lengths, dropout, heads that share keys; and the backward pass. */
+ * What the engine's kernels/attention_tile.h and attention.c do beyond this: register tiles of the diagonal that no
+ * query sees are skipped as well; threads; masks, lengths, dropout, heads that share keys; and the backward pass. */
 #include "simd_math.h"
 
 #if VECTOR_BYTES == 64 || defined(__aarch64__)

@@ -6,7 +6,8 @@
  * product could keep the arithmetic units busy all the time. This one does not, for two reasons:
  *
  *   - `sum` is one chain. An addition waits for the one before it, 4 cycles, although the processor could start two
- *     vectors of 16 multiply-adds in every cycle. The compiler may not cut the chain up: that would change the rounding.
+ *     vectors of 16 multiply-adds in every cycle. The compiler may not cut the chain up: that would change the
+ *     rounding.
  *   - b[p, j] walks down a column. Every step touches another cache line and uses 4 of its 64 bytes; once a column's
  *     lines no longer fit the first-level cache (n > 512), each of them is fetched anew for every j.
  *

@@ -8,8 +8,8 @@
  *
  * Copying costs 2·4 bytes for each element and no flops, and an element of B is then used m times, one of A COLUMNS
  * times. What it buys: a tile reads two straight runs of memory, which the prefetcher follows; they fill whole cache
- * lines, use every set of the cache evenly and lie in few pages; and the loads need no address but two counters. An edge
- * is filled up with zeros while packing, so every tile is a whole one. (Goto and van de Geijn 2008, "Anatomy of
+ * lines, use every set of the cache evenly and lie in few pages; and the loads need no address but two counters. An
+ * edge is filled up with zeros while packing, so every tile is a whole one. (Goto and van de Geijn 2008, "Anatomy of
  * high-performance matrix multiplication".)
  *
  * Bound by the arithmetic units, at last. What the engine's kernels/gemm.c and gemm_micro.c do beyond this: tiles of

@@ -5,9 +5,9 @@
  *
  * No two threads write the same element and none waits for another. Only C is cut, never k, so each sum is computed as
  * one thread would compute it: the bits do not depend on the number of threads, on who takes which block, or on how
- * large a block is. Smaller blocks share the work more evenly; larger ones pack less, since each packs its own rows of A
- * and its own columns of B: of the time spent multiplying, copying B is 1/(rows/ROWS) and copying A about half a panel
- * in columns/WIDTH.
+ * large a block is. Smaller blocks share the work more evenly; larger ones pack less, since each packs its own rows of
+ * A and its own columns of B: of the time spent multiplying, copying B is 1/(rows/ROWS) and copying A about half a
+ * panel in columns/WIDTH.
  *
  * Twice the flops a second for two cores, as long as each has its own second-level cache and the memory feeds both. The
  * team of threads is the engine's: kernels/threads.c. What kernels/gemm.c does beyond this: blocks whose shape follows
