@@ -9,7 +9,7 @@
  *     vectors of 16 multiply-adds in every cycle. The compiler may not cut the chain up: that would change the
  *     rounding.
  *   - b[p, j] walks down a column. Every step touches another cache line and uses 4 of its 64 bytes; once a column's
- *     lines no longer fit the first-level cache (n > 512), each of them is fetched anew for every j.
+ *     lines no longer fit the first-level cache (k > 512), each of them is fetched anew for every j.
  *
  * Bound by the latency of an addition in small matrices, by cache misses in large ones. */
 #include <stdint.h>
