@@ -76,7 +76,8 @@ def main() -> int:
 
     peers = Peers([name for name in arguments.peers.split(",") if name], arguments.threads)
     measured = {}
-    for name in TABLES if arguments.table == "all" else (arguments.table,):
+    every = [name for name in TABLES if peers.torch or name != "sweep"]  # which has nothing else to compare with
+    for name in every if arguments.table == "all" else (arguments.table,):
         machine = measure_machine(arguments.threads)
         if name == "memory":
             footprints = memory.measure(peers, arguments.only)
