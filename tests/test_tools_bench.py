@@ -123,7 +123,7 @@ def test_the_sweep_needs_torch() -> None:
 
 @pytest.mark.skipif(not isinstance(get_backend("cpu"), CpuBackend), reason="measures the compiled kernels")
 @pytest.mark.parametrize(("name", "only"), [("gemm", "NN 64×64×64"), ("kernels", "exp 64×1024"),
-                                            ("overhead", "x < y")])
+                                            ("generate", "decode char"), ("overhead", "x < y")])
 def test_one_row(name: str, only: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS")}
     run = subprocess.run([sys.executable, "tools/bench.py", name, "--peers", "openblas", "--threads", "1", "--seconds",

@@ -1,9 +1,10 @@
-"""Ours beside the peers that are installed: matrix products, kernels, training steps, random shapes, calls, memory.
+"""Ours beside the peers that are installed: products, kernels, training, generation, random shapes, calls, memory.
 
     python tools/bench.py gemm                                  one table; what the machine can do is measured first
     python tools/bench.py all --peers torch,torch.compile,openblas,jax --threads 1
     python tools/bench.py kernels --only softmax --seconds 3
     python tools/bench.py train --json runs/bench/train.json --png runs/bench
+    python tools/bench.py generate --only decode                tokens a second with a cache of keys and values
     python tools/bench.py sweep --shapes 200                    random shapes beside torch, slowest first
     python tools/bench.py sweep --first 40 --shapes 20          a part of it
     python tools/bench.py overhead --peers torch                microseconds a call, and to wake the team of threads
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from tools.benchmarks.contest import Result
     from tools.benchmarks.peers import Peers
 
-TABLES = ("gemm", "kernels", "train", "sweep", "overhead", "memory")
+TABLES = ("gemm", "kernels", "train", "generate", "sweep", "overhead", "memory")
 
 
 def parse() -> argparse.Namespace:
@@ -49,11 +50,12 @@ def parse() -> argparse.Namespace:
 
 def contest_results(name: str, peers: Peers, arguments: argparse.Namespace) -> list[Result]:
     """The rows of a table of contests, each shown when it is measured."""
-    from tools.benchmarks import gemm, kernels, overhead, sweep, train
+    from tools.benchmarks import gemm, generate, kernels, overhead, sweep, train
     from tools.benchmarks.contest import measure
     from tools.benchmarks.machine import probes
 
-    modules: dict[str, Any] = {"gemm": gemm, "kernels": kernels, "train": train, "overhead": overhead}
+    modules: dict[str, Any] = {"gemm": gemm, "kernels": kernels, "train": train, "generate": generate,
+                               "overhead": overhead}
     contests = (sweep.contests(peers, arguments.shapes, arguments.seed, arguments.first) if name == "sweep"
                 else modules[name].contests(peers))
     results = []

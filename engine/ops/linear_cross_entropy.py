@@ -20,7 +20,7 @@ import numpy as np
 
 from engine import autograd
 from engine.backend import Array
-from engine.ops.losses import IGNORE, check_smoothing, class_indices, cross_entropy, reduced
+from engine.ops.losses import IGNORE, check_smoothing, class_indices, cross_entropy, how_many_count, reduced
 from engine.ops.matmul import gemm, linear, transposed
 from engine.ops.registry import composite, op
 from engine.tensor import Tensor
@@ -42,7 +42,7 @@ def chunked_cross_entropy(k: Any, x: Array, weight: Array, target: Array, bias: 
     index, rows = index.seen_as(index.data.reshape(-1)), index.size
     x, bias = k.contiguous(x), bias if bias is None else k.contiguous(bias)
     flat = x.seen_as(x.data.reshape(rows, inputs))
-    counted = np.asarray(int((index.data != ignore_index).sum()), x.dtype.numpy)
+    counted = np.asarray(how_many_count(index, ignore_index), x.dtype.numpy)
     with np.errstate(divide="ignore"):
         share = k.full((rows,), 1 / counted if mean else 1.0, x.dtype)
     losses, lse = k.empty((rows,), x.dtype), k.empty((rows,), x.dtype)

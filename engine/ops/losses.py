@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine import autograd
 from engine.backend import Array, get_backend
 from engine.dtypes import int64
 from engine.ops.elementwise import abs, log, maximum, minimum, square, where
@@ -56,6 +55,11 @@ def class_indices(name: str, k: Any, target: Array, classes: int, ignore_index: 
     return index
 
 
+def how_many_count(target: Array, ignore_index: int) -> int:
+    """How many targets are not ignore_index."""
+    return int((target.data != ignore_index).sum())
+
+
 @token_cross_entropy.kernel_vjp
 def _(k: Any, g: Array, logits: Array, target: Array, lse: Array, ignore_index: int, label_smoothing: float) -> Any:
     x = k.contiguous(logits)
@@ -96,9 +100,7 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None, 
     loss = token_cross_entropy(logits, target, ignore_index, label_smoothing)
     if reduction != "mean":
         return reduced("cross_entropy", loss, reduction)
-    with autograd.no_grad():
-        counted = sum(target != ignore_index).to(dtype=loss.dtype)
-    return sum(loss) / counted
+    return sum(loss) / how_many_count(target.array, ignore_index)
 
 
 def _weighted(logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, smoothing: float,
