@@ -15,14 +15,21 @@ from engine.sharder.setup import Setup
 
 
 class History:
-    """committed: the clocks, in order; faults: how often each struck; time: virtual; log: one line an event."""
+    """What a run leaves.
+
+    committed: the clocks, in order; committed_at: when each was      faults: how often each struck
+    time: virtual; log: one line an event
+    carried: each message that was sent: when, when it arrives (None: it is lost), from whom, to whom
+    """
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.committed: list[Committed] = []
+        self.committed_at: list[float] = []
         self.faults: Counter[str] = Counter()
         self.time = 0.0
         self.events: list[tuple[float, Address, Any, list[str]]] = []
+        self.carried: list[tuple[float, float | None, Address, Address, Any]] = []
 
     def record(self, to: Address, event: Any) -> None:
         self.events.append((self.time, to, event, []))

@@ -190,13 +190,16 @@ class Run:
         if (weather.loss and random.random() < weather.loss) or (
                 until > self.history.time and (source in half) != (send.to in half)):
             self.history.faults["lose"] += 1
+            self.history.carried.append((self.history.time, None, source, send.to, send.message))
             return
         if weather.duplication and random.random() < weather.duplication:
             self.history.faults["repeat"] += 1
             copies = 2
         for _ in range(copies):
             shortest, longest = weather.latency
-            self.schedule(delay + shortest + int(random.random() * (longest - shortest + 1)), send.to, send.message)
+            way = delay + shortest + int(random.random() * (longest - shortest + 1))
+            self.history.carried.append((self.history.time, self.history.time + way, source, send.to, send.message))
+            self.schedule(way, send.to, send.message)
 
     def _transmission(self, source: Address, message: Any) -> float:
         """How long it takes until a message, and what was sent before it, has left the machine."""
@@ -329,6 +332,7 @@ class Run:
         if committed.clock >= self.done:
             self.done = committed.clock + 1
             self.history.committed.append(committed)
+            self.history.committed_at.append(self.history.time)
             if self.done >= self.granted:
                 self._grant()
 
