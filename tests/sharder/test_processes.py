@@ -147,6 +147,14 @@ def test_the_program_that_kills_goes_on_where_it_stopped(tmp_path, monkeypatch, 
     assert kills.main() == 1 and "other bits or clocks with seed 2" in capsys.readouterr().out
 
 
+def test_an_answer_that_comes_late_is_not_mistaken_for_the_present_state():
+    server, late = server_of(), []
+    for done in server.run(program, 3):
+        server._team.post._messages += late  # private: nobody can be made to answer late
+        assert_same_bits(server.state(), expected(done.clock + 1))
+        late = [child.Standing(shard, part) for shard, part in server._team.parts.items()]
+
+
 # ── a clean end ───────────────────────────────────────────────────────────────────────────────────────
 
 def failing_program(client):
@@ -280,6 +288,18 @@ def test_no_child_outlives_its_run(tmp_path, start, end):
     while (any(map(alive, pids)) or list(tmp_path.glob("shardgrad-*"))) and time.monotonic() < wait:
         time.sleep(0.01)
     assert not any(map(alive, pids)) and not list(tmp_path.glob("shardgrad-*"))
+
+
+RAISES = ORPHANS.replace("time.sleep({pause})", "raise KeyError('by the caller')")
+
+
+def test_a_caller_that_ends_without_leaving_the_loop_leaves_nothing(tmp_path):
+    script = tmp_path / "raises.py"
+    script.write_text(RAISES.format(paths=[str(TESTS), str(TESTS.parents[1])], start="fork", folder=str(tmp_path)))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().endswith("KeyError: 'by the caller'"), done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 5 and not any(map(alive, pids)) and not list(tmp_path.glob("shardgrad-*"))
 
 
 # ── who may take part ─────────────────────────────────────────────────────────────────────────────────

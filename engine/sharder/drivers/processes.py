@@ -22,6 +22,7 @@ that, clear up and die.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import secrets
 import shutil
@@ -132,6 +133,7 @@ class ProcessServer(Cluster):
         coordinator, _, workers = self.start(clocks)
         try:
             self._team = team = _Team(self, program, origin, coordinator.last, workers[0].epoch)
+            atexit.register(team.stop)  # for a caller that ends without leaving the loop
             try:
                 team.bear_all()
                 yield from self._clocks(team, coordinator.last, stride)
@@ -140,6 +142,7 @@ class ProcessServer(Cluster):
                     self._settle()
                 finally:
                     team.stop()
+                    atexit.unregister(team.stop)
         finally:
             self._team = None
             self.active = self.busy = self._stale = False
@@ -156,7 +159,7 @@ class ProcessServer(Cluster):
             team.finish()
             team.heed_interrupt()
         except GeneratorExit:
-            while team.clock < team.granted:
+            while team.clock < team.granted and not team.over:
                 self._next_clock(team)
             raise
 
@@ -171,9 +174,11 @@ class ProcessServer(Cluster):
         self.busy = False
         try:
             self._fetch(STANDING)
-        except (TimeoutError, WorkFailed):
+        except BaseException as error:
             for memory in self.memories:
                 memory.torn = True
+            if not isinstance(error, (TimeoutError, WorkFailed)):
+                raise
 
 
 class _Team:
@@ -182,7 +187,7 @@ class _Team:
     def __init__(self, server: ProcessServer, program: Program, origin: Checkpoint, last: int | None, epoch: int):
         self.server, self.program, self.last, self.epoch = server, program, last, epoch
         self.clock = self.granted = self.heard = origin.clock  # yielded; may be applied; committed
-        self.interrupted = self.finishing = self.failed = False
+        self.interrupted = self.finishing = self.failed = self.over = False
         self.secret = secrets.token_bytes(32)
         self.children: dict[Address, Any] = {}
         self.incarnations: Counter[Address] = Counter()
@@ -271,11 +276,12 @@ class _Team:
 
     def _until(self, ready: Callable[[], bool], ask: Callable[[], None], end: float = float("inf")) -> None:
         """Ask, and wait until it is so. Raises KeyboardInterrupt at the second one."""
-        ask()
+        if not self.over:
+            ask()
         while not ready():
             dead = self.failed and any(child.exitcode is not None for (kind, _), child in self.children.items()
                                        if kind != "worker")
-            if time.monotonic() > end or dead:
+            if time.monotonic() > end or dead or self.over:
                 raise TimeoutError("ProcessServer: the shards do not answer")
             try:
                 self._attend(ask)
@@ -311,9 +317,10 @@ class _Team:
 
         def ready() -> bool:
             nonlocal wanted
-            newest = max((part.clock for part in self.parts.values()), default=wanted)
-            if newest > wanted:  # the others will be there too
-                wanted, self.parts = newest, {s: part for s, part in self.parts.items() if part.clock == newest}
+            newest = max([wanted, *(part.clock for part in self.parts.values())])
+            self.parts = {s: part for s, part in self.parts.items() if part.clock == newest}  # others answer late
+            if newest > wanted:  # where one is, all will be
+                wanted = newest
                 ask()
             return len(self.parts) == len(shards)
 
@@ -332,6 +339,9 @@ class _Team:
 
     def stop(self) -> None:
         """End every process: workers after their program has cleaned up, the others as they stand."""
+        if self.over:
+            return
+        self.over = True
         workers = {address: child for address, child in self.children.items() if address[0] == "worker"}
         end = time.monotonic() + GRACE
         try:
@@ -340,7 +350,7 @@ class _Team:
                     self.post.send(address, Stop())
                 self.post.receive(0.01)
         finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             for child in self.children.values():
                 child.kill()
             for child in self.children.values():
@@ -349,4 +359,4 @@ class _Team:
             self.end.close()
             self.lifeline.close()
             shutil.rmtree(self.folder, ignore_errors=True)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
