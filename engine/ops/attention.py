@@ -178,7 +178,7 @@ def _(k: Any, g: Array, cosine: Array, sine: Array, interleaved: bool) -> Any:
 
 
 @rotate_pairs.composition
-def _(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool = False) -> Tensor:
+def _(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
     half = x.shape[-1] // 2
     if interleaved:
         a, b = x[..., 0::2], x[..., 1::2]

@@ -40,7 +40,7 @@ FIRST = {  # the tests of files whose meaning is not that of single ops
     "engine/autograd.py": GRAPHS,
     "engine/rowsparse.py": "tests/test_rowsparse.py tests/test_postponed.py",
     "engine/functional.py": "tests/test_derivatives.py",
-    "engine/ops/registry.py": f"{GRAPHS} tests/test_tensor.py tests/ops/test_errors.py",
+    "engine/ops/registry.py": f"{GRAPHS} tests/test_tensor.py tests/test_rowsparse.py tests/ops/test_errors.py",
     "engine/ops/__init__.py": TENSORS,
     "engine/ops/inplace.py": "tests/test_inplace.py tests/test_tensor.py",
 }

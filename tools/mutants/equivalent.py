@@ -15,6 +15,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("engine/ops/creation.py",
      "return _triangle(_k, x, np.tril(np.ones(x.shape[-2:], bool), k))",
      "return _triangle(_k, x, np.tril(np.ones(x.shape[-3:], bool), k))"): "the mask broadcasts over axes before two",
+    ("engine/ops/linear_cross_entropy.py",
+     "AT_ONCE = 1 << 22  # logits that are not worth cutting up: 16 MB of float32",
+     "AT_ONCE = 1 >> 22  # logits that are not worth cutting up: 16 MB of float32"): "cut up or not, the bits are the same",
 }
 
 
