@@ -17,7 +17,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
      "return _triangle(_k, x, np.tril(np.ones(x.shape[-3:], bool), k))"): "the mask broadcasts over axes before two",
     ("engine/ops/linear_cross_entropy.py",
      "AT_ONCE = 1 << 22  # logits that are not worth cutting up: 16 MB of float32",
-     "AT_ONCE = 1 >> 22  # logits that are not worth cutting up: 16 MB of float32"): "cut up or not, the bits are the same",
+     "AT_ONCE = 1 >> 22  # logits that are not worth cutting up: 16 MB of float32"): "it costs memory or time, no bits",
 }
 
 
