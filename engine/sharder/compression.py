@@ -84,8 +84,10 @@ class Compression:
 
     def state(self, clock: int) -> dict[str, np.ndarray]:
         """"residual.<microbatch>/<parameter>" -> e, flat, as it is before a clock; copies."""
-        return {f"residual.{microbatch}/{name}": np.array(self.k.to_numpy(clocks[max(c for c in clocks if c < clock)]))
-                for (microbatch, name), clocks in sorted(self.left.items()) if min(clocks) < clock}
+        settled = {key: max((c for c in tuple(clocks) if c < clock), default=None)  # workers may be ahead, and add some
+                   for key, clocks in sorted(self.left.items())}
+        return {f"residual.{microbatch}/{name}": np.array(self.k.to_numpy(self.left[microbatch, name][last]))
+                for (microbatch, name), last in settled.items() if last is not None}
 
     def load(self, parameters: Mapping[str, Parameter], state: Mapping[str, Any], clock: int) -> None:
         """Go on with a clock from a state(). Raises ValueError with one line, changing nothing, if it does not fit."""

@@ -174,9 +174,12 @@ class Coordinator:
         return self._hand_out()
 
     def _meet(self, worker: int, epoch: int) -> None:
-        """A new incarnation of a worker takes the place of the one before."""
-        if epoch > self.epochs.get(worker, -1):
-            self._lose(worker)
+        """A new incarnation of a worker takes the place of the one before, if there was one: what waits for a worker
+        that has not been heard of yet stays its own."""
+        known = self.epochs.get(worker, -1)
+        if epoch > known:
+            if known >= 0:
+                self._lose(worker)
             self.answers.pop(worker, None)
             self.epochs[worker] = epoch
 

@@ -242,3 +242,22 @@ def test_a_coordinator_refuses_what_no_correct_peer_sends():
         coordinator.step(reduced(1, loss=2.0))
     with pytest.raises(ProtocolError, match="is not for the coordinator"):
         coordinator.step(Parameters(0, 0, 0, 0, 0, None))
+
+
+def test_the_share_of_a_worker_that_comes_late_stays_its_own():
+    """Else two workers could compute one microbatch of two clocks at once, and its residuals would cross."""
+    _, coordinator, _, _ = machines(consistency=Consistency(staleness=1))
+    coordinator.step(Proceed(3))
+    assert shares(coordinator.step(Ready(0, 0, 0))) == {0: (0, 0, (0,))}
+    assert shares(coordinator.step(Ready(0, 0, 1))) == {0: (1, 0, (0,))}
+    assert coordinator.step(Ready(0, 0, 2)) == []  # as far ahead as it may be
+    assert shares(coordinator.step(Ready(1, 0, 0))) == {1: (0, 0, (1,))}
+    assert shares(coordinator.step(Gone(1, 0))) == {0: (0, 0, (1,))}  # but not once it is gone
+
+
+def test_the_share_of_a_worker_that_never_comes_is_given_away():
+    _, coordinator, _, _ = machines()
+    coordinator.step(Proceed(0))
+    assert shares(coordinator.step(Ready(0, 0, 0))) == {0: (0, 0, (0,))}
+    assert coordinator.step(Ready(0, 0, 1)) == []
+    assert shares(coordinator.step(Gone(1, 0))) == {0: (0, 0, (1,))}

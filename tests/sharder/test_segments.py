@@ -16,7 +16,7 @@ from fuzz_wire import bits
 
 from engine.backend import Array
 from engine.sharder.drivers import segments
-from engine.sharder.drivers.post import Post, path_of
+from engine.sharder.drivers.post import Post
 from engine.sharder.drivers.segments import Segment, Segments, opened
 from engine.sharder.encoding import WireError
 from engine.sharder.messages import Identity, Parameters, Push, Pushed
@@ -130,7 +130,7 @@ def test_large_and_small_messages_in_their_order(posts):
 def test_descriptors_of_strangers_are_closed(posts):
     shard, _ = posts
     with socket.socket(socket.AF_UNIX) as stranger:
-        stranger.connect(path_of(shard.folder, ("shard", 0)))
+        stranger.connect(str(shard.folder / "shard-0.socket"))
         shard.receive(0.01)
         segment = Segment([ramp(100)])
         socket.send_fds(stranger, [bytes(10)], [segment.descriptor] * 3)

@@ -51,10 +51,6 @@ class Here:
 declare(64, Here)
 
 
-def path_of(folder: Path, address: Address) -> str:
-    return str(folder / f"{address[0]}-{address[1]}.socket")
-
-
 class Connection:
     """One socket and its channel. address: of the other end, None until it has said it. proven: it has the secret."""
 
@@ -191,7 +187,8 @@ class Post:
         self.met = False
         self._messages: list[Any] = []
         self.stirred = self._called = 0.0  # monotonic time
-        path = path_of(folder, own.address)
+        self._directory = os.open(folder, os.O_RDONLY)
+        path = self._path(own.address)
         if os.path.exists(path):
             os.unlink(path)  # of an incarnation that is dead
         self.listener = socket.socket(socket.AF_UNIX)
@@ -200,8 +197,18 @@ class Post:
         self.listener.setblocking(False)
         self.selector.register(self.listener, selectors.EVENT_READ)
 
+    def _path(self, address: Address) -> str:
+        """Where a machine listens. The name of a socket may have some hundred bytes: Linux knows a folder by its
+        descriptor too, however long its path is."""
+        name = f"{address[0]}-{address[1]}.socket"
+        short = f"/proc/self/fd/{self._directory}"
+        return os.path.join(short if os.path.isdir(short) else self.folder, name)
+
     def close(self) -> None:
         """Close everything; in a forked child, its share of what the two have in common."""
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
         for key in list(self.selector.get_map().values()):
             self.selector.unregister(key.fileobj)
             for own in (key.data, key.fileobj):
@@ -297,7 +304,7 @@ class Post:
             return
         own = socket.socket(socket.AF_UNIX)
         try:
-            own.connect(path_of(self.folder, to))
+            own.connect(self._path(to))
         except OSError:
             return own.close()
         self.connections[to] = self._add(own, to)

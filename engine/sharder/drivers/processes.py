@@ -196,12 +196,14 @@ class _Team:
         self.returned: set[int] = set()
         self.news: deque[Committed] = deque()
         self.parts: dict[int, Frozen] = {}  # by shard
-        self.folder = Path(tempfile.mkdtemp(prefix="shardgrad-", dir=server.folder))
+        made = ""
         try:
+            made = tempfile.mkdtemp(prefix="shardgrad-", dir=server.folder)
+            self.folder = Path(made)
             Library(self.folder, server.setup).keep_origin(origin)
             self.post = Post(Hello(*RUN, 0, arithmetic(server.k)), self.folder, self.secret)
         except OSError as error:
-            shutil.rmtree(self.folder)
+            shutil.rmtree(made, ignore_errors=True)
             raise ValueError(f"ProcessServer: folder is {server.folder!r}, where no run can be: {error}") from error
         self.patience = Patience(self.post)
         self.lifeline, self.end = server.context.Pipe(duplex=False)
