@@ -13,8 +13,9 @@
  * that there is no data race.
  *
  * Waiting spins for SPIN_NANOSECONDS (a wake-up from there takes under a microsecond), then sleeps on
- * a condition variable. With more threads than processors a spinning thread holds up the one it waits for,
- * so then nobody spins. */
+ * a condition variable (from there it can take a hundred). Between two launches of an eager program lie tens of
+ * microseconds of Python, at times hundreds: the workers stay awake over those. With more threads than processors a
+ * spinning thread holds up the one it waits for, so then nobody spins. */
 #define _GNU_SOURCE
 #include "threads.h"
 #include "kernels.h"
@@ -29,7 +30,7 @@
 #include <sched.h>
 #endif
 
-#define SPIN_NANOSECONDS 50000
+#define SPIN_NANOSECONDS 1000000
 #define TEAM_LIMIT 1024
 
 #define CLOSED (UINT64_C(1) << 31)
