@@ -88,7 +88,7 @@ def test_dependencies_of_the_core_are_numpy_and_cffi() -> None:
     assert project["requires-python"] == ">=3.10"
     assert sorted(re.split(r"[<>=]", name)[0] for name in project["dependencies"]) == ["cffi", "numpy"]
     assert set(project["optional-dependencies"]) == {"tasks", "train", "gpu", "testing", "cluster", "dev", "peers",
-                                                     "array-api"}
+                                                     "array-api", "fuzz", "mutation"}
 
 
 def test_every_prototype_reaches_python() -> None:
