@@ -12,8 +12,8 @@
  *           for each of them, for each column panel of the span: the register tile, gemm_micro.c, added to the sums
  *
  * What is packed is used at once, by the thread that packed it, so it never goes out to the caches that cores share,
- * nobody waits for anybody, and a matrix of weights that only a few rows multiply (decoding one token) is read once, in
- * order. The price is that A is packed again for each span, and B for each group; choose_tasks weighs the two.
+ * nobody waits for anybody. The price is that A is packed again for each span, and B for each group; choose_tasks weighs
+ * the two. Weights that only a few rows multiply (decoding one token) are not packed at all: gemm_few.c.
  *
  * Every choice above (sizes, tasks, packing, threads) moves work about and none changes a sum: an element of C
  * is always ((block 0 + block 1) + block 2) + … with each block of KC products one chain, then + bias, then + C. */

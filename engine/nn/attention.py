@@ -90,15 +90,15 @@ class MultiHeadAttention(Module):
         """
         query = self._heads(self.query(x), self.heads)
         if context is not None and cache is not None and cache.length:
-            key, value = (turned(kept) for kept in cache.filled())
+            key, value = (turned(x) for x in cache.filled())
         else:
             source = x if context is None else context
             key = self._heads(self.key(source), self.kv_heads)
             value = self._heads(self.value(source), self.kv_heads)
             if rotary is not None and context is None:
-                query, key = (turned(ops.rope(turned(turn), *rotary)) for turn in (query, key))
+                query, key = (turned(ops.rope(turned(x), *rotary)) for x in (query, key))
             if cache is not None:
-                key, value = (turned(kept) for kept in cache.append(turned(key), turned(value)))
+                key, value = (turned(x) for x in cache.append(turned(key), turned(value)))
         y = attend(query, key, value, mask, causal=causal, lengths=lengths, scale=1 / math.sqrt(self.head_width),
                    dropout=self.dropout if self.training else 0.0)
         return self.output(y.reshape(*x.shape[:2], self.heads * self.head_width))

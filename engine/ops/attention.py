@@ -15,7 +15,7 @@ from engine.ops.matmul import matmul
 from engine.ops.movement import concat, matrix_transpose, permute_dims, repeat, stack
 from engine.ops.normalization import softmax_rows
 from engine.ops.reductions import any as any_over
-from engine.ops.registry import cast, composite, op
+from engine.ops.registry import cast, check_shapes, composite, op
 from engine.random import Generator, Key, default_generator
 from engine.tensor import Tensor, default_device
 
@@ -43,7 +43,8 @@ def _arguments(k: Any, q: Array, key: Array, value: Array, mask: Array | None, l
     return (q, key, value, mask, lengths, batch, heads, kv_heads, t, s, d, record, scale, int(causal), p, *draw)
 
 
-@op("bthd, bsgd, bsgd, ..., b -> bthd", types="float!", fixed=("lengths",), public=False)
+@op("bthd, bsgd, bsgd, ..., b -> bthd",
+    types="float!", fixed=("lengths",), public=False, part_of="scaled_dot_product_attention")
 def attention(k: Any, query: Array, key: Array, value: Array, mask: Array | None = None, lengths: Array | None = None,
               scale: float = 1.0, causal: bool = False, p: float = 0.0, draw: Key = NO_DRAW) -> Any:
     """Flash attention. Dao 2023, arXiv:2307.08691, algorithm 1: memory O(T), the scores are never stored.
@@ -114,8 +115,10 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask
     A query that sees no key gives zeros. Raises ValueError for shapes that do not fit.
     """
     query, key, value, leading = _four_axes(query, key, value)
+    check_shapes("scaled_dot_product_attention", "bhtd, bgsd, bgsd", ("query", "key", "value"),
+                 (query.shape, key.shape, value.shape))  # as they came, not as the kernel has them
     out = turned(attend(turned(query), turned(key), turned(value), mask, causal=causal, lengths=lengths, scale=scale,
-                         dropout=dropout, generator=generator))
+                        dropout=dropout, generator=generator))
     return out.reshape(*leading, *out.shape[2:]) if leading is not None else out
 
 
@@ -158,7 +161,7 @@ def _four_axes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
 
 # ── rotary positions ──────────────────────────────────────────────────────────────────────────────────
 
-@op("...td, th, th -> ...td", types="float!", kernel="rope", public=False)
+@op("...td, th, th -> ...td", types="float!", kernel="rope", public=False, part_of="rope")
 def rotate_pairs(k: Any, x: Array, cosine: Array, sine: Array, interleaved: bool) -> Array:
     """Turn each pair of coordinates of position t by its angle."""
     x, cosine, sine = k.contiguous(x), k.contiguous(cosine), k.contiguous(sine)

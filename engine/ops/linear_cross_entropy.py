@@ -29,7 +29,8 @@ CHUNK = 256  # rows; gemm sums dW by blocks of as many (KC of gemm.c), so a chun
 AT_ONCE = 1 << 22  # logits that are not worth cutting up: 16 MB of float32
 
 
-@op("...i, oi, ..., o -> ", types="float!", fixed=("target",), kernel="cross_entropy", public=False)
+@op("...i, oi, ..., o -> ",
+    types="float!", fixed=("target",), kernel="cross_entropy", public=False, part_of="linear_cross_entropy")
 def chunked_cross_entropy(k: Any, x: Array, weight: Array, target: Array, bias: Array | None = None,
                           ignore_index: int = IGNORE, label_smoothing: float = 0.0, mean: bool = True,
                           wanted: tuple[bool, bool, bool] = (False, False, False)) -> Any:
@@ -46,8 +47,8 @@ def chunked_cross_entropy(k: Any, x: Array, weight: Array, target: Array, bias: 
     with np.errstate(divide="ignore"):
         share = k.full((rows,), 1 / counted if mean else 1.0, x.dtype)
     losses, lse = k.empty((rows,), x.dtype), k.empty((rows,), x.dtype)
-    dx, dweight, dbias = (k.empty(a.shape, x.dtype) if want and a is not None else None
-                          for a, want in zip((flat, weight, bias), wanted))
+    dx, dweight = (k.empty(a.shape, x.dtype) if want else None for a, want in zip((flat, weight), wanted))
+    dbias = None
     step = CHUNK if rows * classes > AT_ONCE else max(rows, 1)
     memory = k.empty((min(step, rows), classes), x.dtype)
     for first in range(0, max(rows, 1), step):
@@ -64,11 +65,10 @@ def chunked_cross_entropy(k: Any, x: Array, weight: Array, target: Array, bias: 
             gemm(k, logits, weight, out=dx.view(dx.data[here]))
         if dweight is not None:
             gemm(k, transposed(logits), part, out=dweight, accumulate=first > 0)
-        if dbias is not None:
-            more = dbias if first == 0 else k.empty_like(dbias)
-            k.sum(more, logits, 1, many, classes)
-            if first:
-                k.add(dbias, dbias, more, k.layout(dbias, dbias, more))
+        if wanted[2]:
+            part_of_sum = k.empty((classes,), x.dtype)
+            k.sum(part_of_sum, logits, 1, many, classes)
+            dbias = part_of_sum if dbias is None else k.map("add", dbias, part_of_sum)
     total = k.empty((), x.dtype)
     k.sum(total, losses, 1, rows, 1)
     if mean:
@@ -95,8 +95,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor
     """cross_entropy(linear(x, weight, bias), target), in the memory of 256 rows of logits.
 
     x (..., inputs), weight (classes, inputs) and bias (classes,) floating; target (...) integer classes, or
-    ignore_index, which counts for nothing. The loss and the gradients of x and weight have the very bits of the two ops
-    one after the other, as long as the gradient of the result is 1. reduction "none" is no more than those two.
+    ignore_index, which counts for nothing. The gradients are computed at once, where they are recorded: under no_grad
+    only the loss is. Loss and gradients of x and weight have the very bits of the two ops one after the other, as long
+    as the gradient of the result is 1. reduction "none" is no more than those two.
     Raises ValueError for shapes that do not fit, IndexError for a target that is no class.
     """
     check_smoothing("linear_cross_entropy", label_smoothing)

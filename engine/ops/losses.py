@@ -29,7 +29,8 @@ def check_smoothing(name: str, label_smoothing: float) -> None:
         raise ValueError(f"{name}: label_smoothing is {label_smoothing!r}, expected a number in [0, 1]")
 
 
-@op("...n, ... -> ...", types="float!", fixed=("target",), kernel="cross_entropy", public=False)
+@op("...n, ... -> ...",
+    types="float!", fixed=("target",), kernel="cross_entropy", public=False, part_of="cross_entropy")
 def token_cross_entropy(k: Any, logits: Array, target: Array, ignore_index: int = IGNORE,
                         label_smoothing: float = 0.0) -> Any:
     """loss = ln Σ eˣ − (1 − s) x[target] − s mean x for each row; the probabilities are never stored."""

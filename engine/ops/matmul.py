@@ -50,7 +50,7 @@ def gemm(k: Any, a: Array, b: Array, bias: Array | None = None, out: Array | Non
     return c
 
 
-@op("...ij, ...jk -> ...ik", public=False)
+@op("...ij, ...jk -> ...ik", public=False, part_of="matmul")
 def matrix_product(k: Any, a: Array, b: Array) -> Array:
     """C = A B over the last two axes, the others broadcast."""
     return gemm(k, a, b)

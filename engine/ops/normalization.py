@@ -26,7 +26,7 @@ def _along_last(name: str, f: Any, x: Tensor, axis: int) -> Tensor:
     return f(x) if at == max(x.ndim - 1, 0) else moveaxis(f(moveaxis(x, at, -1)), -1, at)
 
 
-@op("... -> ...", types="float!", kernel="softmax", public=False)
+@op("... -> ...", types="float!", kernel="softmax", public=False, part_of="softmax")
 def softmax_rows(k: Any, x: Array) -> Array:
     """softmax over the last axis."""
     x = k.contiguous(x)
@@ -54,7 +54,7 @@ def softmax(x: Tensor, axis: int = -1) -> Tensor:
     return _along_last("softmax", softmax_rows, x, axis)
 
 
-@op("... -> ...", types="float!", kernel="log_softmax", public=False)
+@op("... -> ...", types="float!", kernel="log_softmax", public=False, part_of="log_softmax")
 def log_softmax_rows(k: Any, x: Array) -> Array:
     """log softmax over the last axis."""
     x = k.contiguous(x)

@@ -57,14 +57,14 @@ class Op:
     """An op; calling it computes, and records a node if a gradient is wanted."""
 
     def __init__(self, forward: Callable[..., Any], signature: str, *, reference: Callable[..., Any] | None,
-                 types: str, fixed: tuple[str, ...], kernel: str | None, composite: bool):
-        self.name = forward.__name__
+                 types: str, fixed: tuple[str, ...], kernel: str | None, composite: bool, part_of: str | None):
+        self.name = part_of or forward.__name__
         self.forward = forward
         self.signature = signature
         self.reference = reference
         self.types = types
         self.fixed = fixed
-        self.kernel = kernel or self.name
+        self.kernel = kernel or forward.__name__
         self.composite = composite
         self.variadic = signature.startswith("*")
         self.named_axes = not self.variadic and any(c.isalpha() for c in signature.split("->")[0])
@@ -418,7 +418,7 @@ def axes_tuple(name: str, axis: int | Sequence[int] | None, ndim: int) -> tuple[
 
 def op(signature: str, *, reference: Callable[..., Any] | None = None, types: str = "same",
        fixed: tuple[str, ...] = (), method: str | None = None, kernel: str | None = None, public: bool = True,
-       composite: bool = False) -> Callable[[Callable[..., Any]], Op]:
+       composite: bool = False, part_of: str | None = None) -> Callable[[Callable[..., Any]], Op]:
     """Register an op.
 
     signature: shapes, "...i, oi, o -> ...o"; "*" before it for one sequence of tensors
@@ -428,10 +428,12 @@ def op(signature: str, *, reference: Callable[..., Any] | None = None, types: st
     fixed:     operands that are indices or conditions: integer or bool, and no part of the promotion
     method:    the Tensor method to attach ("" for the op's own name)
     kernel:    a fused op's kernel in kernels.h, if it is not called as the op is
+    part_of:   the public op whose arguments these are, for one that is not public: errors name what a user has called
     """
     def register(forward: Callable[..., Any]) -> Op:
-        made = Op(forward, signature, reference=reference, types=types, fixed=fixed, kernel=kernel, composite=composite)
-        (registry if public else internal)[made.name] = made
+        made = Op(forward, signature, reference=reference, types=types, fixed=fixed, kernel=kernel, composite=composite,
+                  part_of=part_of)
+        (registry if public else internal)[forward.__name__] = made
         if method is not None:
             name = method or made.name
             attach(name, _as_method(made, name))

@@ -151,7 +151,7 @@ ENGINE = [
            "a tape that saved the old weights does not notice the step",
            "tests/test_optim.py::test_a_step_is_seen_by_a_tape_that_saved_the_old_weights"),
     Mutant("keys are not turned", "engine/nn/attention.py",
-           "query, key = (turned(ops.rope(turned(turn), *rotary)) for turn in (query, key))",
+           "query, key = (turned(ops.rope(turned(x), *rotary)) for x in (query, key))",
            "query = turned(ops.rope(turned(query), *rotary))",
            "rotary positions of the queries alone",
            "tests/test_models.py::test_the_model_is_the_one_by_hand"),

@@ -308,6 +308,7 @@ register(OpSpec(_ATTENTION, _attention, formula=_attention_formula, gradient=_at
                 batch=(_attention_rows, (0, 1, 2)), large=_attention_large, call=_attention_call, errors=(
     ErrorCase(_attend((1, 3, 2, 4), (1, 2, 2, 4)), ValueError, (_ATTENTION, "3 heads", "2")),
     ErrorCase(_attend((2, 4), (3, 2, 4)), ValueError, (_ATTENTION, "(2, 4)", "(3, 2, 4)")),
+    ErrorCase(_attend((1, 2, 3, 4), (1, 2, 3, 5)), ValueError, (f"{_ATTENTION}: key", "(1, 2, 3, 5)", "(1, 2, 3, 4)")),
     ErrorCase(_attend((1, 1, 2, 4), (1, 1, 2, 4), dropout=1.0), ValueError, (_ATTENTION, "dropout", "1.0")),
     ErrorCase(_attend((1, 1, 2, 4), (1, 1, 3, 4), mask=(2, 2)), ValueError, (_ATTENTION, "mask", "(2, 2)")))))
 
