@@ -98,8 +98,9 @@ KERNEL(softmax)(real *y, const real *x, int64_t rows, int64_t n);
 KERNEL(softmax_vjp)(real *dx, const real *g, const real *y, int64_t rows, int64_t n);
 KERNEL(log_softmax)(real *y, const real *x, int64_t rows, int64_t n);
 KERNEL(log_softmax_vjp)(real *dx, const real *g, const real *y, int64_t rows, int64_t n);
-/* loss[r] = lse[r] − (1 − smoothing) x[r, target] − smoothing · mean(x[r]); 0 where target == ignore. dx may be x. */
+/* loss[r] = lse[r] − (1 − smoothing) x[r, target] − smoothing · mean(x[r]); 0 where target == ignore. */
 KERNEL(cross_entropy)(real *loss, real *lse, const real *x, const int64_t *target, int64_t rows, int64_t n, int64_t ignore, double smoothing);
+/* dx may be x. */
 KERNEL(cross_entropy_vjp)(real *dx, const real *g, const real *x, const real *lse, const int64_t *target, int64_t rows, int64_t n, int64_t ignore, double smoothing);
 
 /* ── norm.c: rows × n, dense; mean and rstd are (rows,) ──────────────────────────────────────────── */
@@ -118,10 +119,10 @@ KERNEL(gemm)(real *c, const real *a, const real *b, const real *bias, int64_t ba
 /* ── attention.c: softmax(scale · Q Kᵀ + mask) V, tiled; nothing of size T × S is ever held.
  * q: (batch, T, heads, D); k, v: (batch, S, kv_heads, D), heads a multiple of kv_heads; the last axis is
  * dense, the others go by strides = { q: b,h,t; k: b,h,s; v: b,h,s; mask: b,h,t,s }; out and the gradients
- * are dense and shaped as these, lse is (batch, T, heads). mask is added to the scores, or NULL. lengths[b] is how many keys of
- * sequence b are real (a key beyond is as if not there), or NULL for all S. causal: query t sees key s
- * where s ≤ t + (S − T). A row that sees nothing gives zeros and lse = −inf. Dropout multiplies the
- * probabilities by keep/(1 − p), Philox site as below, index ((b·heads + h)·T + t)·S + s. */
+ * are dense and shaped as these, lse is (batch, T, heads). mask is added to the scores, or NULL. lengths[b]
+ * is how many keys of sequence b are real (a key beyond is as if not there), or NULL for all S. causal:
+ * query t sees key s where s ≤ t + (S − T). A row that sees nothing gives zeros and lse = −inf. Dropout
+ * multiplies the probabilities by keep/(1 − p), Philox site as below, index ((b·heads + h)·T + t)·S + s. */
 KERNEL(attention)(real *out, real *lse, const real *q, const real *k, const real *v, const real *mask, const int64_t *lengths, int64_t batch, int64_t heads, int64_t kv_heads, int64_t t, int64_t s, int64_t d, const int64_t *strides, double scale, int causal, double dropout, uint64_t seed, uint32_t step, uint32_t microbatch, uint32_t site);
 /* delta is scratch of (batch, T, heads). */
 KERNEL(attention_vjp)(real *dq, real *dk, real *dv, real *delta, const real *g, const real *q, const real *k, const real *v, const real *out, const real *lse, const real *mask, const int64_t *lengths, int64_t batch, int64_t heads, int64_t kv_heads, int64_t t, int64_t s, int64_t d, const int64_t *strides, double scale, int causal, double dropout, uint64_t seed, uint32_t step, uint32_t microbatch, uint32_t site);
