@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,12 @@ def records_of(data: bytes) -> Iterator[tuple[int, Any, int]]:
         yield number, value, position
 
 
-def write_whole(path: Path, number: int, value: Any) -> None:
-    """Replace a file by one record."""
+def write_whole(path: Path, records: Iterable[tuple[int, Any]]) -> None:
+    """Replace a file by (number, value) of each record."""
     beside = path.with_name(path.name + ".new")
     with beside.open("wb") as file:
-        file.writelines(record_bytes(number, value))
+        for number, value in records:
+            file.writelines(record_bytes(number, value))
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -69,7 +70,7 @@ def write_whole(path: Path, number: int, value: Any) -> None:
 
 
 def read_whole(path: Path) -> tuple[int, Any] | None:
-    """(number, value) of a file that write_whole made; None if there is none."""
+    """(number, value) of a file that write_whole made of one record; None if there is none."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -110,7 +111,8 @@ class Store:
 
     def _open_log(self) -> None:
         path, end = self.folder / "log", 0
-        for number, event, end in records_of(path.read_bytes() if path.exists() else b""):  # noqa: B007 (the last end)
+        for number, event, after in records_of(path.read_bytes() if path.exists() else b""):
+            end = after
             if number > self.number:
                 self.records.append(event)
                 self.number = number
@@ -136,17 +138,9 @@ class Store:
         """Keep a snapshot that holds all records up to `number`; those need not be kept, nor older snapshots."""
         assert snapshot.term is not None
         self.synchronise()
-        write_whole(self.folder / f"snapshot-{snapshot.clock}-{snapshot.term.number}", number, freeze(snapshot))
+        write_whole(self.folder / f"snapshot-{snapshot.clock}-{snapshot.term.number}", [(number, freeze(snapshot))])
         path = self.folder / "log"
-        later = [(n, event) for n, event, _ in records_of(path.read_bytes()) if n > number]
-        beside = path.with_name("log.new")
-        with beside.open("wb") as file:
-            for record in later:
-                file.writelines(record_bytes(*record))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        _synchronise(self.folder)
+        write_whole(path, ((n, event) for n, event, _ in records_of(path.read_bytes()) if n > number))
         self._log.close()
         self._log = path.open("ab")
         self._prune(snapshot.clock)
@@ -169,7 +163,7 @@ class Library:
         self.folder, self.setup = folder, setup
 
     def keep_origin(self, origin: Checkpoint) -> None:
-        write_whole(self.folder / "origin", 0, origin)
+        write_whole(self.folder / "origin", [(0, origin)])
 
     def origin(self) -> Checkpoint:
         found = read_whole(self.folder / "origin")
