@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,10 @@ from engine.sharder.versions import Counter, Traffic, assemble
 from engine.sharder.worker import Worker
 
 
+class Stopped(BaseException):
+    """Raised in a program by its client when the run was ended from outside. Not for programs to catch."""
+
+
 class Port(Protocol):
     """How a driver carries a worker's messages."""
 
@@ -31,7 +36,7 @@ class Port(Protocol):
         """Deliver it, now or later."""
 
     def receive(self) -> Any:
-        """The next message for this worker; waits for one."""
+        """The next message for this worker; waits for one. Raises Stopped once there is to be none."""
 
 
 class Desk(Protocol):
@@ -120,3 +125,15 @@ class Client:
             else:
                 outcome = action
         return outcome
+
+
+Program = Callable[[Client], Any]
+"""What a worker runs, from its beginning to the end of training."""
+
+
+def run_to_end(program: Program, client: Client) -> None:
+    """Run a worker's program. Raises RuntimeError if it returns before the end of training."""
+    program(client)
+    if not client.ended:
+        raise RuntimeError(f"worker {client.worker}: its program returned in clock {client.step}, before the end of "
+                           "training; loop `while client.clock():`")

@@ -22,7 +22,7 @@ from engine.sharder.coordinator import Coordinator
 from engine.sharder.memory import Checkpoint, gather, place
 from engine.sharder.messages import Term
 from engine.sharder.partition import Partition
-from engine.sharder.setup import Hyper, Setup
+from engine.sharder.setup import Hyper, Setup, as_hyper
 from engine.sharder.shard import Shard
 from engine.sharder.versions import Counter, Traffic, Versions, assemble
 from engine.sharder.worker import Encode, Worker
@@ -66,7 +66,6 @@ class Cluster:
         if placement not in ("ranges", "hashing"):
             raise ValueError(f"ParameterServer: placement is {placement!r}, expected ranges or hashing")
         self.rule, self.workers = rule, workers
-        fixed = {} if hyper is None or callable(hyper) else dict(hyper)
         self.k, self.device = get_backend(device), device
         self.copied, self.pushed = Counter(), Traffic()
         self.epoch = -1  # of the workers of the latest run
@@ -76,8 +75,8 @@ class Cluster:
         self.dtype = as_dtype(one_dtype(values))
         self.setup = Setup(
             shapes={name: value.shape for name, value in values.items()}, dtype=self.dtype, k=self.k, rule=rule,
-            hyper=hyper if callable(hyper) else lambda step, name: fixed, microbatches=microbatches,
-            clip_norm=clip_norm, consistency=consistency, damping=damping, placement=placement, save_every=save_every)
+            hyper=as_hyper(hyper), microbatches=microbatches, clip_norm=clip_norm, consistency=consistency,
+            damping=damping, placement=placement, save_every=save_every)
         self.compression: Compression | None = None
         if compress is not None:
             self.compression = Compression(self.k, codec_for(compress, rule), self.dtype, consistency.staleness)

@@ -18,6 +18,14 @@ Hyper = Callable[[int, str], Mapping[str, Any]]
 """hyper(step, parameter name): what the update rule is given besides its defaults. step counts from 1."""
 
 
+def as_hyper(given: Mapping[str, Any] | Hyper | None) -> Hyper:
+    """A function as it is; a dict, as it is now, for every step and parameter."""
+    if callable(given):
+        return given
+    fixed = dict(given or {})
+    return lambda step, name: fixed
+
+
 @dataclass(frozen=True)
 class Setup:
     """shapes: of the parameters, by name   rule: engine.optim.rules    microbatches: in a clock

@@ -22,7 +22,7 @@ from typing import Any
 
 from engine.backend import Backend, get_backend, set_num_threads
 from engine.dtypes import DType
-from engine.sharder.client import Client
+from engine.sharder.client import Client, Stopped, run_to_end
 from engine.sharder.coordinator import Coordinator
 from engine.sharder.drivers.files import Library, Store
 from engine.sharder.drivers.frozen import Frozen, freeze
@@ -44,7 +44,7 @@ from engine.sharder.events import (
 from engine.sharder.journal import Journal, replay
 from engine.sharder.memory import Snapshot
 from engine.sharder.messages import Restore, Term
-from engine.sharder.setup import Setup
+from engine.sharder.setup import Setup, as_hyper
 from engine.sharder.shard import Shard
 from engine.sharder.versions import Counter, Traffic
 from engine.sharder.wire import Hello, arithmetic
@@ -52,10 +52,6 @@ from engine.sharder.worker import Worker
 
 RUN: Address = ("run", 0)  # the process that bore all others
 PATIENCE = (0.5, 8.0)  # seconds until somebody who hears nothing asks again: at first, and at most
-
-
-class Stopped(BaseException):
-    """Raised in a worker's program by its client when the run was ended from outside. Not for programs to catch."""
 
 
 # ── between the run and its children, besides what the protocol says ──────────────────────────────────
@@ -110,9 +106,7 @@ class Recipe:
     hyper: Any
 
     def setup(self) -> Setup:
-        fixed = dict(self.hyper or {}) if not callable(self.hyper) else {}
-        hyper = self.hyper if callable(self.hyper) else lambda step, name: fixed
-        return Setup(**self.fields, k=get_backend(self.device), hyper=hyper)
+        return Setup(**self.fields, k=get_backend(self.device), hyper=as_hyper(self.hyper))
 
 
 @dataclass(frozen=True)
@@ -307,13 +301,8 @@ def _work(order: Order, setup: Setup, post: Post) -> None:
     post.calls |= {COORDINATOR, *(shard_address(s) for s in range(order.term.shards))}
     number = order.address[1]
     machine = Worker(number, order.epoch, setup, order.term)
-    port = _Port(post)
-    client = Client(_Desk(setup.k, setup.dtype, Counter(), Traffic()), machine, port)
-    program: Callable[[Client], Any] = order.program
-    program(client)
-    if not client.ended:
-        raise RuntimeError(f"worker {number}: its program returned in clock {client.step}, before the end of training; "
-                           "loop `while client.clock():`")
+    desk = _Desk(setup.k, setup.dtype, Counter(), Traffic())
+    run_to_end(order.program, Client(desk, machine, _Port(post)))
     while True:  # said again until the run has heard it, and ends this process
         post.send(RUN, Returned(number))
         if any(isinstance(message, Stop) for message in post.receive(PATIENCE[0])):

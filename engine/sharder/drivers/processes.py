@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.backend import get_num_threads
-from engine.sharder.client import Client
+from engine.sharder.client import Program
 from engine.sharder.cluster import Cluster
 from engine.sharder.drivers.child import (
     RUN,
@@ -56,8 +56,6 @@ from engine.sharder.drivers.post import Post
 from engine.sharder.events import COORDINATOR, Address, Committed, Finish, Proceed, shard_address, worker_address
 from engine.sharder.memory import Checkpoint
 from engine.sharder.wire import Hello, arithmetic
-
-Program = Callable[[Client], Any]
 
 DURABILITIES = ("snapshot", "log")
 DEATHS = 100  # in one clock, after which it is no accident

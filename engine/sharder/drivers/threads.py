@@ -26,19 +26,13 @@ from queue import SimpleQueue
 from typing import Any
 
 from engine.backend import get_num_threads, set_num_threads
-from engine.sharder.client import Client
+from engine.sharder.client import Client, Program, Stopped, run_to_end
 from engine.sharder.cluster import Cluster
 from engine.sharder.coordinator import Coordinator
 from engine.sharder.events import COORDINATOR, Address, Committed, Finish, Proceed, Send, shard_address, worker_address
 from engine.sharder.messages import Parameters, Pull
 from engine.sharder.shard import Shard
 from engine.sharder.worker import Worker
-
-Program = Callable[[Client], Any]
-
-
-class Stopped(BaseException):
-    """Raised in a worker's program by its client when the run was ended from outside. Not for programs to catch."""
 
 
 class _Stop:
@@ -142,11 +136,7 @@ class _Team:
 
     def _work(self, machine: Worker) -> None:
         """Run a worker's program."""
-        client = Client(self.server, machine, _Port(self, machine))
-        self.program(client)
-        if not client.ended:
-            raise RuntimeError(f"worker {machine.number}: its program returned in clock {client.step}, before the end "
-                               "of training; loop `while client.clock():`")
+        run_to_end(self.program, Client(self.server, machine, _Port(self, machine)))
         self.tell(_Returned(machine.number))
 
     # ── in the caller ───────────────────────────────────────────────────────────────────────────────
