@@ -19,11 +19,11 @@ from kills import Killer
 from sharder_problems import Momentum, assert_same_bits, gradient, make, plain, program
 
 from engine.sharder.consistency import Consistency
-from engine.sharder.drivers import child
+from engine.sharder.drivers import child, post
 from engine.sharder.drivers.plain import Plain
 from engine.sharder.drivers.processes import ProcessServer, WorkFailed
 from engine.sharder.memory import Checkpoint
-from engine.sharder.wire import arithmetic
+from engine.sharder.wire import Hello, arithmetic
 
 TESTS = Path(__file__).parent
 
@@ -341,14 +341,43 @@ def test_what_cannot_be_configured(arguments, error):
         server_of(**arguments)
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the name of a socket has an end elsewhere")
-def test_a_folder_deeper_than_the_name_of_a_socket_is_long(tmp_path):
+@pytest.mark.parametrize("descriptors", [post.DESCRIPTORS, "/nowhere"], ids=["this system", "one without /proc"])
+def test_a_folder_deeper_than_the_name_of_a_socket_is_long(tmp_path, monkeypatch, descriptors):
+    """A run goes on there where folders are known by their descriptors, and is refused by one line elsewhere."""
+    monkeypatch.setattr(post, "DESCRIPTORS", descriptors)
     deep = tmp_path / ("x" * 120)
     deep.mkdir()
     server = server_of(folder=deep)
-    list(server.run(program, 1))
-    assert_same_bits(server.state(), expected(1))
+    if os.path.isdir(descriptors):
+        list(server.run(program, 1))
+        assert_same_bits(server.state(), expected(1))
+    else:
+        with pytest.raises(ValueError, match=r"^ProcessServer: folder is .*xx'\), where no run can be: the path of a "
+                                             r"socket has \d+ bytes there, expected at most 103$"):
+            list(server.run(program, 1))
     assert not list(deep.iterdir())
+
+
+def test_a_socket_with_a_longer_name_than_the_runs_own_is_thought_of(tmp_path, monkeypatch):
+    """The coordinator's: where it does not fit, the run would begin, and its child die of it."""
+    monkeypatch.setattr(post, "DESCRIPTORS", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+    fits = post.NAME - len("/coordinator-0.socket")
+    folders = [Path("x" * length) for length in (fits, fits + 1)]
+    for folder in folders:
+        folder.mkdir()
+    for kind in post.RANKS:
+        post.Post(Hello(kind, 0, 0, "cpu"), folders[0], bytes(32)).close()
+        free = lowest_free_descriptor()
+        with pytest.raises(OSError, match="the path of a socket has 104 bytes there, expected at most 103"):
+            post.Post(Hello(kind, 0, 0, "cpu"), folders[1], bytes(32))
+        assert lowest_free_descriptor() == free
+
+
+def lowest_free_descriptor():
+    found = os.dup(0)
+    os.close(found)
+    return found
 
 
 def test_a_folder_in_which_no_run_can_be(tmp_path):

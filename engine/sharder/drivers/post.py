@@ -32,7 +32,7 @@ import numpy as np
 from engine.sharder import wire
 from engine.sharder.drivers.segments import AVAILABLE, Segment, Segments, opened
 from engine.sharder.encoding import WireError, declare
-from engine.sharder.events import Address
+from engine.sharder.events import COORDINATOR, Address
 from engine.sharder.wire import Channel, Hello
 
 RANKS = ("run", "coordinator", "shard", "worker")
@@ -40,6 +40,8 @@ WAITING = 1000  # messages to one machine that wait; more are dropped, and will 
 REDIAL = 0.02  # seconds between two calls of who does not answer
 READS = 64  # of the system before another connection has its turn
 PARTS = 64  # of frames that are handed to the system at once
+DESCRIPTORS = "/proc/self/fd"  # where Linux knows what is open, a folder too, by a path that is short
+NAME = 103  # bytes that the path of a socket may have in every system: macOS and BSD take 104, and one ends it
 log = logging.getLogger(__name__)
 
 
@@ -188,6 +190,12 @@ class Post:
         self._messages: list[Any] = []
         self.stirred = self._called = 0.0  # monotonic time
         self._directory = os.open(folder, os.O_RDONLY)
+        short = f"{DESCRIPTORS}/{self._directory}"
+        self._sockets = short if os.path.isdir(short) else str(folder)
+        longest = len(os.fsencode(self._path(COORDINATOR)))
+        if longest > NAME:
+            self.close()
+            raise OSError(f"the path of a socket has {longest} bytes there, expected at most {NAME}")
         path = self._path(own.address)
         if os.path.exists(path):
             os.unlink(path)  # of an incarnation that is dead
@@ -198,11 +206,8 @@ class Post:
         self.selector.register(self.listener, selectors.EVENT_READ)
 
     def _path(self, address: Address) -> str:
-        """Where a machine listens. The name of a socket may have some hundred bytes: Linux knows a folder by its
-        descriptor too, however long its path is."""
-        name = f"{address[0]}-{address[1]}.socket"
-        short = f"/proc/self/fd/{self._directory}"
-        return os.path.join(short if os.path.isdir(short) else self.folder, name)
+        """Where a machine listens; the coordinator's has the longest name."""
+        return f"{self._sockets}/{address[0]}-{address[1]}.socket"
 
     def close(self) -> None:
         """Close everything; in a forked child, its share of what the two have in common."""
