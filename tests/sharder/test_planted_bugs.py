@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, Phase, find, settings
+from hypothesis import Phase, find, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 from sharder_problems import HISTORIES, MODES, strikes, tiny_drawn
@@ -446,8 +446,7 @@ def test_a_planted_bug_is_found(bug, monkeypatch):
     for mode in modes:
         try:
             found = find(draws, lambda draw, mode=mode: breaks(mode, draw), settings=settings(
-                max_examples=budget, database=None, derandomize=True, suppress_health_check=list(HealthCheck),
-                phases=[Phase.generate]))
+                max_examples=budget, database=None, derandomize=True, phases=[Phase.generate]))
         except NoSuchExample:
             continue
         found = shrunk(mode, found)

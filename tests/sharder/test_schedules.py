@@ -8,7 +8,7 @@ A draw is a seed and a list of (event, fault): a full state machine would cost m
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sharder_problems import (
     HISTORIES,
@@ -33,7 +33,7 @@ CLOCKS = 3
 
 
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=-(-HISTORIES // len(MODES)), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=-(-HISTORIES // len(MODES)), deadline=None)
 @given(seed=st.integers(0, 2**20), workers=st.integers(1, 3), shards=st.integers(1, 3), faults=strikes)
 @example(seed=40122, workers=3, shards=1, faults=[(35, "shard"), (63, "suspect")])  # "ssp, replicas" failed on it once
 def test_every_invariant_holds_in_every_history(mode, seed, workers, shards, faults):
