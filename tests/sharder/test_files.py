@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from functools import partial
+from stat import S_ISDIR
+from zlib import crc32
 
 import numpy as np
 import pytest
 from fuzz_wire import bits
 from sharder_machines import machines, push_to
 
-from engine.sharder.drivers.files import Library, Store, folder_of, record_bytes, records_of
+from engine.sharder.drivers.files import RECORD, Library, Store, folder_of, record_bytes, records_of
 from engine.sharder.drivers.frozen import freeze, thaw
 from engine.sharder.encoding import decode, encode
 from engine.sharder.events import Proceed, shard_address
@@ -51,12 +55,49 @@ def test_every_changed_byte_ends_the_log_before_it():
         assert [n for n, *_ in records_of(changed)] == ([] if i < first else [1])
 
 
+def test_a_record_with_less_than_it_says_ends_the_log():
+    """Also where the checksum is that of what there is."""
+    _, *body = record_bytes(1, Proceed(1))
+    data = b"".join(body)
+    for longer in (0, 1):
+        head = RECORD.pack(1, len(data) + longer, crc32(data), 0)[:-4]
+        found = list(records_of(head + crc32(head).to_bytes(4, "little") + data))
+        assert found == ([] if longer else [(1, Proceed(1), RECORD.size + len(data))])
+
+
 def test_nothing_is_written_before_it_is_synchronised(tmp_path):
     cluster, *_ = machines()
     store = Store(tmp_path, ADDRESS, cluster.setup)
     assert store.synchronise() is None
     store.append(1, Proceed(1))
     assert Store(tmp_path, ADDRESS, cluster.setup).number == 0
+
+
+def test_the_disk_has_everything_before_anybody_hears_of_it(tmp_path, monkeypatch):
+    """A log when it is synchronised; a file that replaces another before it does, and its name after that."""
+    cluster, _, (shard, *_), _ = machines()
+    store, happened = Store(tmp_path, ADDRESS, cluster.setup), []
+
+    def synchronises(descriptor, original):
+        found = os.fstat(descriptor)
+        happened.append("folder" if S_ISDIR(found.st_mode) else found.st_size)
+        original(descriptor)
+
+    def replaces(source, target, original):
+        happened.append((source.stat().st_size, target.name))
+        original(source, target)
+
+    for name, spy in (("fsync", synchronises), ("fdatasync", synchronises), ("replace", replaces)):
+        monkeypatch.setattr(os, name, partial(spy, original=getattr(os, name)))
+    store.append(1, Proceed(1))
+    store.append(2, Proceed(2))
+    assert store.synchronise() == 2
+    two = (store.folder / "log").stat().st_size
+    assert happened == [two] and two > 0
+    store.append(3, Proceed(3))
+    store.save(shard.snapshot(), 1)
+    snapshot = (store.folder / "snapshot-0-1").stat().st_size
+    assert happened[1:] == [two * 3 // 2, snapshot, (snapshot, "snapshot-0-1"), "folder", two, (two, "log"), "folder"]
 
 
 def remembered(shard):
@@ -91,8 +132,13 @@ def test_a_snapshot_makes_earlier_records_needless(tmp_path):
     store = stored(tmp_path, cluster.setup)
     store.append(4, Proceed(4))
     store.save(shard.snapshot(), 2)
+    assert [n for n, *_ in records_of((store.folder / "log").read_bytes())] == [3, 4]
     again = Store(tmp_path, ADDRESS, cluster.setup)
     assert again.records == [Proceed(3), Proceed(4)] and again.number == 4
+    short = (store.folder / "log").read_bytes()
+    (store.folder / "log").write_bytes(b"".join(part for n in (1, 2, 3, 4) for part in record_bytes(n, Proceed(n))))
+    assert Store(tmp_path, ADDRESS, cluster.setup).records == again.records  # it died before the log was replaced
+    (store.folder / "log").write_bytes(short)
     assert bits(freeze(again.snapshot)) == bits(freeze(shard.snapshot()))
     store.append(5, Proceed(5))
     store.synchronise()
@@ -117,9 +163,11 @@ def test_a_term_begins_with_what_every_shard_has(tmp_path):
     with pytest.raises(KeyError, match="there is no snapshot of version 4 that all shards have"):
         library.checkpoint(4)
     path = folder_of(tmp_path, ADDRESS) / "snapshot-2-1"
-    path.write_bytes(path.read_bytes()[:-1])  # not whole
-    with pytest.raises(KeyError, match="version 2"):
-        library.checkpoint(2)
+    whole = path.read_bytes()
+    for data in (whole[:-1], whole + b"x"):
+        path.write_bytes(data)
+        with pytest.raises(KeyError, match="version 2"):
+            library.checkpoint(2)
     assert bits(library.checkpoint(0)) == bits(Checkpoint(0, origin.parameters, origin.slots))
 
 
