@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sparse_rows import HEIGHT, WIDTH, bits, indices, needs_kernels, rows_of, table, weighted
+from sparse_rows import HEIGHT, WIDTH, bits, indices, rows_of, table, weighted
 
 import engine as eg
 from engine import optim
 from engine.backend import observers
 from engine.optim.postponed import Postponed
-
-pytestmark = needs_kernels
 
 MAKERS: dict[str, Callable[[Any], optim.Optimizer]] = {
     "sgd": lambda p: optim.SGD(p, lr=0.1),

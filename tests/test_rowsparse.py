@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sparse_rows import HEIGHT, WIDTH, bits, indices, needs_kernels, rows_of, table, weighted
+from sparse_rows import HEIGHT, WIDTH, bits, indices, rows_of, sparse_gradients, table, weighted
 
 import engine as eg
 from engine import optim
 from engine.backend import get_backend
 from engine.optim.clip import BLOCK, sums_of_squares
 from engine.rowsparse import add_gradients
-
-pytestmark = needs_kernels
 
 
 def gradients(index: Any, how: Callable[[eg.Tensor, eg.Tensor, bool], eg.Tensor], seed: int = 0) -> list[Any]:
@@ -32,6 +30,7 @@ def gradients(index: Any, how: Callable[[eg.Tensor, eg.Tensor, bool], eg.Tensor]
 
 # ── the gradient itself ───────────────────────────────────────────────────────────────────────────────
 
+@sparse_gradients
 @given(index=indices, rank=st.integers(1, 2))
 def test_the_gradient_of_an_embedding(index: list[int], rank: int) -> None:
     shaped = np.reshape(np.asarray(index, np.int64), (-1,) if rank == 1 else (1, -1))
@@ -52,6 +51,7 @@ def test_rows_in_any_order_are_summed_as_they_come() -> None:
     assert bits(eg.RowSparse([2], eg.tensor([[-0.0]]), 3)) == bits(np.zeros((3, 1), np.float32))  # 0 + −0
 
 
+@sparse_gradients
 @given(first=indices, second=indices, seeds=st.tuples(st.integers(0, 9), st.integers(0, 9)))
 def test_backward_twice_adds(first: list[int], second: list[int], seeds: tuple[int, int]) -> None:
     def grads(sparse: bool) -> Any:
@@ -88,6 +88,7 @@ def test_meeting_a_dense_gradient(how: Any) -> None:
     assert bits(sparse) == bits(dense)
 
 
+@sparse_gradients
 def test_two_lookups_in_one_graph_stay_sparse() -> None:
     dense, sparse = gradients([3, 1, 3], lambda w, i, sparse: weighted(
         eg.embedding(w, i, sparse=sparse) * eg.embedding(w, i + 2, sparse=sparse)))
@@ -95,12 +96,14 @@ def test_two_lookups_in_one_graph_stay_sparse() -> None:
     assert bits(sparse) == bits(dense)
 
 
+@sparse_gradients
 def test_checkpointing() -> None:
     dense, sparse = gradients([3, 1, 3], lambda w, i, sparse: weighted(
         eg.checkpoint(lambda w: eg.exp(eg.embedding(w, i, sparse=sparse)), w)))
     assert isinstance(sparse, eg.RowSparse) and bits(sparse) == bits(dense)
 
 
+@sparse_gradients
 def test_hooks_see_and_replace_it() -> None:
     weight, seen = table(), []
     weight.register_hook(lambda g: seen.append(g))
@@ -114,6 +117,7 @@ def test_hooks_see_and_replace_it() -> None:
     assert isinstance(weight.grad, eg.Tensor) and weight.grad.numpy()[3:5, 0].tolist() == [1.0, 3.0]
 
 
+@sparse_gradients
 def test_grad_and_retained_gradients() -> None:
     weight = table()
     double = weight * 2.0
@@ -129,6 +133,7 @@ def test_grad_and_retained_gradients() -> None:
     assert isinstance(again, eg.Tensor) and again.requires_grad
 
 
+@sparse_gradients
 def test_zero_grad_and_moving() -> None:
     layer = eg.nn.Embedding(HEIGHT, WIDTH, sparse=True)
     assert repr(layer).startswith("Embedding(13, 5, sparse=True)")
@@ -158,6 +163,7 @@ def test_what_is_no_gradient(rows: Any, values: tuple[int, ...], error: type[Exc
         eg.RowSparse(rows, eg.ones(*values), HEIGHT)
 
 
+@sparse_gradients
 def test_shapes_must_agree() -> None:
     p = table()
     p.grad = rows_of([1], width=3)

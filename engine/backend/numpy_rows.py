@@ -121,8 +121,11 @@ def reduction_rows(xp: Any) -> Rows:
         return run
 
     def sum_squares(partial: Any, x: Any, n: int) -> None:
+        """Zeros fill a short last block, since NumPy adds in an order that depends on how many there are."""
         for block in range(partial.size):
-            partial[block] = xp.square(x.reshape(-1)[block * 4096:(block + 1) * 4096].astype("float64")).sum()
+            part, whole = x.reshape(-1)[block * 4096:(block + 1) * 4096], xp.zeros(4096)
+            whole[:part.size] = part
+            partial[block] = xp.square(whole).sum()
 
     return {"sum": row(lambda x: x.sum(1)), "prod": row(lambda x: x.prod(1)),
             "max": row(lambda x: x.max(1)), "min": row(lambda x: x.min(1)),
@@ -184,7 +187,7 @@ def indexing_rows(xp: Any) -> Rows:
 
     def embedding_vjp(dweight: Any, g: Any, index: Any, count: int, vocabulary: int, n: int) -> None:
         dweight[...] = 0
-        xp.add.at(dweight, index.reshape(count), g.reshape(count, n))
+        xp.add.at(dweight.reshape(vocabulary, n), index.reshape(count), g.reshape(count, n))
 
     return {"gather": gather, "scatter_add": scatter_add, "scatter": scatter, "scatter_runs": scatter_runs,
             "sort": sort, "argsort": argsort, "embedding": embedding, "embedding_vjp": embedding_vjp}

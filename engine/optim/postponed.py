@@ -164,7 +164,7 @@ def update_rows(k: Backend, rule: Rule, table: Array, state: dict[str, Any], gra
     slots = {name: Array(state[name].data.reshape(height, width), table.dtype) for name in rule.slots}
     rows = gradient.rows
     some, some_slots = gather(k, table, rows), {name: gather(k, slot, rows) for name, slot in slots.items()}
-    rule.apply(k, some, some_slots, some, some_slots, k.contiguous(gradient.values.array), step)
+    rule.apply(k, some, some_slots, some, some_slots, k.contiguous(gradient.values.array).reshaped(some.shape), step)
     put_rows(k, table, rows, some)
     for name, slot in slots.items():
         put_rows(k, slot, rows, some_slots[name])
