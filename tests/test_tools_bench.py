@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import engine as eg
 from engine.backend import get_backend, get_num_threads, set_num_threads
 from engine.backend.cpu import CpuBackend
-from tools.benchmarks import overhead, sweep
+from tools.benchmarks import memory, overhead, sweep
 from tools.benchmarks.contest import OURS, Contest, Machine, Result, measure
 from tools.benchmarks.kernels import Maker
 from tools.benchmarks.peers import Peers, prepare_environment
@@ -21,6 +23,15 @@ from tools.benchmarks.report import table
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = Machine(2, 1e9, 1e9, 1e9)
+compiled = pytest.mark.skipif(not isinstance(get_backend("cpu"), CpuBackend), reason=(
+    "bench refuses to measure without kernels, which test_without_kernels_there_is_one_line holds it to"))
+
+
+def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The program on one thread, in a process whose settings change no peer."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS")}
+    return subprocess.run([sys.executable, "tools/bench.py", *arguments, "--threads", "1"], cwd=ROOT,
+                          env={**kept, **environment}, capture_output=True, text=True, timeout=120)
 
 
 def nothing() -> None:
@@ -99,7 +110,7 @@ class Small(sweep.Draw):
 
 
 @pytest.mark.parametrize("work", sweep.WORKS, ids=lambda work: f"{work.level} {work.name}")
-@pytest.mark.skipif(not isinstance(get_backend("cpu"), CpuBackend), reason="launches the compiled kernels")
+@compiled
 def test_every_kind_of_case_runs(work: sweep.Work) -> None:
     torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
     row = work.make(Maker(torch), *work.shape(Small(0, 3)))
@@ -121,21 +132,26 @@ def test_the_sweep_needs_torch() -> None:
         next(sweep.contests(Peers([], 1), 1, 0))
 
 
-@pytest.mark.skipif(not isinstance(get_backend("cpu"), CpuBackend), reason="measures the compiled kernels")
+@pytest.mark.parametrize("name", ["gemm", "memory"])
+def test_without_kernels_there_is_one_line(name: str, tmp_path: Path) -> None:
+    run = bench(name, "--peers", "openblas", ENGINE_KERNELS=str(tmp_path))
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr.splitlines()[-1] == "bench: no compiled kernels to measure; run `make` first"
+    assert "Traceback" not in run.stderr
+
+
+@compiled
 @pytest.mark.parametrize(("name", "only"), [("gemm", "NN 64×64×64"), ("kernels", "exp 64×1024"),
                                             ("generate", "decode char"), ("overhead", "x < y")])
 def test_one_row(name: str, only: str, tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS")}
-    run = subprocess.run([sys.executable, "tools/bench.py", name, "--peers", "openblas", "--threads", "1", "--seconds",
-                          "0.01", "--only", only, "--json", str(tmp_path / "rows.json")], cwd=ROOT, env=environment,
-                         capture_output=True, text=True, timeout=120)
+    run = bench(name, "--peers", "openblas", "--seconds", "0.01", "--only", only, "--json", str(tmp_path / "rows.json"))
     assert run.returncode == 0, run.stderr
     assert f"| {only} |" in run.stdout
     rows = json.loads((tmp_path / "rows.json").read_text())[name]["rows"]
     assert [row["name"] for row in rows] == [only] and min(rows[0]["seconds"][OURS]) > 0
 
 
-@pytest.mark.skipif(not isinstance(get_backend("cpu"), CpuBackend), reason="measures the compiled kernels")
+@compiled
 def test_what_a_team_of_threads_costs() -> None:
     assert overhead.team_results(Peers([], 1)) == []
     before = get_num_threads()
@@ -148,14 +164,36 @@ def test_what_a_team_of_threads_costs() -> None:
     assert all(len(result.seconds[OURS]) == overhead.JOBS and min(result.seconds[OURS]) > 0 for result in results)
 
 
-@pytest.mark.skipif(not isinstance(get_backend("cpu"), CpuBackend), reason="measures the pool")
+@compiled
 def test_memory_of_a_step(tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS")}
-    run = subprocess.run([sys.executable, "tools/bench.py", "memory", "--peers", "", "--threads", "1", "--only",
-                          "tiny engine", "--json", str(tmp_path / "rows.json")], cwd=ROOT, env=environment,
-                         capture_output=True, text=True, timeout=120)
+    run = bench("memory", "--peers", "", "--only", "tiny engine", "--json", str(tmp_path / "rows.json"))
     assert run.returncode == 0, run.stderr
     (row,) = json.loads((tmp_path / "rows.json").read_text())["memory"]["rows"]
     assert row["name"] == "tiny engine"
+    size = memory.size_of("tiny")
+    matrices = 12 * size.layers * size.width**2  # of attention 4, of the feed-forward 2 that are 4 times as large
+    assert 16 * matrices < row["state"] < 1.1 * 16 * matrices  # embeddings, norms and biases are little beside them
     assert row["state"] < row["pool"] < 20 * row["state"]  # the activations of 768 tokens stand beside it
     assert row["growth"] > row["state"]
+
+
+@compiled
+def test_memory_and_faults_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the steps that count: what the first steps take more of is not in them."""
+    made: list[bool] = []
+    mebibyte, pages = 1 << 20, 500
+
+    def step() -> None:
+        warm = len(made) < memory.WARM_UP
+        made.append(warm)
+        eg.empty((64 if warm else 16) * mebibyte // 4)
+        with mmap.mmap(-1, pages * mmap.PAGESIZE) as fresh:
+            for page in range(pages):
+                fresh[page * mmap.PAGESIZE] = 1
+
+    monkeypatch.setattr(memory.train, "engine_step", lambda size: (step, None))
+    used = get_backend("cpu").pool.figures().live
+    found = memory.measure_here("tiny", OURS, 1)
+    assert len(made) == memory.WARM_UP + memory.STEPS
+    assert 16 * mebibyte <= found["pool"] - used < 64 * mebibyte
+    assert pages <= found["faults"] < 2 * pages
