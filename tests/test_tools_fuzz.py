@@ -45,6 +45,14 @@ def two_lines(data: bytes, folder: Path) -> None:
     raise ValueError("one\ntwo")
 
 
+def long_line(data: bytes, folder: Path) -> None:
+    raise ValueError("x" * (fuzz.LINE + 1))
+
+
+def no_words(data: bytes, folder: Path) -> None:
+    raise ValueError
+
+
 def greedy(data: bytes, folder: Path) -> None:
     bytearray(2 << 30)
 
@@ -57,10 +65,20 @@ def endless(data: bytes, folder: Path) -> None:
             pass
 
 
+def late(data: bytes, folder: Path) -> None:
+    """What takes too long and says so to nobody."""
+    try:
+        endless(data, folder)
+    except BaseException:
+        pass
+
+
 @pytest.mark.parametrize(("read", "words"), [
     (lambda data, folder: data["x"], "TypeError"), (lambda data, folder: "x".encode("no code"), "LookupError"),
-    (lambda data, folder: b"\xff".decode(), "UnicodeDecodeError"), (two_lines, "not one line"), (greedy, "MemoryError"),
-    (lambda data, folder: sys.exit(), "SystemExit"), (endless, "more than 0.2 seconds")])
+    (lambda data, folder: b"\xff".decode(), "UnicodeDecodeError"), (two_lines, "not one line"),
+    (long_line, "not one line"), (no_words, "not one line"), (greedy, "MemoryError"),
+    (lambda data, folder: sys.exit(), "SystemExit"), (endless, "_Hang: more than 0.2 seconds"),
+    (late, "^more than 0.2 seconds")])
 def test_what_a_reader_does_wrong_is_found(read: Any, words: str, tmp_path: Path,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """A subclass of a type is another type: UnicodeDecodeError says nothing of the file."""
