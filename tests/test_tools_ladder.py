@@ -64,6 +64,8 @@ def test_rungs_that_add_in_the_same_order_have_the_same_bits(loaded: dict[str, r
     ("gemm_6_packing", "packed_b + j * depths", "packed_b"),
     ("attention_2_online_softmax", "l = c * l + p", "l = l + p"),
     ("attention_4_register_tiles", "at_most(first + i, KEYS)", "at_most(first + i + 1, KEYS)"),
+    ("gemm_1_triple_loop", "c[i * n + j] = sum;", "c[i * n + j] = sum * 1.000001f;"),  # 17 roundings: more than allowed
+    ("attention_1_whole_matrix", "out[i * d + e] = sum;", "out[i * d + e] = sum * 1.00001f;"),
 ])
 def test_a_planted_bug_is_caught(name: str, old: str, new: str, tmp_path: Path, build: Path) -> None:
     text = (rungs.FOLDER / f"{name}.c").read_text(encoding="utf-8")
