@@ -13,12 +13,15 @@ import pytest
 from fuzz_wire import bits
 from sharder_machines import machines, push_to
 
+from engine.backend import Array
+from engine.sharder.consistency import Consistency
 from engine.sharder.drivers.files import RECORD, Library, Store, folder_of, record_bytes, records_of
 from engine.sharder.drivers.frozen import freeze, thaw
 from engine.sharder.encoding import decode, encode
 from engine.sharder.events import Proceed, shard_address
 from engine.sharder.memory import Checkpoint
-from engine.sharder.messages import Apply
+from engine.sharder.messages import Apply, Choose
+from engine.sharder.versions import Version
 
 ADDRESS = shard_address(0)
 
@@ -127,6 +130,25 @@ def test_a_shard_in_the_middle_of_everything_comes_back_from_its_snapshot(argume
     assert remembered(twin) == remembered(shard) and said
 
 
+def test_what_was_seen_chosen_and_reduced_comes_back():
+    """A twin that forgot these would answer differently only after a loss, a repetition or a choice to come."""
+    cluster, _, (shard, *_), _ = machines(microbatches=3, consistency=Consistency(backups=1), clip_norm=1.0)
+    shard.step(push_to(shard, microbatch=1, sequence=4))
+    shard.step(push_to(shard, microbatch=2, sequence=0, worker=1))
+    for chosen in (None, (1, 2)):
+        if chosen:
+            shard.step(Choose(1, 0, chosen))
+        was = shard.snapshot()
+        found = thaw(decode(b"".join(encode(freeze(was)))), cluster.setup, 0)
+        assert {w: vars(window) for w, window in found.windows.items()} == {
+            0: {"epoch": 0, "floor": 0, "above": {4}}, 1: {"epoch": 0, "floor": 1, "above": set()}}
+        mine, its = was.gatherings[0], found.gatherings[0]
+        assert (its.version, its.chosen, its.held.keys()) == (0, chosen, set() if chosen else {1, 2})
+        assert (its.reduced is None) == (its.mean is None) == (chosen is None)
+        if chosen:
+            assert b"".join(encode(its.reduced)) == b"".join(encode(mine.reduced))
+
+
 def test_a_snapshot_makes_earlier_records_needless(tmp_path):
     cluster, _, (shard, *_), _ = machines()
     store = stored(tmp_path, cluster.setup)
@@ -169,6 +191,23 @@ def test_a_term_begins_with_what_every_shard_has(tmp_path):
         with pytest.raises(KeyError, match="version 2"):
             library.checkpoint(2)
     assert bits(library.checkpoint(0)) == bits(Checkpoint(0, origin.parameters, origin.slots))
+
+
+def test_of_two_terms_that_saved_a_version_the_newest_counts(tmp_path):
+    cluster, _, shards, _ = machines()
+    for number in (2, 10, 9):  # in no order, that of letters included
+        for shard in shards:
+            state = shard.snapshot()
+            state = replace(state, clock=2, term=replace(state.term, number=number),
+                            kept=(replace_elements(state.kept[-1], number),))
+            Store(tmp_path, shard_address(shard.number), cluster.setup).save(state, 0)
+    loaded = Library(tmp_path, cluster.setup).checkpoint(2)
+    assert all((value == 10).all() for value in loaded.parameters.values())
+
+
+def replace_elements(version, value):
+    flat = Array(np.full_like(version.flat.data, value))
+    return Version(version.number, version.shared, flat)
 
 
 def test_old_snapshots_and_those_of_a_term_that_went_back_are_removed(tmp_path):
