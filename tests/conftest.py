@@ -1,7 +1,8 @@
 """What every test runs under: Hypothesis without surprises.
 
-`make test` must give the same verdict every time, so its examples are derandomized. The nightly profile draws new ones,
-HYPOTHESIS_EXAMPLES (10,000) of each, and prints what reproduces a failure:
+`make test` must give the same verdict every time, so its examples are derandomized, and no number is taken from the
+sources that happen to be loaded. The nightly profile draws new examples, HYPOTHESIS_EXAMPLES (10,000) of each, and
+prints what reproduces a failure:
 
     HYPOTHESIS_PROFILE=nightly HYPOTHESIS_EXAMPLES=300 pytest tests/ops
 """
@@ -13,6 +14,7 @@ import signal
 import threading
 
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis.internal.conjecture import providers
 
 _PHASES = [phase for phase in Phase if phase is not Phase.explain]  # which is slow, and our failures say what they mean
 _COMMON = {"phases": _PHASES, "deadline": None, "database": None, "print_blob": True,
@@ -22,6 +24,11 @@ settings.register_profile("quick", derandomize=True, max_examples=8, **_COMMON)
 settings.register_profile("nightly", derandomize=False, **_COMMON,
                           max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "10000")))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
+
+# Hypothesis also draws constants that it finds in the modules loaded so far: another test before, or a line changed in
+# some tool, and a derandomized search goes elsewhere. It has no setting for this; test_testing.py sees that this works.
+_NO_CONSTANTS = providers.Constants()
+providers._get_local_constants = lambda: _NO_CONSTANTS
 
 if threading.current_thread() is threading.main_thread():
     # A shell in the background starts its children with Ctrl-C ignored, and children hand that on. The tests send it.

@@ -58,7 +58,7 @@ def cycles_stay() -> Iterator[None]:
 def test_a_planted_bug_is_noticed(name: str, cycles_stay: None, monkeypatch: pytest.MonkeyPatch) -> None:
     target, attribute, wrong = BUGS[name]
     monkeypatch.setattr(target, attribute, wrong)
-    search = settings(derandomize=True, max_examples=300, stateful_step_count=50, database=None, deadline=None,
+    search = settings(derandomize=True, max_examples=3000, stateful_step_count=50, database=None, deadline=None,
                       phases=[Phase.generate], report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
     with pytest.raises((CheckFailure, RuntimeError)):
         run_state_machine_as_test(EngineMachine, settings=search)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import find, given
+from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 import engine as eg
@@ -399,6 +402,26 @@ def test_examples_shrink_to_the_small_and_plain() -> None:
     assert x.size == 3 and x.flags.c_contiguous
     case = find(st_eg.cases(specs["softmax"], "float32", arrange=True), lambda c: c.operands[0].ndim == 2)
     assert case.operands[0].size <= 1 and case.operands[0].flags.c_contiguous
+
+
+def test_examples_do_not_depend_on_what_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn() -> list[int]:
+        seen: list[int] = []
+
+        @settings(derandomize=True, max_examples=300, database=None)
+        @given(value=st.integers(-10**9, 10**9))
+        def draw(value: int) -> None:
+            seen.append(value)
+
+        draw()
+        return seen
+
+    before = drawn()
+    loaded = ModuleType("full_of_numbers")
+    loaded.__file__ = str(tmp_path / "full_of_numbers.py")
+    Path(loaded.__file__).write_text(f"NUMBERS = {list(range(777_000, 778_000))}")
+    monkeypatch.setitem(sys.modules, loaded.__name__, loaded)
+    assert drawn() == before
 
 
 @given(data=st.data())

@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import Phase, find, settings
 from hypothesis import strategies as st
-from hypothesis.errors import NoSuchExample
 from sharder_problems import HISTORIES, MODES, strikes, tiny_drawn
 
 from engine.optim.accumulator import Accumulated, Accumulator
@@ -19,17 +18,12 @@ from engine.sharder.consistency import Consistency
 from engine.sharder.events import COORDINATOR, Pulled, Send
 from engine.sharder.messages import Applied, Begin, Held, Push, Reduced
 
-DRAWS = -(-HISTORIES // len(MODES))  # as many as test_schedules.py draws in each mode, in every test run
-
 SSP = tuple(mode for mode in MODES if mode.startswith("ssp"))
 ASP = tuple(mode for mode in MODES if mode.startswith("asp"))
 BACKUP_WORKERS = tuple(mode for mode in MODES if "backup workers" in mode)
 
-draws = st.tuples(st.integers(0, 2**20), st.integers(1, 3), st.integers(1, 3), strikes)
 
-
-# Each bug takes monkeypatch's setattr and plants itself. modes: those that have what it breaks (default: all, together
-# with the budget of one).
+# Each bug takes monkeypatch's setattr and plants itself. modes: those that have what it breaks (default: all).
 
 # ── sums ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -408,9 +402,9 @@ BUGS = [bug for name, bug in sorted(globals().items())
         if callable(bug) and getattr(bug, "__code__", None) and bug.__code__.co_varnames[:1] == ("plant",)]
 
 
-def breaks(mode, draw):
+def breaks(history):
     try:
-        tiny_drawn(mode, *draw)
+        tiny_drawn(*history)
     except (AssertionError, RuntimeError, ValueError, LookupError, AttributeError, TypeError):
         return True
     return False
@@ -420,37 +414,31 @@ def test_there_are_bugs():
     assert len(BUGS) >= 45
 
 
-def smaller(draw):
-    """The draws that lack one fault, worker or shard of this one."""
-    seed, workers, shards, faults = draw
+def smaller(history):
+    """The histories that lack one fault, worker or shard of this one."""
+    mode, seed, workers, shards, faults = history
     for i in range(len(faults)):
-        yield seed, workers, shards, faults[:i] + faults[i + 1:]
+        yield mode, seed, workers, shards, faults[:i] + faults[i + 1:]
     if workers > 1:
-        yield seed, workers - 1, shards, faults
+        yield mode, seed, workers - 1, shards, faults
     if shards > 1:
-        yield seed, workers, shards - 1, faults
+        yield mode, seed, workers, shards - 1, faults
 
 
-def shrunk(mode, draw):
-    """The draw without anything that the bug does not need."""
-    while simpler := next((other for other in smaller(draw) if breaks(mode, other)), None):
-        draw = simpler
-    return draw
+def shrunk(history):
+    """The history without anything that the bug does not need."""
+    while simpler := next(filter(breaks, smaller(history)), None):
+        history = simpler
+    return history
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
 def test_a_planted_bug_is_found(bug, monkeypatch):
+    """Within as many histories as test_schedules.py draws in every test run."""
     bug(monkeypatch.setattr)
-    modes = (bug.__defaults__ or (tuple(MODES),))[0]
-    budget = DRAWS if bug.__defaults__ else DRAWS // len(modes)
-    for mode in modes:
-        try:
-            found = find(draws, lambda draw, mode=mode: breaks(mode, draw), settings=settings(
-                max_examples=budget, database=None, derandomize=True, phases=[Phase.generate]))
-        except NoSuchExample:
-            continue
-        found = shrunk(mode, found)
-        print(f"{bug.__name__}: {mode}, {found}")
-        assert len(found[-1]) <= 4, found
-        return
-    pytest.fail(f"{budget * len(modes)} histories did not find it")
+    modes = st.sampled_from((bug.__defaults__ or (tuple(MODES),))[0])
+    histories = st.tuples(modes, st.integers(0, 2**20), st.integers(1, 3), st.integers(1, 3), strikes)
+    found = shrunk(find(histories, breaks, settings=settings(
+        max_examples=HISTORIES, database=None, derandomize=True, phases=[Phase.generate])))
+    print(f"{bug.__name__}: {found}")
+    assert len(found[-1]) <= 4, found
