@@ -15,7 +15,16 @@ from sharder_machines import machines, push_to
 
 from engine.backend import Array
 from engine.sharder.consistency import Consistency
-from engine.sharder.drivers.files import RECORD, Library, Store, folder_of, record_bytes, records_of
+from engine.sharder.drivers.files import (
+    RECORD,
+    Library,
+    Replaced,
+    Store,
+    folder_of,
+    read_whole,
+    record_bytes,
+    records_of,
+)
 from engine.sharder.drivers.frozen import freeze, thaw
 from engine.sharder.encoding import decode, encode
 from engine.sharder.events import Proceed, shard_address
@@ -162,9 +171,52 @@ def test_a_snapshot_makes_earlier_records_needless(tmp_path):
     assert Store(tmp_path, ADDRESS, cluster.setup).records == again.records  # it died before the log was replaced
     (store.folder / "log").write_bytes(short)
     assert bits(freeze(again.snapshot)) == bits(freeze(shard.snapshot()))
-    store.append(5, Proceed(5))
-    store.synchronise()
+    last = Store(tmp_path, ADDRESS, cluster.setup)
+    last.append(5, Proceed(5))
+    last.synchronise()
     assert Store(tmp_path, ADDRESS, cluster.setup).records == [Proceed(3), Proceed(4), Proceed(5)]
+
+
+def test_an_incarnation_that_was_replaced_can_put_nothing_on_record(tmp_path, monkeypatch):
+    """Whatever it tries after the next one has come, that one's files are as they were, and it hears of it."""
+    cluster, _, (shard, *_), _ = machines()
+    older = stored(tmp_path, cluster.setup)
+    older.save(shard.snapshot(), 2)
+    older.append(4, Proceed(4))
+    newer = Store(tmp_path, ADDRESS, cluster.setup, incarnation=1)
+    assert newer.records == [Proceed(3)]
+    newer.append(4, Proceed(44))
+    assert newer.synchronise() == 4
+    before = {path: path.read_bytes() for path in newer.folder.iterdir()}
+    with pytest.raises(Replaced):
+        older.synchronise()
+    with pytest.raises(Replaced):
+        older.save(shard.snapshot(), 4)
+    with pytest.raises(Replaced, match="shard 0: incarnation 1 has taken its place"):
+        Store(tmp_path, ADDRESS, cluster.setup)
+    with pytest.raises(Replaced), monkeypatch.context() as patch:
+        patch.setattr("engine.sharder.drivers.files.claim", lambda *_: older.folder)  # taken just after it was claimed
+        Store(tmp_path, ADDRESS, cluster.setup)
+    assert {path: path.read_bytes() for path in newer.folder.iterdir()} == before
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == list(before)
+    assert Store(tmp_path, ADDRESS, cluster.setup, incarnation=7).records == [Proceed(3), Proceed(44)]
+
+
+def test_a_snapshot_is_found_while_its_folder_is_being_taken(tmp_path, monkeypatch):
+    cluster, _, shards, _ = machines()
+    library = Library(tmp_path, cluster.setup)
+    library.keep_origin(cluster.checkpoint())
+    for shard in shards:
+        saved_at(tmp_path, shard, 2, cluster.setup)
+    takers = [1]
+
+    def read(path):
+        if takers:
+            Store(tmp_path, ADDRESS, cluster.setup, takers.pop())
+        return read_whole(path)
+
+    monkeypatch.setattr("engine.sharder.drivers.files.read_whole", read)
+    assert library.checkpoint(2).clock == 2
 
 
 def saved_at(tmp_path, shard, clock, setup):

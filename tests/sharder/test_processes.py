@@ -21,7 +21,8 @@ from sharder_problems import Momentum, assert_same_bits, gradient, make, plain, 
 from engine.sharder.consistency import Consistency
 from engine.sharder.drivers import child, post
 from engine.sharder.drivers.plain import Plain
-from engine.sharder.drivers.processes import ProcessServer, WorkFailed
+from engine.sharder.drivers.processes import ProcessServer
+from engine.sharder.drivers.supervisor import WorkFailed
 from engine.sharder.memory import Checkpoint
 from engine.sharder.wire import Hello, arithmetic
 
@@ -150,7 +151,7 @@ def test_the_program_that_kills_goes_on_where_it_stopped(tmp_path, monkeypatch, 
 def test_an_answer_that_comes_late_is_not_mistaken_for_the_present_state():
     server, late = server_of(), []
     for done in server.run(program, 3):
-        server._team.post._messages += late  # private: nobody can be made to answer late
+        server._team.mail._messages += late  # private: nobody can be made to answer late
         assert_same_bits(server.state(), expected(done.clock + 1))
         late = [child.Standing(shard, part) for shard, part in server._team.parts.items()]
 
@@ -248,7 +249,7 @@ def test_an_interrupt_ends_the_run_at_the_end_of_its_clock():
 
 
 def test_what_dies_again_and_again_is_no_accident(monkeypatch):
-    monkeypatch.setattr("engine.sharder.drivers.processes.DEATHS", 3)
+    monkeypatch.setattr("engine.sharder.drivers.supervisor.DEATHS", 3)
     with pytest.raises(WorkFailed, match=r"worker \d: its process died 3 times in clock 0, the last time by signal 9"):
         list(server_of().run(lambda client: os.kill(os.getpid(), signal.SIGKILL), clocks=1))
 

@@ -1,8 +1,8 @@
-"""What runs in each process of the processes driver: one machine, its connections, and its files.
+"""What runs in a process of a supervised run: one machine, its mail, and its files.
 
 A child is told everything at its birth (Order), and then lives on messages alone. It may be killed at any moment: what
-it has said is on record, or can be computed again. When the process that bore it is gone, which it sees by the end of a
-pipe, it removes the run's folder and dies too.
+it has said is on record, or can be computed again. A child of the processes driver sees by the end of a pipe when the
+process that bore it is gone; then it removes the run's folder and dies too.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from engine.backend import Backend, get_backend, set_num_threads
 from engine.dtypes import DType
 from engine.sharder.client import Client, Stopped, run_to_end
 from engine.sharder.coordinator import Coordinator
-from engine.sharder.drivers.files import Library, Store
+from engine.sharder.drivers.files import Library, Replaced, Store
 from engine.sharder.drivers.frozen import Frozen, freeze
 from engine.sharder.drivers.post import Post
 from engine.sharder.encoding import WireError, declare
@@ -115,13 +115,12 @@ class Order:
 
     incarnation: how often its address had another child before
     last:        the clock before which training ends, None if that is open
-    let_go:      closes the run's connections in a forked child, lest they outlive the run; None if it has none
+    program:     of a worker
     """
 
     address: Address
     incarnation: int
     folder: Path
-    secret: bytes
     recipe: Recipe
     term: Term
     epoch: int
@@ -130,35 +129,64 @@ class Order:
     durability: str
     program: Any
     threads: int
-    let_go: Callable[[], None] | None
 
 
-def live(order: Order, lifeline: Any, other_end: Any) -> None:
-    """Be the machine that the order says. lifeline: ends when the run does; other_end: of it, to be closed here."""
+class Mail(Protocol):
+    """How a machine's messages come and go; they may be lost, late or repeated.
+
+    met: whether somebody is there, since somebody last looked, who has not heard what was said before
+    stirred: the monotonic time at which anything has last come or gone; sending: whether something is still on its way
+    """
+
+    met: bool
+    stirred: float
+
+    @property
+    def sending(self) -> bool: ...
+    def send(self, to: Address, message: Any) -> None: ...
+    def receive(self, seconds: float) -> list[Any]:
+        """The messages that have come; waits for so long if there are none."""
+
+
+def be(order: Order, setup: Setup, mail: Mail) -> None:
+    """Be the machine that the order says. Raises Stopped when the run is over, Replaced when another is it now."""
+    set_num_threads(order.threads)
+    if order.address[0] == "worker":
+        _work(order, setup, mail)
+    else:
+        _Server(order, setup, mail).serve()
+
+
+def failure(error: BaseException) -> Failed:
+    """Of the exception that is being handled."""
+    return Failed(f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def live(order: Order, secret: bytes, lifeline: Any, let_go: Sequence[Callable[[], None]]) -> None:
+    """Be a child of the processes driver. lifeline: ends when the run does; let_go: closes what a forked child has of
+    the run's, lest it outlive the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends its children
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    if other_end is not None:
-        other_end.close()
-    if order.let_go is not None:
-        order.let_go()
+    for close in let_go:
+        close()
     threading.Thread(target=_watch, args=(lifeline, order.folder), daemon=True).start()
     kind, number = order.address
     setup = order.recipe.setup()
-    set_num_threads(order.threads)
-    post = Post(Hello(kind, number, order.incarnation, arithmetic(setup.k)), order.folder, order.secret)
+    post = Post(Hello(kind, number, order.incarnation, arithmetic(setup.k)), order.folder, secret)
     post.calls.add(RUN)
+    if kind == "shard":
+        post.calls.add(COORDINATOR)
+    elif kind == "worker":
+        post.calls |= {COORDINATOR, *map(shard_address, range(order.term.shards))}
     try:
-        if kind == "worker":
-            _work(order, setup, post)
-        else:
-            _Server(order, setup, post).serve()
-    except Stopped:
+        be(order, setup, post)
+    except (Stopped, Replaced):
         pass
     except WireError as error:
         sys.exit(f"{kind} {number}: {error}")
     except BaseException as error:
-        post.send(RUN, Failed(f"{type(error).__name__}: {error}", traceback.format_exc()))
+        post.send(RUN, failure(error))
         post.flush(10)
         sys.exit(1)
 
@@ -176,14 +204,14 @@ def _watch(lifeline: Any, folder: Path) -> None:
 class Patience:
     """When it is time to ask again: at a new connection, and when nothing has come for a while."""
 
-    def __init__(self, post: Post):
-        self.post = post
+    def __init__(self, mail: Mail):
+        self.mail = mail
         self.wait = PATIENCE[0]
         self.heard = time.monotonic()
 
     def is_over(self, messages: list[Any]) -> bool:
-        met, self.post.met = self.post.met, False
-        if messages or self.post.stirred > self.heard or self.post.sending:
+        met, self.mail.met = self.mail.met, False
+        if messages or self.mail.stirred > self.heard or self.mail.sending:
             self.wait, self.heard = PATIENCE[0], time.monotonic()
         elif not met and time.monotonic() - self.heard >= self.wait:
             self.wait, self.heard = min(2 * self.wait, PATIENCE[1]), time.monotonic()
@@ -196,15 +224,15 @@ class Patience:
 class _Server:
     """A machine with its storage."""
 
-    def __init__(self, order: Order, setup: Setup, post: Post):
-        self.post, self.address, self.library = post, order.address, Library(order.folder, setup)
-        self.store = Store(order.folder, order.address, setup)
+    def __init__(self, order: Order, setup: Setup, mail: Mail):
+        self.mail, self.library = mail, Library(order.folder, setup)
+        self.library.expect_origin()
+        self.store = Store(order.folder, order.address, setup, order.incarnation)
         kind, number = order.address
         self.machine: Any
         if kind == "coordinator":
             self.machine = Coordinator(setup, order.term, order.workers, order.last)
         else:
-            post.calls.add(COORDINATOR)
             self.machine = Shard(number, setup, incarnation=order.incarnation)
         logged = kind == "coordinator" or order.durability == "log"
         if kind == "shard" and (logged or order.incarnation == 0):
@@ -218,9 +246,9 @@ class _Server:
         self.asked: Inspect | None = None
 
     def serve(self) -> None:
-        patience = Patience(self.post)
+        patience = Patience(self.mail)
         while True:
-            messages = self.post.receive(patience.wait)
+            messages = self.mail.receive(patience.wait)
             for message in messages:
                 if isinstance(message, Inspect):
                     self.asked = message
@@ -236,7 +264,7 @@ class _Server:
     def _perform(self, actions: list[Any]) -> None:
         for action in actions:
             if isinstance(action, Send):
-                self.post.send(action.to, action.message)
+                self.mail.send(action.to, action.message)
             elif isinstance(action, Append):
                 self.store.append(action.number, action.record)
             elif isinstance(action, Save):
@@ -245,7 +273,7 @@ class _Server:
                 loaded = Loaded(action.term, self.library.checkpoint(action.term.start))
                 self._perform(self.node.step(loaded))
             else:
-                self.post.send(RUN, action)
+                self.mail.send(RUN, action)
 
     def _save(self, save: Save) -> None:
         self.store.save(save.snapshot, save.number)
@@ -258,7 +286,7 @@ class _Server:
         shard, memory, self.asked = self.machine, self.machine.memory, None
         state = Snapshot(shard.term, shard.incarnation, True, shard.clock, memory.version,
                          (memory.versions.current,), memory.slots)
-        self.post.send(RUN, Standing(shard.number, freeze(state)))
+        self.mail.send(RUN, Standing(shard.number, freeze(state)))
 
 
 # ── a worker ──────────────────────────────────────────────────────────────────────────────────────────
@@ -274,19 +302,19 @@ class _Desk:
 
 
 class _Port:
-    """A worker's connections."""
+    """A worker's mail."""
 
-    def __init__(self, post: Post):
-        self.post, self.patience = post, Patience(post)
+    def __init__(self, mail: Mail):
+        self.mail, self.patience = mail, Patience(mail)
         self.messages: deque[Any] = deque()
         self.stopped = False
 
     def send(self, send: Send) -> None:
-        self.post.send(send.to, send.message)
+        self.mail.send(send.to, send.message)
 
     def receive(self) -> Any:
         while not self.messages and not self.stopped:
-            found = self.post.receive(self.patience.wait)
+            found = self.mail.receive(self.patience.wait)
             self.messages += found
             if self.patience.is_over(found):
                 self.messages.append(Timeout())
@@ -296,14 +324,13 @@ class _Port:
         return self.messages.popleft()
 
 
-def _work(order: Order, setup: Setup, post: Post) -> None:
+def _work(order: Order, setup: Setup, mail: Mail) -> None:
     """Run the program."""
-    post.calls |= {COORDINATOR, *(shard_address(s) for s in range(order.term.shards))}
     number = order.address[1]
     machine = Worker(number, order.epoch, setup, order.term)
     desk = _Desk(setup.k, setup.dtype, Counter(), Traffic())
-    run_to_end(order.program, Client(desk, machine, _Port(post)))
+    run_to_end(order.program, Client(desk, machine, _Port(mail)))
     while True:  # said again until the run has heard it, and ends this process
-        post.send(RUN, Returned(number))
-        if any(isinstance(message, Stop) for message in post.receive(PATIENCE[0])):
+        mail.send(RUN, Returned(number))
+        if any(isinstance(message, Stop) for message in mail.receive(PATIENCE[0])):
             return

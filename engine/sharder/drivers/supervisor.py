@@ -1,0 +1,349 @@
+"""A server whose machines live in other processes, here or elsewhere, and the run that watches over them.
+
+The process that calls run() is the supervisor: it bears the machines, brings back in a new incarnation what is lost,
+and asks for the clocks. All that it tells them or hears goes by its mail, as messages, which may be lost with either
+end; so whatever it waits for it asks for again. What a machine runs in and how its death is seen is the business of a
+driver: processes.py, ray_server.py.
+
+    grant, next_clock, next_clock ...   the coordinator: Proceed --> Committed
+    standing                            every shard: Inspect --> Standing
+    finish                              the coordinator: Finish; the workers: Returned
+    stop                                the workers: Stop; then all are ended
+"""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from engine.backend import get_num_threads
+from engine.sharder.client import Program
+from engine.sharder.cluster import Cluster
+from engine.sharder.drivers.child import (
+    Failed,
+    Inspect,
+    Mail,
+    Order,
+    Patience,
+    Recipe,
+    Returned,
+    Standing,
+    Stop,
+)
+from engine.sharder.drivers.files import Library, join
+from engine.sharder.drivers.frozen import Frozen
+from engine.sharder.events import COORDINATOR, Address, Committed, Finish, Proceed, shard_address, worker_address
+from engine.sharder.memory import Checkpoint
+
+DURABILITIES = ("snapshot", "log")
+DEATHS = 100  # in one clock, after which it is no accident
+GRACE = 5.0  # seconds for a program to clean up when the run is ended
+STANDING = 10.0  # seconds to wait for the state of a run that failed
+
+
+class WorkFailed(RuntimeError):
+    """An exception in another process: its type and text, and where it was raised."""
+
+
+class SupervisedServer(Cluster, ABC):
+    """A parameter server in processes of its own; the arguments are Cluster's, and
+
+    durability: what a shard that is lost comes back with, as in the simulator. "snapshot": nothing; all go back to
+                their last snapshot and compute again what came after (BSP only, and there the default); "log": all
+                it was told
+    folder:     where the run's own folder is made; by default where the system keeps temporary files
+    """
+
+    shared = False
+
+    def __init__(self, parameters: Any, rule: Any, *, durability: str | None = None, save_every: int = 10,
+                 folder: str | Path | None = None, hyper: Any = None, compress: str | None = None, **arguments: Any):
+        self.name = type(self).__name__
+        if compress is not None:
+            raise ValueError(f"{self.name}: compress is {compress!r}, and what a codec has left to say would be lost "
+                             "with a worker's process; expected None")
+        super().__init__(parameters, rule, save_every=save_every, hyper=hyper, **arguments)
+        replays = self.setup.consistency.replays
+        self.durability = durability or ("snapshot" if replays else "log")
+        if self.durability not in DURABILITIES or (self.durability == "snapshot" and not replays):
+            raise ValueError(f"{self.name}: durability is {durability!r}, expected "
+                             f"{' or '.join(DURABILITIES) if replays else 'log, the only one with this consistency'}")
+        self.folder = folder
+        known = {field.name: getattr(self.setup, field.name) for field in fields(self.setup)
+                 if field.name not in ("k", "hyper", "_partitions")}
+        self.recipe = Recipe(known, self.device, hyper)
+        self._team: Team | None = None
+        self._stale = False  # whether the shards are ahead of what this process has
+
+    @abstractmethod
+    def _make_team(self, program: Program, origin: Checkpoint, last: int | None, epoch: int) -> Team:
+        """What runs the machines of one run, none of them born yet."""
+
+    # ── memory ──────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def clock(self) -> int:
+        return self._team.clock if self._team else super().clock
+
+    def checkpoint(self) -> Checkpoint:
+        self._fetch()
+        return super().checkpoint()
+
+    def parameters(self) -> dict[str, Any]:
+        self._fetch()
+        return super().parameters()
+
+    def _fetch(self, seconds: float = float("inf")) -> None:
+        """Bring the state of the shards here, if they are ahead."""
+        if self.busy:
+            raise RuntimeError("parameters: a clock is running; ask between two clocks, in the loop over run()")
+        if self._team and self._stale:
+            parts = self._team.standing(seconds)
+            self._stale = False
+            self._team.clock = parts[0].clock
+            self._place(join(self.setup, parts))
+
+    # ── running ─────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self, program: Program, clocks: int | None = None, stride: int = 1) -> Iterator[Committed]:
+        """Train, as ParameterServer.run does, with program(client) in a process for each worker."""
+        origin = self.checkpoint()
+        coordinator, _, workers = self.start(clocks)
+        try:
+            self._team = team = self._make_team(program, origin, coordinator.last, workers[0].epoch)
+            atexit.register(team.stop)  # for a caller that ends without leaving the loop
+            try:
+                team.bear_all()
+                yield from self._clocks(team, coordinator.last, stride)
+            finally:
+                try:
+                    self._settle()
+                finally:
+                    team.stop()
+                    atexit.unregister(team.stop)
+        finally:
+            self._team = None
+            self.active = self.busy = self._stale = False
+
+    def _clocks(self, team: Team, last: int | None, stride: int) -> Iterator[Committed]:
+        try:
+            while last is None or team.clock < last:
+                if team.clock == team.granted:
+                    team.heed_interrupt()
+                    team.grant(team.clock + stride if last is None else min(team.clock + stride, last))
+                yield self._next_clock(team)
+            team.heed_interrupt()
+            self._fetch()
+            team.finish()
+            team.heed_interrupt()
+        except GeneratorExit:
+            while team.clock < team.granted and not team.over:
+                self._next_clock(team)
+            raise
+
+    def _next_clock(self, team: Team) -> Committed:
+        self.busy = self._stale = True
+        committed = team.next_clock()
+        self.busy = team.clock < team.granted
+        return committed
+
+    def _settle(self) -> None:
+        """Have the state that a run ends with. If it cannot be had, whatever asks for it later says so."""
+        self.busy = False
+        try:
+            self._fetch(STANDING)
+        except BaseException as error:
+            for memory in self.memories:
+                memory.torn = True
+            if not isinstance(error, (TimeoutError, WorkFailed)):
+                raise
+
+
+class Team(ABC):
+    """The machines of one run. mail: the supervisor's; folder: of the run, with its origin in it."""
+
+    mail: Mail
+
+    def __init__(self, server: SupervisedServer, program: Program, origin: Checkpoint, last: int | None, epoch: int):
+        self.server, self.program, self.last, self.epoch = server, program, last, epoch
+        self.clock = self.granted = self.heard = origin.clock  # yielded; may be applied; committed
+        self.interrupted = self.finishing = self.failed = self.over = False
+        self.servers = [COORDINATOR, *map(shard_address, range(server.term.shards))]
+        self.workers = [*map(worker_address, range(server.workers))]
+        self.incarnations: Counter[Address] = Counter()
+        self.deaths: Counter[Address] = Counter()  # in this clock
+        self.returned: set[int] = set()
+        self.news: deque[Committed] = deque()
+        self.parts: dict[int, Frozen] = {}  # by shard
+        made = ""
+        try:
+            made = tempfile.mkdtemp(prefix="shardgrad-", dir=server.folder)
+            self.folder = Path(made)
+            Library(self.folder, server.setup).keep_origin(origin)
+            self.open()
+        except BaseException as error:
+            shutil.rmtree(made, ignore_errors=True)
+            if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+                raise ValueError(f"{server.name}: folder is {server.folder!r}, where no run can be: {error}") from error
+            raise
+        self.patience = Patience(self.mail)
+
+    # ── what a driver does ──────────────────────────────────────────────────────────────────────────
+
+    @abstractmethod
+    def open(self) -> None:
+        """Be able to bear machines, and to hear from them by self.mail."""
+
+    @abstractmethod
+    def bear(self, order: Order) -> None:
+        """Let there be a machine, in place of the one that was lost if there was one."""
+
+    @abstractmethod
+    def lost(self) -> Iterator[tuple[Address, str]]:
+        """Who has died, and of what. Raises WorkFailed for what nobody can bring back."""
+
+    @abstractmethod
+    def alive(self, address: Address) -> bool:
+        """Whether a machine was born and neither died nor came to its end."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all machines as they stand, and let go of everything."""
+
+    def threads(self, address: Address) -> int:
+        """How many threads a machine's kernels have: its share of this computer."""
+        of_kind = {"coordinator": 1, "shard": len(self.servers) - 1, "worker": len(self.workers)}
+        return max(1, get_num_threads() // of_kind[address[0]])
+
+    # ── births and deaths ───────────────────────────────────────────────────────────────────────────
+
+    def bear_all(self) -> None:
+        for address in (*self.servers, *self.workers):
+            self._bear(address)
+
+    def _bear(self, address: Address) -> None:
+        server, incarnation = self.server, self.incarnations[address]
+        self.bear(Order(address, incarnation, self.folder, server.recipe, server.term, self.epoch + incarnation,
+                        server.workers, self.last, server.durability,
+                        self.program if address[0] == "worker" else None, self.threads(address)))
+        self.incarnations[address] += 1
+
+    def fail(self, why: str) -> WorkFailed:
+        self.failed = True
+        return WorkFailed(why)
+
+    def _look_after(self) -> None:
+        """Bring back what was lost. Raises for what failed."""
+        for address, why in self.lost():
+            if address[0] == "worker" and address[1] in self.returned:
+                continue
+            self.deaths[address] += 1
+            if self.deaths[address] > DEATHS:
+                raise self.fail(f"{address[0]} {address[1]}: its process died {DEATHS} times in clock {self.clock}, "
+                                f"the last time {why}")
+            self._bear(address)
+
+    # ── what the run waits for ──────────────────────────────────────────────────────────────────────
+
+    def _attend(self, ask: Callable[[], None]) -> None:
+        """Wait for a while, take what comes, and ask again when it is time."""
+        messages = self.mail.receive(min(0.05, self.patience.wait))
+        for message in messages:
+            if isinstance(message, Committed):
+                if message.clock >= self.heard:
+                    self.news.append(message)
+                    self.heard = message.clock + 1
+            elif isinstance(message, Standing):
+                self.parts[message.shard] = message.frozen
+            elif isinstance(message, Returned):
+                self.returned.add(message.worker)
+            elif isinstance(message, Failed) and not self.failed:
+                raise self.fail(f"{message.error}\n{message.text}")
+        if not self.failed:
+            self._look_after()
+        if self.patience.is_over(messages):
+            ask()
+
+    def _until(self, ready: Callable[[], bool], ask: Callable[[], None], end: float = float("inf")) -> None:
+        """Ask, and wait until it is so. Raises KeyboardInterrupt at the second one."""
+        if not self.over:
+            ask()
+        while not ready():
+            dead = self.failed and not all(map(self.alive, self.servers))
+            if time.monotonic() > end or dead or self.over:
+                raise TimeoutError(f"{self.server.name}: the shards do not answer")
+            try:
+                self._attend(ask)
+            except KeyboardInterrupt:
+                if self.interrupted:
+                    raise
+                self.interrupted = True
+
+    def grant(self, clock: int) -> None:
+        """Let the clocks before `clock` be applied."""
+        self.granted = clock
+
+    def _proceed(self) -> None:
+        self.mail.send(COORDINATOR, Finish() if self.finishing else Proceed(self.granted - 1))
+
+    def next_clock(self) -> Committed:
+        """Wait for the end of the next clock."""
+        self._until(lambda: bool(self.news), self._proceed)
+        committed = self.news.popleft()
+        self.clock = committed.clock + 1
+        self.deaths.clear()
+        return committed
+
+    def standing(self, seconds: float) -> list[Frozen]:
+        """What the shards hold, all of one clock, which is not before the last that was committed."""
+        shards, wanted = range(self.server.term.shards), self.clock
+        self.parts.clear()
+
+        def ask() -> None:
+            for shard in shards:
+                if shard not in self.parts:
+                    self.mail.send(shard_address(shard), Inspect(wanted))
+
+        def ready() -> bool:
+            nonlocal wanted
+            newest = max([wanted, *(part.clock for part in self.parts.values())])
+            self.parts = {s: part for s, part in self.parts.items() if part.clock == newest}  # others answer late
+            if newest > wanted:  # where one is, all will be
+                wanted = newest
+                ask()
+            return len(self.parts) == len(shards)
+
+        self._until(ready, ask, time.monotonic() + seconds)
+        return [self.parts[shard] for shard in shards]
+
+    def finish(self) -> None:
+        """Tell the workers that it is over and wait for their programs to return."""
+        self.finishing = True
+        self._until(lambda: len(self.returned) == len(self.workers), self._proceed)
+
+    def heed_interrupt(self) -> None:
+        """Between two clocks: raise the KeyboardInterrupt that came during the last one."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def stop(self) -> None:
+        """End every machine: workers after their program has cleaned up, the others as they stand."""
+        if self.over:
+            return
+        self.over = True
+        end = time.monotonic() + GRACE
+        try:
+            while any(map(self.alive, self.workers)) and time.monotonic() < end:
+                for address in self.workers:
+                    self.mail.send(address, Stop())
+                self.mail.receive(0.01)
+        finally:
+            self.close()
