@@ -48,11 +48,16 @@ struct stage {
 struct span { const real *b; int64_t panel_stride, step; };
 
 static struct span pack_b(const struct product *x, int64_t column, int64_t columns, int64_t p, int64_t depths) {
+    if (x->panels)
+        return (struct span){x->panels + column * x->k + p * NR, NR * x->k, NR};
     const real *b = x->b + p * x->b_row + column * x->b_col;
-    if (x->b_col == 1 && columns % VL == 0 && depths * x->b_row <= IN_PLACE)
+    if (!x->unpack && x->b_col == 1 && columns % VL == 0 && depths * x->b_row <= IN_PLACE)
         return (struct span){b, NR, x->b_row};
     real *packed = thread_scratch(SCRATCH_GEMM_B, (size_t)(SPAN * panel_size(NR, KC)) * sizeof(real));
-    TYPED(pack_panels)(packed, b, NR, columns, depths, x->b_col, x->b_row);
+    if (x->unpack)
+        x->unpack(packed, x, column, columns, p, depths);
+    else
+        TYPED(pack_panels)(packed, b, NR, columns, depths, x->b_col, x->b_row);
     return (struct span){packed, panel_size(NR, depths), NR};
 }
 
@@ -167,7 +172,9 @@ static void choose_tasks(struct stage *s) {
     s->groups = divide_up(s->row_panels, s->group);
 }
 
-static void multiply_product(const struct product *x) {
+void TYPED(multiply_product)(const struct product *x) {
+    if (x->m <= FEW_ROWS && x->panels)
+        return TYPED(multiply_few_panels)(x);
     if (x->m <= FEW_ROWS && x->b_row == 1)
         return TYPED(multiply_few)(x);
     int in_scratch = x->accumulate && x->k > KC; /* C must keep its old value until the sum is finished */
@@ -203,7 +210,7 @@ static void multiply_batch(void *context, int64_t begin, int64_t end) {
         x.a += t * batch->a_batch;
         x.b += t * batch->b_batch;
         x.c += t * batch->c_batch;
-        multiply_product(&x);
+        TYPED(multiply_product)(&x);
     }
 }
 
@@ -221,7 +228,8 @@ static void transpose_product(struct batch *batch) {
 KERNEL(gemm)(real *c, const real *a, const real *b, const real *bias, int64_t batch, int64_t m, int64_t n, int64_t k,
              int64_t a_batch, int64_t a_row, int64_t a_col, int64_t b_batch, int64_t b_row, int64_t b_col,
              int64_t c_batch, int64_t c_row, int accumulate) {
-    struct batch x = {{c, a, b, bias, m, n, k, a_row, a_col, b_row, b_col, c_row, accumulate},
+    struct batch x = {{.c = c, .a = a, .b = b, .bias = bias, .m = m, .n = n, .k = k, .a_row = a_row, .a_col = a_col,
+                       .b_row = b_row, .b_col = b_col, .c_row = c_row, .accumulate = accumulate},
                       a_batch, b_batch, c_batch};
     if (m <= 0 || n <= 0)
         return;
@@ -232,4 +240,28 @@ KERNEL(gemm)(real *c, const real *a, const real *b, const real *bias, int64_t ba
         multiply_batch(&x, 0, batch);
     else
         parallel_for(batch, 1 + (int64_t)(PIECE_FLOPS / (flops + 1000)), multiply_batch, &x);
+}
+
+/* ── a B that was packed before ──────────────────────────────────────────────────────────────────── */
+
+struct packing { real *panels; const real *weight; int64_t n, k, row, column; };
+
+/* Index: panel of NR columns. */
+static void pack_weight_panels(void *context, int64_t begin, int64_t end) {
+    const struct packing *x = context;
+    for (int64_t j = begin; j < end; j++)
+        TYPED(pack_panels)(x->panels + j * NR * x->k, x->weight + j * NR * x->row, NR, at_most(x->n - j * NR, NR), x->k,
+                           x->row, x->column);
+}
+
+KERNEL(pack_weight)(real *panels, const real *weight, int64_t n, int64_t k, int64_t row, int64_t column) {
+    struct packing x = {panels, weight, n, k, row, column};
+    parallel_for(divide_up(n, NR), 1 + IN_PLACE / (1 + k), pack_weight_panels, &x);
+}
+
+KERNEL(packed_linear)(real *y, const real *x, const real *panels, const real *bias, int64_t m, int64_t n, int64_t k) {
+    struct product product = {.c = y, .a = x, .panels = panels, .bias = bias, .m = m, .n = n, .k = k, .a_row = k,
+                              .a_col = 1, .c_row = n};
+    if (m > 0 && n > 0)
+        TYPED(multiply_product)(&product);
 }

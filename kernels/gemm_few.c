@@ -98,3 +98,40 @@ void TYPED(multiply_few)(const struct product *x) {
     int64_t bytes = 1 + VL * x->k * (int64_t)sizeof(real);
     parallel_for(divide_up(x->n, VL), 1 + (PIECE_BYTES - 1) / bytes, multiply_vectors, (void *)x);
 }
+
+/* ── a B in panels ───────────────────────────────────────────────────────────────────────────────── */
+
+/* Weights that were packed when a model was loaded are one stream from memory, without shuffles. Index: panel. */
+static void multiply_panels(void *context, int64_t begin, int64_t end) {
+    const struct product *x = context;
+    for (int64_t j = begin; j < end; j++) {
+        real *to = x->c + j * NR, tile[FEW_ROWS * NR];
+        int64_t columns = at_most(x->n - j * NR, NR), p = 0;
+        do { /* at least once: with k = 0 the sums are zero */
+            int64_t depths = at_most(x->k - p, KC);
+            struct beside beside = {p ? tile : NULL, NR, NULL};
+            TYPED(micro_tile)(tile, x->a + p * x->a_col, x->panels + (j * x->k + p) * NR, x->m, 2, depths, NR, x->a_row,
+                              x->a_col, NR, &beside);
+            p += KC;
+        } while (p < x->k);
+        for (int64_t i = 0; i < x->m; i++)
+            for (int64_t q = 0; q < columns; q += VL) {
+                vf sum = vf_load(tile + i * NR + q);
+                if (x->bias)
+                    sum += load_up_to(x->bias + j * NR + q, columns - q);
+                store_up_to(to + i * x->c_row + q, sum, columns - q);
+            }
+    }
+}
+
+void TYPED(multiply_few_panels)(const struct product *x) {
+    struct product few = *x; /* its rows side by side, as the register tile has them fastest */
+    if (x->m > 1) {
+        real *rows = thread_scratch(SCRATCH_GEMM_A, (size_t)panel_size(x->m, x->k) * sizeof(real));
+        TYPED(pack_panels)(rows, x->a, x->m, x->m, x->k, x->a_row, x->a_col);
+        few.a = rows;
+    }
+    few.a_row = 1, few.a_col = x->m;
+    int64_t bytes = 1 + NR * x->k * (int64_t)sizeof(real);
+    parallel_for(divide_up(x->n, NR), 1 + (PIECE_BYTES - 1) / bytes, multiply_panels, &few);
+}

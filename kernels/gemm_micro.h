@@ -32,16 +32,25 @@
 #define TYPED(name) name##_f64
 #endif
 
-/* C = A B (+ bias) (+ C), and the strides of A and B; the rows of C are dense. */
+/* C = A B (+ bias) (+ C), and the strides of A and B; the rows of C are dense. B may be stored otherwise: in panels of NR
+ * columns, k · NR apart, as pack_panels leaves them for a depth of k; or in a way that only `unpack` knows, which writes
+ * `columns` columns of a block of the depth into panels of NR, panel_size(NR, depths) apart. */
 struct product {
     real *c;
     const real *a, *b, *bias;
     int64_t m, n, k, a_row, a_col, b_row, b_col, c_row;
     int accumulate;
+    const real *panels;
+    void (*unpack)(real *packed, const struct product *x, int64_t column, int64_t columns, int64_t p, int64_t depths);
+    const void *stored;
+    int64_t scheme;
 };
 
-/* gemm_few.c: the same for m ≤ FEW_ROWS and b_row = 1. */
+/* gemm.c: one product, spread over the threads. */
+void TYPED(multiply_product)(const struct product *x);
+/* gemm_few.c: the same for m ≤ FEW_ROWS, of a B with b_row = 1, or in panels. */
 void TYPED(multiply_few)(const struct product *x);
+void TYPED(multiply_few_panels)(const struct product *x);
 
 /* What is added to a finished tile while it is in registers: (partial[i·partial_row + j] + tile) + bias[j]; each of
  * the two may be NULL, and partial may be the tile's own place. */

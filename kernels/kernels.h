@@ -115,6 +115,18 @@ KERNEL(rms_norm_vjp)(real *dx, real *dweight, const real *g, const real *x, cons
  * Every element is the sum, in ascending order, of blocks of KC = 256 products, each block one
  * ascending chain of fused multiply-adds from zero; bias and accumulate add to the finished sum. */
 KERNEL(gemm)(real *c, const real *a, const real *b, const real *bias, int64_t batch, int64_t m, int64_t n, int64_t k, int64_t a_batch, int64_t a_row, int64_t a_col, int64_t b_batch, int64_t b_row, int64_t b_col, int64_t c_batch, int64_t c_row, int accumulate);
+/* y (m, n) = x (m, k) Wᵀ + bias, all dense, with the bits of gemm, for a W (n, k) that is only read from then on.
+ * pack_weight leaves panels of c = 2 · vector_bytes()/sizeof(real) rows, ⌈n/c⌉ · k · c numbers:
+ * panels[j][p][i] = weight[(j·c + i)·row + p·column], 0 beyond row n. */
+KERNEL(pack_weight)(real *panels, const real *weight, int64_t n, int64_t k, int64_t row, int64_t column);
+KERNEL(packed_linear)(real *y, const real *x, const real *panels, const real *bias, int64_t m, int64_t n, int64_t k);
+
+/* ── quantized.c: the same for a W of quantised blocks. 32 weights of a row are a block: a scale d (and with Q4_1
+ * a minimum m) in float16, then quants. scheme is GGUF's number: 2 Q4_0, d(q − 8); 3 Q4_1, d q + m; 8 Q8_0, d q with signed
+ * bytes q. Of 4-bit quants byte i holds weight i in its lower half and weight i + 16 in the upper. k is a multiple of 32,
+ * d and m are finite. 32 rows are a panel, rows beyond n anything finite: for each block d of every row, m of every row,
+ * bytes 0 … 3 of every row's quants, bytes 4 … 7 and so on. */
+KERNEL(quantized_linear)(real *y, const real *x, const uint8_t *panels, const real *bias, int64_t m, int64_t n, int64_t k, int scheme);
 
 /* ── attention.c: softmax(scale · Q Kᵀ + mask) V, tiled; nothing of size T × S is ever held.
  * q: (batch, T, heads, D); k, v: (batch, S, kv_heads, D), heads a multiple of kv_heads; the last axis is

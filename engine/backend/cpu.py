@@ -116,6 +116,9 @@ class CpuBackend(Backend):
     def has_fused(self, name: str) -> bool:
         return f"{name}_f32" in self._functions
 
+    def panel_width(self, dtype: DType) -> int:
+        return 2 * self.lib.vector_bytes() // dtype.itemsize
+
     def bind(self, name: str) -> Kernel:
         typed: dict[DType | None, Any] = {None: getattr(self.lib, name)} if name in self._functions else {}
         which = None

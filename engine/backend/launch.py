@@ -56,6 +56,10 @@ class Backend:
         """The layout record of an elementwise launch (kernels.h), or None where kernels do not need one."""
         return None
 
+    def panel_width(self, dtype: DType) -> int:
+        """How many rows of a matrix stand side by side in a panel that pack_weight makes."""
+        return 32
+
     @property
     def identity(self) -> str:
         """What computes here: results have the same bits on machines where this is the same."""

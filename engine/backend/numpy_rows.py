@@ -13,6 +13,7 @@ from typing import Any
 import numpy
 
 from engine.backend.codec_rows import codec_rows
+from engine.backend.stored_rows import stored_rows
 
 Rows = dict[str, Callable[..., None]]
 
@@ -20,7 +21,7 @@ Rows = dict[str, Callable[..., None]]
 def numpy_rows(xp: Any) -> Rows:
     """The table of rows over `xp`, a module with NumPy's interface."""
     return {**elementwise_rows(xp), **reduction_rows(xp), **indexing_rows(xp), **random_rows(xp),
-            **optimizer_rows(xp), **codec_rows(xp), "gemm": lambda *a: gemm(xp, *a)}
+            **optimizer_rows(xp), **codec_rows(xp), **stored_rows(xp), "gemm": lambda *a: gemm(xp, *a)}
 
 
 # ── elementwise: f(*inputs), written to the output; the layout is NumPy's own business ────────────────

@@ -35,6 +35,7 @@ from engine.nn import (
     RMSNorm,
 )
 from engine.nn.layers import ACTIVATIONS
+from engine.ops.stored import SCHEMES
 from engine.tensor import Tensor, tensor
 
 STD = 0.02  # of initial weights, as in GPT-2 and BERT
@@ -247,7 +248,7 @@ class Transformer(Module):
         """Scores of all tokens from hidden (..., width), by the matrix `output` or the embedding."""
         return ops.linear(*self._last_layer(hidden))
 
-    def _last_layer(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _last_layer(self, hidden: Tensor) -> tuple[Tensor, Any, Tensor | None]:
         """What is multiplied by which matrix, plus which bias, for the logits."""
         weight = self.embedding.weight if self.output is None else self.output.weight
         if self.output_layer is None:
@@ -263,6 +264,8 @@ class Transformer(Module):
         """
         hidden = self.hidden(tokens, source, lengths=lengths, source_lengths=source_lengths, segments=segments)
         x, weight, bias = self._last_layer(hidden)
+        if not isinstance(weight, Tensor):
+            return ops.cross_entropy(ops.linear(x, weight, bias), targets, reduction=reduction)
         return ops.linear_cross_entropy(x, weight, targets, bias, reduction=reduction)
 
     def _rotary(self, start: int, time: int) -> tuple[Tensor, Tensor] | None:
@@ -291,6 +294,29 @@ class Transformer(Module):
         """Continue a prompt, token by token: see models.generate, whose options these are."""
         return generate(self, prompt, max_new_tokens, **options)
 
+    def for_inference(self, weights: str = "packed") -> Transformer:
+        """A model of the same weights that is only read, in evaluation mode: it decodes at the speed of memory.
+
+        weights: how it keeps the matrices of its linear layers, and the embedding where it is tied to the output:
+                 "packed"   float, in panels: the same bits, and the same memory once the original model is let go
+                 "q8_0", "q4_0", "q4_1"   8.5, 4.5 and 5 bits a weight (ops.quantize)
+
+        The rest it shares with this model: norms, biases, positions. It cannot be trained, moved or saved.
+        Raises ValueError for another form, and for layers whose inputs are no multiple of 32 where they are quantised.
+        """
+        if weights != "packed" and weights not in SCHEMES:
+            raise ValueError(f"for_inference: weights is {weights!r}, expected one of packed, {', '.join(SCHEMES)}")
+        made = self.twin().eval()
+        tied = made.embedding if made.output is None else None
+        for name, module in made.named_modules():
+            if isinstance(module, Linear) or module is tied:
+                try:
+                    stored = ops.pack(module.weight) if weights == "packed" else ops.quantize(module.weight, weights)
+                except ValueError as error:
+                    raise ValueError(f"for_inference: {name}: {error}") from None
+                module.register_stored("weight", stored)
+        return made
+
     # ── sizes ───────────────────────────────────────────────────────────────────────────────────────
 
     def flops_per_token(self, time: int | None = None) -> float:
@@ -302,7 +328,7 @@ class Transformer(Module):
         arXiv:2204.02311, appendix B.
         """
         config, time = self.config, time or self.config.context_length
-        weights = sum(p.size for p in self.parameters() if p.ndim == 2)
+        weights = sum(m.weight.size for _, m in self.named_modules() if isinstance(m, (Linear, Embedding)))
         looked_up = [self.embedding if self.output is not None else None, self.position_embedding,
                      self.segment_embedding]
         weights -= sum(table.weight.size for table in looked_up if table is not None)

@@ -69,6 +69,17 @@ class Module:
         setattr(self, name, value)
         self._roles_of()[name] = "buffer" if persistent else "buffer, not saved"
 
+    def register_stored(self, name: str, value: Any) -> None:
+        """self.<name> = value, where a parameter was: it multiplies as one, and is neither trained, moved nor saved."""
+        self._roles_of()[name] = "stored"
+        self.__dict__[name] = value
+
+    def _refuse_stored(self, what: str) -> None:
+        for prefix, module in self.named_modules():
+            for name, value in module._own("stored"):
+                raise ValueError(f"{type(self).__name__}.{what}: {prefix}.{name} is {value!r}, which is only read; use "
+                                 "the model that this one was made from")
+
     def _roles_of(self) -> dict[str, str]:
         roles: dict[str, str] = self.__dict__.setdefault("_roles", {})
         return roles
@@ -118,6 +129,14 @@ class Module:
         """The number of elements of all parameters; a shared one counts once."""
         return sum(p.size for p in self.parameters())
 
+    def twin(self: Self) -> Self:
+        """A module of its own over the same tensors: what is assigned to one does not show in the other."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, _roles=dict(self._roles_of()))
+        for name, child in self.named_children():
+            made.__dict__[name] = child.twin()
+        return made
+
     # ── modes ───────────────────────────────────────────────────────────────────────────────────────
 
     def train(self: Self, mode: bool = True) -> Self:
@@ -157,6 +176,7 @@ class Module:
         kind = None if dtype is None else as_dtype(dtype)
         if kind is not None and not kind.is_floating:
             raise TypeError(f"Module.to: dtype is {kind}, expected float32 or float64")
+        self._refuse_stored("to")
         with no_grad():
             for value in (*self.parameters(), *(buffer for _, buffer in self.named_buffers())):
                 moved = value.to(dtype=kind if value.dtype.is_floating else None, device=device)
@@ -172,6 +192,7 @@ class Module:
         return {name: value.detach() for name, value in self._saved(remove_duplicate=True)}
 
     def _saved(self, remove_duplicate: bool) -> Iterator[tuple[str, Tensor]]:
+        self._refuse_stored("state_dict")
         yield from self._named("parameter", remove_duplicate)
         volatile = {f"{prefix}.{name}" if prefix else name for prefix, module in self.named_modules("", False)
                     for name, role in module._roles_of().items() if role == "buffer, not saved"}

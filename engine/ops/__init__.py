@@ -170,10 +170,13 @@ from engine.ops.reductions import (
 )
 from engine.ops.registry import Op, composite, op, registry
 from engine.ops.sets import isin, unique_all, unique_counts, unique_inverse, unique_values
+from engine.ops.stored import PackedTensor, QuantizedTensor, pack, quantize
 from engine.tensor import Tensor
 
 __all__ = [
     "Op",
+    "PackedTensor",
+    "QuantizedTensor",
     "abs",
     "acos",
     "acosh",
@@ -280,12 +283,14 @@ __all__ = [
     "ones_like",
     "op",
     "outer",
+    "pack",
     "pad",
     "permute_dims",
     "positive",
     "pow",
     "prod",
     "quantile",
+    "quantize",
     "rand",
     "randint",
     "randn",

@@ -130,13 +130,13 @@ def embedding(k: Any, weight: Array, index: Array, sparse: bool = False) -> Arra
     create_graph).
     """
     vocabulary, n = weight.shape
-    where = _checked_index(k, "embedding", index, vocabulary)
+    where = checked_index(k, "embedding", index, vocabulary)
     y = k.empty((*index.shape, n), weight.dtype)
     k.embedding(y, k.contiguous(weight), where, where.size, vocabulary, n)
     return y
 
 
-def _checked_index(k: Any, name: str, index: Array, length: int) -> Array:
+def checked_index(k: Any, name: str, index: Array, length: int) -> Array:
     """The index as dense int64, checked to lie in [0, length)."""
     where = k.contiguous(index if index.dtype is int64 else cast(k, index, int64))
     if where.size:
@@ -164,7 +164,7 @@ def _(k: Any, g: Array, weight_shape: tuple[int, ...], index: Array, sparse: boo
 @embedding.composition
 def _(weight: Tensor, index: Tensor, sparse: bool = False) -> Tensor:
     length = weight.shape[0]
-    _checked_index(get_backend(index.device), "embedding", index.array, length)
+    checked_index(get_backend(index.device), "embedding", index.array, length)
     return weight[index]
 
 

@@ -50,6 +50,9 @@ registry: dict[str, Op] = {}
 internal: dict[str, Op] = {}
 """The ops that public ones are made of, and users do not call."""
 
+operand_classes: dict[type, Callable[[Op, Sequence[Any], dict[str, Any]], Tensor]] = {}
+"""Classes of operands that are no tensors and cannot become any (stored.py): f(op, operands, attributes) computes."""
+
 Value = Any  # a Tensor, or what becomes one: a NumPy array or a Python number
 
 
@@ -130,7 +133,12 @@ class Op:
         values: Sequence[Any] = args
         if attributes or self.binds or len(args) != len(self.inputs):
             values, attributes = self._bind(args, attributes)
-        tensors = values if self._alike(values) else self._promoted(self._as_tensors(values))
+        tensors = values
+        if not self._alike(values):
+            for value in values:
+                if value.__class__ in operand_classes:
+                    return operand_classes[value.__class__](self, values, attributes)
+            tensors = self._promoted(self._as_tensors(values))
         first = tensors[0] if tensors else None
         device = first.device if first is not None else self._device_of(tensors)
         k = get_backend(device)

@@ -211,7 +211,7 @@ FUNCTIONS = """negative abs absolute sign floor ceil trunc rint round square sqr
                equal not_equal less less_equal logical_and logical_or logical_xor logical_not
                bitwise_and bitwise_or bitwise_xor invert left_shift right_shift isnan isinf isfinite
                any all cumsum cumprod flip matmul broadcast_to ascontiguousarray zeros_like moveaxis
-               transpose""".split()
+               transpose take_along_axis""".split()
 MAKERS = "empty zeros ones arange".split()
 
 

@@ -11,6 +11,8 @@ from engine.testing.rows import (
     products,
     reductions,
     sets,
+    stored,
 )
 
-__all__ = ["elementwise", "functions", "indexing", "movement", "normalization", "products", "reductions", "sets"]
+__all__ = ["elementwise", "functions", "indexing", "movement", "normalization", "products", "reductions", "sets",
+           "stored"]

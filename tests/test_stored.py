@@ -1,0 +1,246 @@
+"""Matrices that are only read: what their bytes mean, how far quantised weights are from what they were, and that a
+model of them gives the bits of the weights that they stand for."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import engine as eg
+from engine.backend import get_backend
+from engine.models import Transformer, TransformerConfig
+from engine.ops.stored import SCHEMES
+from engine.testing import blocks, check_bits, check_threads
+from engine.testing.bounds import smallest_subnormal, unit_roundoff
+
+FORMS = ["packed", *SCHEMES]
+HALF = 2.0**-11  # the unit roundoff of float16; its subnormal numbers are 2⁻²⁴ apart
+
+
+def weights(n: int, k: int, seed: int, size: float = 1.0, dtype: str = "float32") -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.asarray(rng.standard_normal((n, k)) * size * 2.0 ** rng.integers(-6, 7, (n, 1))).astype(dtype)
+
+
+# ── the bytes ─────────────────────────────────────────────────────────────────────────────────────────
+
+def test_a_block_of_each_scheme_byte_by_byte() -> None:
+    """Known values: w = q/4 for whole q, scales that float16 has exactly."""
+    q = np.arange(32) - 16
+    q[0] = 127
+    block = eg.quantize(eg.tensor(q[None] / 4, dtype="float32"), "q8_0").blocks.numpy()[0]
+    assert block[:2].view(np.float16)[0] == 0.25 and (block[2:].view(np.int8) == q).all()
+
+    q = np.arange(32) % 16
+    block = eg.quantize(eg.tensor((q[None] - 8) / 4, dtype="float32"), "q4_0").blocks.numpy()[0]
+    assert block[:2].view(np.float16)[0] == 0.25
+    assert (block[2:] & 15 == q[:16]).all() and (block[2:] >> 4 == q[16:]).all()
+
+    block = eg.quantize(eg.tensor(q[None] / 4 - 3, dtype="float32"), "q4_1").blocks.numpy()[0]
+    assert block[:4].view(np.float16).tolist() == [0.25, -3.0]
+    q = np.roll(q, 5)
+    block = eg.quantize(eg.tensor(q[None] / 4 - 3, dtype="float32"), "q4_1").blocks.numpy()[0]
+    assert (block[4:] & 15 == q[:16]).all() and (block[4:] >> 4 == q[16:]).all()
+
+
+@settings(deadline=None)
+@given(st.sampled_from([*SCHEMES]), st.integers(1, 40), st.integers(1, 4), st.integers(0, 2**16),
+       st.sampled_from([1.0, 1e-6, 1e-9, 1e4, 0.0]))
+def test_blocks_are_those_of_the_definition(scheme: str, n: int, steps: int, seed: int, size: float) -> None:
+    weight = weights(n, 32 * steps, seed, size / 2.0**6)
+    weight[::3, ::5] = weight[0, 0]  # ties, and numbers halfway between two
+    weight[-1, :32] = 0
+    made = eg.quantize(eg.tensor(weight), scheme)
+    want = blocks.encoded(weight, scheme)
+    check_bits(made.blocks.numpy(), want, check=f"{scheme}: blocks")
+    meant = blocks.decoded(want, scheme).astype(np.float32)
+    check_bits(made.dequantize().numpy() + 0.0, meant + 0.0, check=f"{scheme}: what they stand for")
+    again = eg.QuantizedTensor(eg.tensor(want), scheme)
+    check_bits(again.blocks.numpy(), want, check=f"{scheme}: bytes of a file, there and back")
+
+
+@settings(deadline=None)
+@given(st.sampled_from([*SCHEMES]), st.integers(0, 2**16), st.sampled_from([1.0, 1e-5, 1e3]))
+def test_a_weight_moves_by_half_a_step(scheme: str, seed: int, size: float) -> None:
+    """|w − ŵ| ≤ d/2, the exact d, and besides: what rounding d and m to float16 does to d q and m, at most 2⁻¹¹ of them
+    or half of 2⁻²⁴ each; what the roundings of float32 do on the way to q, at most 4 u of x/d (x/d is at most 127, or
+    16) steps. In Q4_0 the quant 16 is cut to 15: half a step more."""
+    weight = weights(6, 128, seed, size / 2.0**6).reshape(-1, 32)
+    got = eg.quantize(eg.tensor(weight), scheme).dequantize().numpy().astype(np.float64)
+    wide, u = weight.astype(np.float64), unit_roundoff("float32")
+    low, high, most = wide.min(1), wide.max(1), np.abs(wide).max(1)
+    step, largest, minimum = {"q8_0": (most / 127, 127, 0 * low), "q4_0": (most / 8, 8, 0 * low),
+                              "q4_1": ((high - low) / 15, 15, low)}[scheme]
+    half_scale = largest * np.maximum(HALF * step, 2.0**-25) + np.maximum(HALF * np.abs(minimum), 2.0**-25)
+    bound = step * (0.5 + 4 * u * (largest + 1)) + half_scale + u * most
+    error = np.abs(got - wide)
+    if scheme == "q4_0":
+        signed = wide * -np.sign(wide[np.arange(len(wide)), np.abs(wide).argmax(1)])[:, None]
+        cut = signed > 7.5 * (step * (1 - 4 * u))[:, None]
+        assert (error[cut] <= (bound + step / 2).repeat(32).reshape(-1, 32)[cut]).all()
+        error = np.where(cut, 0, error)
+    assert (error <= bound[:, None]).all()
+    assert (error.max(1) > 0.25 * step).any()  # and it is no better than it should be
+
+
+# ── linear ────────────────────────────────────────────────────────────────────────────────────────────
+
+def stored(weight: eg.Tensor, form: str) -> Any:
+    return eg.pack(weight) if form == "packed" else eg.quantize(weight, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 18), st.integers(1, 100), st.sampled_from([32, 64, 224, 256, 288, 544]), st.integers(0, 99),
+       st.booleans())
+def test_linear_has_the_bits_of_the_weights_that_it_stands_for(form: str, m: int, n: int, k: int, seed: int,
+                                                               biased: bool) -> None:
+    """A few rows and many, odd numbers of outputs, every tail of the depth; x in float32."""
+    x, bias = eg.tensor(weights(m, k, seed)), eg.tensor(weights(1, n, seed + 1)[0]) if biased else None
+    matrix = stored(eg.tensor(weights(n, k, seed + 2)), form)
+    check_bits(eg.linear(x, matrix, bias).numpy(), eg.linear(x, matrix.tensor(), bias).numpy(), check=form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("m", [1, 2, 8, 9, 70])
+def test_threads_do_not_show(form: str, m: int) -> None:
+    matrix, x = stored(eg.tensor(weights(3000, 288, 0)), form), eg.tensor(weights(m, 288, 1))
+    check_threads(lambda: [eg.linear(x, matrix).numpy().copy()])
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES])
+@pytest.mark.parametrize("m", [1, 9])
+def test_scales_of_any_size_and_sign(scheme: str, m: int) -> None:
+    """Files may hold what quantize() never makes: negative, subnormal and the largest scales, all quants, −0."""
+    rng = np.random.default_rng(3)
+    data = rng.integers(0, 256, (70, 6 * blocks.BLOCK_BYTES[scheme]), dtype=np.uint8)
+    heads = data.reshape(70, 6, -1)
+    scales = np.array([65504, -65504, 6e-8, -6e-8, 6.1e-5, 0.0, -0.0, 1.0, -0.333, 1e-3], np.float16)
+    for at in range(0, 4 if scheme == "q4_1" else 2, 2):
+        heads[..., at:at + 2] = rng.choice(scales, (70, 6, 1)).view(np.uint8)
+    matrix = eg.QuantizedTensor(eg.tensor(data), scheme)
+    meant = blocks.decoded(data, scheme)
+    check_bits(matrix.dequantize().numpy() + 0.0, meant.astype(np.float32) + 0.0, check=scheme)
+    x = rng.standard_normal((m, 192)).astype(np.float32)
+    got = eg.linear(eg.tensor(x), matrix).numpy()
+    u, k = unit_roundoff("float32"), 192
+    size = np.abs(x.astype(np.float64)) @ np.abs(meant).T
+    bound = (k + 1) * u / (1 - (k + 1) * u) * size + k * smallest_subnormal("float32")  # k products and sums, and m's
+    assert (np.abs(got - x.astype(np.float64) @ meant.T) <= bound).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_by_index(form: str) -> None:
+    matrix = stored(eg.tensor(weights(70, 64, 0)), form)
+    index = eg.tensor([[69, 0, 31], [32, 32, 5]])
+    check_bits(eg.embedding(matrix, index).numpy(), matrix.tensor().numpy()[index.numpy()], check=form)
+    for wrong in (-1, 70):
+        with pytest.raises(IndexError, match=rf"embedding: index holds {wrong}, expected whole numbers in \[0, 70\)"):
+            eg.embedding(matrix, eg.tensor([wrong]))
+    with pytest.raises(TypeError, match="embedding: index has dtype float32, expected an integer type"):
+        eg.embedding(matrix, eg.tensor([1.0]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_it_is(form: str) -> None:
+    weight = eg.tensor(weights(64, 96, 0))
+    matrix = stored(weight, form)
+    bits = {"packed": 32, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5}[form]
+    assert matrix.shape == (64, 96) and matrix.ndim == 2 and matrix.size == 64 * 96 and matrix.dtype is eg.float32
+    assert matrix.nbytes == 64 * 96 * bits / 8 and matrix.device == weight.device
+    again = pickle.loads(pickle.dumps(matrix))
+    check_bits(again.tensor().numpy(), matrix.tensor().numpy(), check="pickle")
+    assert repr(again) == repr(matrix) and "(64, 96)" in repr(matrix)
+    weight.array.data[...] = 0  # it is a copy
+    check_bits(again.tensor().numpy(), matrix.tensor().numpy(), check="a copy")
+
+
+def test_a_packed_matrix_is_the_matrix() -> None:
+    for n, k in ((0, 5), (1, 1), (33, 7), (64, 32), (31, 0)):
+        weight = weights(n, k, 1)
+        for layout in (weight, np.asfortranarray(weight)):
+            check_bits(eg.pack(eg.from_numpy(layout)).tensor().numpy(), weight, check=f"{n} × {k}")
+
+
+# ── models ────────────────────────────────────────────────────────────────────────────────────────────
+
+SIZES: dict[str, Any] = {"vocab_size": 45, "context_length": 24, "layers": 2, "heads": 2, "width": 32}
+
+
+def models() -> list[Transformer]:
+    made = []
+    for kind, changes in (("gpt2", {}), ("llama", {"hidden": 96}), ("original", {"dropout": 0.0})):
+        with eg.seed(0):
+            model = Transformer(getattr(TransformerConfig, kind)(**SIZES, **changes)).eval()
+            with eg.no_grad():
+                for p in model.parameters():
+                    p += eg.randn(*p.shape, std=0.3)
+        made.append(model)
+    return made
+
+
+def as_stored(model: Transformer, form: str) -> Transformer:
+    """An ordinary model of the weights that a model for inference stands for."""
+    twin, small = model.twin(), model.for_inference(form)
+    for (_, module), (_, read) in zip(twin.named_modules(), small.named_modules()):
+        if "weight" in read.__dict__ and not isinstance(read.weight, eg.Tensor):
+            module.weight = eg.nn.Parameter(read.weight.tensor())
+    return twin
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_for_inference_writes_what_its_weights_write(form: str) -> None:
+    for model in models():
+        source = {"source": eg.tensor([[3, 4, 5]])} if model.encoder is not None else {}
+        small, wide = model.for_inference(form), as_stored(model, form)
+        texts = [list(m.generate([1, 2, 3], 30, generator=eg.Generator(0), num_samples=3, **source))
+                 for m in (small, wide)]
+        assert texts[0] == texts[1]
+        if form == "packed":
+            assert texts[0] == list(model.generate([1, 2, 3], 30, generator=eg.Generator(0), num_samples=3, **source))
+        tokens = eg.tensor(np.random.default_rng(0).integers(0, 45, (2, 11)))
+        losses = [m.loss(tokens[:, :-1], tokens[:, 1:], *[eg.tensor([[1, 2], [3, 4]])] * len(source))
+                  for m in (small, wide)]
+        assert losses[0].item() == losses[1].item()
+        assert small.flops_per_token() == model.flops_per_token()
+
+
+def test_every_matrix_is_stored_and_the_model_is_left_alone() -> None:
+    gpt, llama, _ = models()
+    before = {name: value.numpy().copy() for name, value in gpt.state_dict().items()}
+    small = gpt.for_inference("q4_0")
+    kept = {name for name, _ in small.named_parameters()}
+    assert kept == {name for name, p in gpt.named_parameters() if p.ndim == 1} | {"position_embedding.weight"}
+    assert isinstance(llama.for_inference("q8_0").embedding.weight, eg.Tensor)  # looked up, not multiplied
+    for name, value in gpt.state_dict().items():
+        check_bits(value.numpy(), before[name], check=name)
+    with pytest.raises(ValueError, match=r"Transformer.state_dict: embedding.weight is QuantizedTensor.*only read"):
+        small.state_dict()
+    with pytest.raises(ValueError, match=r"Transformer.to: embedding.weight is QuantizedTensor.*which is only read"):
+        small.to("float64")
+    with pytest.raises(ValueError, match="for_inference: weights is 'q5', expected one of packed, q8_0, q4_0, q4_1"):
+        gpt.for_inference("q5")
+    narrow = Transformer(TransformerConfig.gpt2(**{**SIZES, "width": 34}))
+    with pytest.raises(ValueError, match=r"for_inference: embedding: quantize: weight has shape \(45, 34\), expected"):
+        narrow.for_inference("q8_0")
+
+
+def test_decoding_reads_no_weight_that_is_not_stored() -> None:
+    """Of the kernels that a token takes, no gemm: every matrix goes through the kernel of its form."""
+    from engine.backend import observers
+
+    gpt = models()[0]
+    for form, kernel in (("packed", "packed_linear"), ("q8_0", "quantized_linear")):
+        small, seen = gpt.for_inference(form), []
+        observers.append(lambda name, _arguments, seen=seen: seen.append(name))
+        try:
+            next(small.generate([1], 1))
+        finally:
+            observers.pop()
+        fused = get_backend("cpu").has_fused(kernel)
+        assert seen.count("gemm") == (0 if fused else 13) and seen.count(kernel) == (13 if fused else 0)
