@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := build
-.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-kills test-array-api test-gpu test-cuda-compile test-wheel lint mutate mutate-auto nightly fuzz fuzz-wire exhaustive bench ladder lines doctor wheel clean
+.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-kills test-ray test-array-api test-gpu test-cuda-compile test-wheel lint mutate mutate-auto nightly fuzz fuzz-wire exhaustive bench ladder lines doctor wheel clean
 .DELETE_ON_ERROR:
 
 build: $(READY) ## compile the kernels in place (what plain `make` does)
@@ -30,6 +30,10 @@ $(READY): pyproject.toml
 
 $(VENV)/array-api: $(READY)
 	@$(RUN) -m pip install --quiet --editable '.[dev,array-api]'
+	@touch $@
+
+$(VENV)/cluster: $(READY)
+	@$(RUN) -m pip install --quiet --editable '.[dev,cluster]'
 	@touch $@
 
 $(VENV)/mutation: $(READY)
@@ -80,6 +84,9 @@ test-crashes: build ## a crash and a reshard at every event boundary, for 1..8 w
 
 test-kills: build ## 200 real SIGKILLs at random moments of training; goes on where it stopped
 	@ENGINE_NUM_THREADS=1 $(RUN) tools/kills.py $(ARGS)
+
+test-ray: build $(VENV)/cluster ## the Ray driver on three raylets of this machine: actors killed, nodes removed (minutes)
+	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q -m slow tests/sharder/test_ray.py $(ARGS)
 
 # The suite is not on PyPI: git clone --recursive https://github.com/data-apis/array-api-tests
 test-array-api: build $(VENV)/array-api ## the array API standard's own tests: ARRAY_API_TESTS=a checkout of data-apis/array-api-tests

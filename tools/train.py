@@ -61,6 +61,8 @@ def main() -> int:
         require(module, "training")  # now, not when the training is done
     with run_lock(arguments.run):
         settings, saved = choose_settings(arguments)
+        if settings.driver == "ray":
+            require("ray", "--driver ray", extra="cluster")
         corpus = open_corpus(saved.facts["corpus"]["data"] if saved else arguments.data)
         session = prepare(settings, corpus, arguments, saved)
         if session.step == settings.steps and (report := finished_report(arguments.run, session.digest())):
@@ -116,7 +118,7 @@ def prepare(settings: Settings, corpus: Corpus, arguments: argparse.Namespace,
     facts: dict[str, Any] = {"data": saved.facts["corpus"]["data"] if saved else arguments.data,
                              "description": corpus.description, "sha256": corpus.sha256,
                              "training_files": len(corpus.training), "validation_files": len(corpus.validation)}
-    session = Session(settings, cache, facts)
+    session = Session(settings, cache, facts, arguments.run)
     parameters = session.model.num_parameters()
     say(f"model: {parameters:,} parameters; {settings.workers} workers, {settings.shards} shards, "
         f"{settings.tokens_per_step:,} tokens a step, {len(cache.training):,} tokens to train on")

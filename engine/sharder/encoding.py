@@ -28,7 +28,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -121,7 +121,14 @@ def encode(value: Any, elsewhere: list[np.ndarray] | None = None) -> list[Part]:
     return writer.parts
 
 
-def decode(data: Any, segment: Callable[[], memoryview] | None = None) -> Any:
+class SegmentMemory(Protocol):
+    """A segment: a memoryview, or what can be cut like one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, where: slice, /) -> memoryview: ...
+
+
+def decode(data: Any, segment: Callable[[], SegmentMemory] | None = None) -> Any:
     """What encode() wrote; `data` is bytes or a buffer. Raises WireError with one line for anything else.
 
     segment: gives the one that came with the message, and is called only if the message says that there is one
@@ -161,9 +168,10 @@ class Writer:
 class Reader:
     """Bytes that are taken one after the other, and never beyond their end."""
 
-    def __init__(self, data: Any, segment: Callable[[], memoryview] | None = None):
+    def __init__(self, data: Any, segment: Callable[[], SegmentMemory] | None = None):
         self.data = memoryview(data).cast("B").toreadonly()
-        self.segment, self.far, self.far_position = segment, memoryview(b""), 0
+        self.segment, self.far_position = segment, 0
+        self.far: SegmentMemory = memoryview(b"")
         self.position = 0
         self.depth = 0
         self.inside: list[str] = []  # the fields that are being read, for errors
@@ -184,12 +192,12 @@ class Reader:
         if size < LARGE:
             raise self.refuse(f"{size} bytes lie elsewhere, expected at least {LARGE}")
         if not self.far:
-            self.far = self.segment().toreadonly()
+            self.far = self.segment()
         start = self.far_position + -self.far_position % FAR_ALIGNMENT
         if start + size > len(self.far):
             raise self.refuse(f"expected {size} bytes at {start} of a segment of {len(self.far)}")
         self.far_position = start + size
-        return self.far[start:start + size]
+        return self.far[start:start + size].toreadonly()
 
     def number(self, form: struct.Struct) -> Any:
         return form.unpack(self.take(form.size))[0]

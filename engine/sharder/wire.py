@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.backend import Backend
-from engine.sharder.encoding import Part, Reader, WireError, Writer, decode, encode, kind
+from engine.sharder.encoding import Part, Reader, SegmentMemory, WireError, Writer, decode, encode, kind
 from engine.sharder.encoding import declare as _declare
 from engine.sharder.events import Address
 from engine.sharder.messages import PROTOCOL
@@ -143,7 +143,7 @@ class Channel:
             raise WireError(f"wire: a frame of {length} bytes, expected at most {self.limit}")
         return length + TAG
 
-    def open(self, head: Any, rest: Any, segment: Callable[[], memoryview] | None = None) -> Any:
+    def open(self, head: Any, rest: Any, segment: Callable[[], SegmentMemory] | None = None) -> Any:
         """The message of a frame: its first PREFIX bytes, and the others. Raises WireError unless it is the next one of
         the other end, whole and unchanged. segment: see decode()."""
         expected, rest = self.head(head), memoryview(rest)

@@ -81,7 +81,7 @@ def test_files_and_nothing_at_all_are_refused():
 
 
 def test_what_is_sent_again_is_written_once():
-    kept, one, two = Segments(), ramp(10), ramp(10)
+    kept, one, two = Segments(Segment), ramp(10), ramp(10)
     assert kept.of([one, two]) is kept.of([one, two])
     assert len({id(kept.of(arrays)) for arrays in ([one, two], [one], [two])}) == 3
     del one
@@ -89,7 +89,7 @@ def test_what_is_sent_again_is_written_once():
 
 
 def test_only_the_newest_are_kept_to_be_sent_again():
-    kept, arrays = Segments(), [ramp(10) for _ in range(segments.KEPT + 1)]
+    kept, arrays = Segments(Segment), [ramp(10) for _ in range(segments.KEPT + 1)]
     first, *others = [kept.of([array]) for array in arrays]
     assert [kept.of([array]) for array in arrays[1:]] == others
     assert kept.of(arrays[:1]) is not first and len(kept._kept) == segments.KEPT

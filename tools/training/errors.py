@@ -32,14 +32,14 @@ def json_object(data: bytes) -> dict[str, Any]:
     return found
 
 
-def require(module: str, purpose: str) -> ModuleType:
+def require(module: str, purpose: str, extra: str = "train") -> ModuleType:
     """Import an optional dependency, or say in one line what it is for and how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
         raise ProgramError(f"{purpose} needs the package {package!r}, which is not installed ({error}); "
-                           f"run: {sys.executable} -m pip install 'shardgrad[train]'") from error
+                           f"run: {sys.executable} -m pip install 'shardgrad[{extra}]'") from error
 
 
 def run_program(name: str, main: Callable[[], int]) -> int:

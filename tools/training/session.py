@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,10 +44,32 @@ def schedule(settings: Settings) -> Callable[[int, str], Mapping[str, float]]:
     return hyper
 
 
-class Session:
-    """The state of a run and the operations on it. `step` counts the finished steps."""
+@dataclass(frozen=True)
+class Work:
+    """A worker's program: pull the parameters, compute the gradients of its microbatches, push them."""
 
-    def __init__(self, settings: Settings, cache: TokenCache, corpus_facts: dict[str, Any]):
+    config: eg.models.TransformerConfig
+    loader: Loader
+    seed: int
+
+    def __call__(self, client: eg.sharder.Client) -> None:
+        replica = eg.models.Transformer(self.config)
+        generator = eg.Generator(self.seed)
+        while client.clock():
+            client.pull(replica)
+            for index in client.microbatches:
+                tokens, targets = self.loader.microbatch(client.step, index)
+                with eg.seed(generator.at(client.step + 1, index)):  # step 0 drew the initial weights
+                    loss = replica.loss(eg.tensor(tokens), eg.tensor(targets), reduction="sum")
+                loss.backward()
+                client.push(index, replica, loss.item(), targets.size)
+
+
+class Session:
+    """The state of a run and the operations on it. `step` counts the finished steps; the Ray driver keeps its logs in
+    `folder`."""
+
+    def __init__(self, settings: Settings, cache: TokenCache, corpus_facts: dict[str, Any], folder: Path | None = None):
         self.settings, self.cache, self.corpus_facts = settings, cache, corpus_facts
         self.loader = Loader(cache.training, settings.context, settings.batch, settings.microbatches, settings.seed)
         self.byte_lengths = cache.tokenizer.byte_lengths()
@@ -55,12 +78,13 @@ class Session:
             self.model = eg.models.Transformer(self.config)
         self.hyper = schedule(settings)
         rule = eg.optim.AdamWRule(beta1=0.9, beta2=settings.beta2)
-        kind = eg.sharder.ProcessServer if settings.driver == "processes" else eg.sharder.ParameterServer
-        self.server = kind(
+        kind, own = {"threads": (eg.sharder.ParameterServer, {}), "processes": (eg.sharder.ProcessServer, {}),
+                     "ray": (eg.sharder.RayServer, {"folder": folder})}[settings.driver]
+        self.server: Any = kind(
             self.model, rule, workers=settings.workers, shards=settings.shards,
             compress=None if settings.compress == "none" else settings.compress,
             microbatches=settings.microbatches, clip_norm=settings.clip, hyper=self.hyper,
-            consistency=eg.sharder.Consistency.parse(settings.consistency, settings.backups))
+            consistency=eg.sharder.Consistency.parse(settings.consistency, settings.backups), **own)
         self.seconds = 0.0  # of training in earlier sessions of this run
 
     @property
@@ -71,20 +95,9 @@ class Session:
 
     def steps(self) -> Iterator[eg.sharder.Committed]:
         """Train to the end of the run, one item a finished step."""
-        return self.server.run(self.work, clocks=self.settings.steps - self.step)
-
-    def work(self, client: eg.sharder.Client) -> None:
-        """A worker: pull the parameters, compute the gradients of its microbatches, push them."""
-        replica = eg.models.Transformer(self.config)
-        generator = eg.Generator(self.settings.seed)
-        while client.clock():
-            client.pull(replica)
-            for index in client.microbatches:
-                tokens, targets = self.loader.microbatch(client.step, index)
-                with eg.seed(generator.at(client.step + 1, index)):  # step 0 drew the initial weights
-                    loss = replica.loss(eg.tensor(tokens), eg.tensor(targets), reduction="sum")
-                loss.backward()
-                client.push(index, replica, loss.item(), targets.size)
+        work = Work(self.config, self.loader, self.settings.seed)
+        done: Iterator[eg.sharder.Committed] = self.server.run(work, clocks=self.settings.steps - self.step)
+        return done
 
     # ── looking at the model ────────────────────────────────────────────────────────────────────────
 

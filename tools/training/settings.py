@@ -52,9 +52,10 @@ class Settings:
     backups: int = flag(0, "microbatches of a step that need not be waited for")
 
     # how it is run
-    driver: str = flag("threads", "what workers and shards are: threads, or processes, which may be killed", free=True)
-    workers: int = flag(2, "threads or processes that compute gradients", free=True)
-    shards: int = flag(2, "threads or processes that hold and update parameters", free=True)
+    driver: str = flag("threads", "what workers and shards are: threads, processes, which may be killed, or ray: "
+                       "actors on the nodes of the cluster at RAY_ADDRESS, which see --run's folder", free=True)
+    workers: int = flag(2, "threads, processes or actors that compute gradients", free=True)
+    shards: int = flag(2, "threads, processes or actors that hold and update parameters", free=True)
     validate_every: int | None = flag(None, "steps between quick validations (default: a tenth of --steps)", free=True)
     validate_windows: int = flag(64, "windows of a quick validation", free=True)
     checkpoint_every: int | None = flag(None, "steps between checkpoints (default: a tenth of --steps)", free=True)
@@ -88,11 +89,11 @@ class Settings:
                 codec_for(self.compress, AdamWRule())
             except ValueError as error:
                 raise ProgramError(f"--{error}") from None
-        if self.driver not in ("threads", "processes"):
-            raise ProgramError(f"--driver is {self.driver}, expected threads or processes")
-        if self.driver == "processes" and self.compress != "none":
-            raise ProgramError(f"--compress is {self.compress}, expected none with --driver processes: what a codec "
-                               "has left to say would be lost with a worker's process")
+        if self.driver not in ("threads", "processes", "ray"):
+            raise ProgramError(f"--driver is {self.driver}, expected threads, processes or ray")
+        if self.driver != "threads" and self.compress != "none":
+            raise ProgramError(f"--compress is {self.compress}, expected none with --driver {self.driver}: what a "
+                               "codec has left to say would be lost with a worker's process")
         if self.width % (2 * self.heads):
             raise ProgramError(f"--width is {self.width}, expected a multiple of twice --heads ({2 * self.heads}): "
                                "each head has an even number of features, which rotary positions turn in pairs")

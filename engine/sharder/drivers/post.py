@@ -56,7 +56,8 @@ declare(64, Here)
 class Connection:
     """One socket and its channel. address: of the other end, None until it has said it. proven: it has the secret."""
 
-    def __init__(self, own: socket.socket, channel: Channel, address: Address | None, segments: Segments):
+    def __init__(self, own: socket.socket, channel: Channel, address: Address | None,
+                 segments: Segments[Segment]):
         self.socket, self.channel, self.address, self.proven = own, channel, address, False
         self.segments = segments  # written here
         self.descriptor: int | None = None  # of the segment that came with the frame that is coming
@@ -183,7 +184,7 @@ class Post:
         self.own, self.folder, self.secret = own, folder, secret
         self.selector = selectors.PollSelector()
         self.connections: dict[Address, Connection] = {}
-        self.segments = Segments()
+        self.segments = Segments(Segment)
         self.calls: set[Address] = set()
         self.refusals: deque[str] = deque(maxlen=100)
         self.met = False

@@ -11,7 +11,8 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -61,21 +62,26 @@ def opened(descriptor: int) -> memoryview:
         os.close(descriptor)
 
 
-class Segments:
-    """Segments by the arrays that are in them, so that what is sent twice, or to several, is written once."""
+Made = TypeVar("Made")
 
-    def __init__(self) -> None:
-        self._kept: list[tuple[list[weakref.ref[np.ndarray]], Segment]] = []
+
+class Segments(Generic[Made]):
+    """What `make` makes of arrays, by the arrays that are in it, so that what is sent twice, or to several, is written
+    once."""
+
+    def __init__(self, make: Callable[[Sequence[np.ndarray]], Made]) -> None:
+        self.make = make
+        self._kept: list[tuple[list[weakref.ref[np.ndarray]], Made]] = []
 
     def clear(self) -> None:
         self._kept.clear()
 
-    def of(self, arrays: Sequence[np.ndarray]) -> Segment:
+    def of(self, arrays: Sequence[np.ndarray]) -> Made:
         """Arrays that nobody changes any more."""
-        self._kept = [(own, segment) for own, segment in self._kept if all(ref() is not None for ref in own)]
-        for own, segment in self._kept:
+        self._kept = [(own, made) for own, made in self._kept if all(ref() is not None for ref in own)]
+        for own, made in self._kept:
             if len(own) == len(arrays) and all(ref() is array for ref, array in zip(own, arrays)):
-                return segment
-        segment = Segment(arrays)
-        self._kept = [*self._kept[1 - KEPT:], ([weakref.ref(array) for array in arrays], segment)]
-        return segment
+                return made
+        new = self.make(arrays)
+        self._kept = [*self._kept[1 - KEPT:], ([weakref.ref(array) for array in arrays], new)]
+        return new

@@ -1,0 +1,495 @@
+"""The driver of Ray actors: the conformance suite on three raylets of this machine, actors and nodes that are lost, and
+what cannot be. `make test-ray` runs what needs a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from functools import wraps
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import test_conformance
+from sharder_problems import Momentum, assert_same_bits, gradient, make, plain, program
+
+import engine as eg
+from engine.backend import get_backend
+from engine.sharder.consistency import Consistency
+from engine.sharder.drivers import ray_mail, ray_server
+from engine.sharder.drivers.plain import Plain
+from engine.sharder.drivers.ray_server import RayServer
+from engine.sharder.drivers.supervisor import WorkFailed
+from engine.sharder.encoding import WireError
+from engine.sharder.events import worker_address
+from engine.sharder.memory import Checkpoint
+from engine.sharder.messages import Parameters
+from engine.sharder.versions import Version
+
+TESTS, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+STORE = 200 << 20  # bytes of each node's object store
+NODES = 3
+# A raylet that is gone is noticed within a second, not within Ray's usual fifteen.
+HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_timeout_ms": 2000,
+          "health_check_failure_threshold": 5}
+
+
+# ── without a cluster ─────────────────────────────────────────────────────────────────────────────────
+
+def test_without_ray_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r"^RayServer: the package 'ray' is not installed .*; run: pip "
+                                                  r"install 'shardgrad\[cluster\]'$"):
+        make(RayServer, microbatches=1)
+
+
+@pytest.mark.parametrize(("arguments", "error"), [
+    ({"compress": "int8"}, "RayServer: compress is 'int8'.*expected None"),
+    ({"durability": "snapshot", "consistency": "ssp:1"}, "RayServer: durability is 'snapshot', expected log, the only"),
+    ({"options": {"server": {}}}, "RayServer: options has 'server', expected coordinator, shard, worker"),
+])
+def test_what_cannot_be_configured(monkeypatch, arguments, error):
+    monkeypatch.setattr(ray_server, "ray_module", lambda: None)
+    with pytest.raises(ValueError, match=f"^{error}"):
+        make(RayServer, microbatches=2, **arguments)
+
+
+def test_a_ray_that_cannot_be_started_is_one_line():
+    def init(**_):
+        raise RuntimeError("no room\n  for a store")
+
+    module = SimpleNamespace(init=init, is_initialized=lambda: False)
+    with pytest.raises(ConnectionError, match=r"^RayServer: no Ray cluster at 1\.2\.3\.4:5: RuntimeError: no room for "
+                                              r"a store$"):
+        ray_server.connect(module, "1.2.3.4:5")
+
+
+def test_large_arrays_lie_elsewhere_and_are_put_there_once():
+    """A version that two workers pull, as a third one of another version, is an object once; what arrives is a view."""
+    k, puts, sent = get_backend("reference"), [], []
+    sender = ray_mail.Sender(SimpleNamespace(put=lambda arrays: puts.append(arrays) or arrays))
+    sender.tell = {worker_address(w): lambda *letter: sent.append(letter) for w in range(3)}
+    versions = [Version(n, False, k.full((1 << 15,), float(n), eg.float32)) for n in (1, 2)]
+    for worker in range(3):
+        version = versions[worker // 2]
+        sender.send(worker_address(worker), Parameters(worker, 0, 0, 1, version.number, version))
+    sender.send(worker_address(9), None)  # who is not known
+    assert [len(arrays) for arrays in puts] == [1, 1] and len(sent) == 3
+    for worker, letter in enumerate(sent):
+        found = ray_mail.read(letter).values.flat.data
+        assert np.shares_memory(found, puts[worker // 2][0]) and not found.flags.writeable
+        assert (found == 1 + worker // 2).all() and len(letter[0]) < 200
+
+
+def test_pieces_are_cut_where_each_begins_and_nowhere_else():
+    arrays = [np.arange(n, dtype=dtype) for n, dtype in ((5, "float32"), (16, "float64"), (1, "uint8"), (7, "int16"))]
+    pieces, start = ray_mail.Pieces(arrays), 0
+    for array in arrays:
+        start += -start % 64
+        assert np.array_equal(np.frombuffer(pieces[start:start + array.nbytes], array.dtype), array)
+        with pytest.raises(WireError, match=f"{array.nbytes} bytes of an array, expected {array.nbytes + 1}"):
+            pieces[start:start + array.nbytes + 1]
+        start += array.nbytes
+    assert len(pieces) == start
+    with pytest.raises(WireError, match="0 bytes of an array, expected 8"):
+        pieces[8:16]
+
+
+# ── on three raylets ──────────────────────────────────────────────────────────────────────────────────
+
+@contextlib.contextmanager
+def raylets():
+    """A cluster of three nodes on this machine, to which this process is connected."""
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'shardgrad[cluster]'")
+    from ray.cluster_utils import Cluster
+
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tools", TESTS)))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": paths, "ENGINE_NUM_THREADS": "1"}.items():
+            patch.setenv(name, value)
+        cluster = Cluster()
+        try:
+            cluster.add_node(num_cpus=2, object_store_memory=STORE, include_dashboard=False, _system_config=HEALTH)
+            for _ in range(NODES - 1):
+                cluster.add_node(num_cpus=2, object_store_memory=STORE)
+            ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with raylets() as cluster:
+        yield cluster
+
+
+def machines():
+    """The processes of our actors: Ray names each after its class."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(b"ray::Machine"):
+                found.add(path.parent.name)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(tmp_path, monkeypatch):
+    """Neither folders of runs nor actors."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = machines()
+    yield
+    assert not list(tmp_path.glob("shardgrad-*"))
+    end = time.monotonic() + 5
+    while not (left := machines()) <= before and time.monotonic() < end:
+        time.sleep(0.05)
+    assert left <= before
+
+
+def server_of(**arguments):
+    return make(RayServer, **{"workers": 2, "shards": 2, "microbatches": 3, "save_every": 2, **arguments})
+
+
+def expected(clock):
+    return plain(False, 3, None, 8)[0][clock]
+
+
+class Rays:
+    """The driver of Ray actors, under the conformance suite's interface."""
+
+    @staticmethod
+    def make(**arguments):
+        return make(RayServer, **arguments)
+
+    @staticmethod
+    def run(cluster, clocks, seed=0):
+        return list(cluster.run(program, clocks))
+
+
+@pytest.fixture
+def driver(cluster):
+    return Rays
+
+
+def shared(test):
+    """A test of the conformance suite, for this driver."""
+    @pytest.mark.slow
+    @wraps(test)
+    def again(driver):
+        test(driver)
+
+    return again
+
+
+test_a_state_loads_into_any_number_of_shards_and_workers = shared(
+    test_conformance.test_a_state_loads_into_any_number_of_shards_and_workers)
+test_runs_follow_one_another = shared(test_conformance.test_runs_follow_one_another)
+test_no_clock_changes_nothing = shared(test_conformance.test_no_clock_changes_nothing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "shards", "microbatches", "clip_norm"),
+                         [(1, 1, 1, None), (2, 3, 3, 1.0), (3, 2, 4, 0.5), (4, 5, 6, None)])
+def test_every_number_of_workers_and_shards_gives_the_bits_of_plain_training(cluster, workers, shards, microbatches,
+                                                                             clip_norm):
+    states, losses, norms = plain(True, microbatches, clip_norm, 3)
+    server = server_of(wide=True, workers=workers, shards=shards, microbatches=microbatches, clip_norm=clip_norm)
+    committed = list(server.run(program, 3))
+    assert_same_bits(server.state(), states[3])
+    assert [(c.clock, c.loss, c.tokens, c.norm) for c in committed] == [
+        (i, *loss, norm) for i, (loss, norm) in enumerate(zip(losses[:3], norms[:3]))]
+
+
+def program_in_the_store(client):
+    """As program, on parameters that lie in the memory which Ray's processes share."""
+    while client.clock():
+        parameters = client.pull()
+        maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "plasma" in line]
+        shared = [range(*(int(end, 16) for end in span.split("-"))) for span, *_ in maps]
+        assert all(any(value.ctypes.data in part for part in shared) for value in parameters.values()), maps
+        assert not any(value.flags.writeable for value in parameters.values())
+        for index in client.microbatches:
+            client.push(index, *gradient(parameters, client.step, index))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's /proc to see where memory comes from")
+def test_what_is_pulled_is_read_where_it_lies_in_the_store(cluster):
+    server = server_of(wide=True, shards=1, workers=3)
+    list(server.run(program_in_the_store, 2))
+    assert_same_bits(server.state(), plain(True, 3, None, 2)[0][2])
+
+
+# ── lost ──────────────────────────────────────────────────────────────────────────────────────────────
+
+def slow_program(client):
+    """As program, with time for something to be lost in."""
+    while client.clock():
+        parameters = client.pull()
+        for index in client.microbatches:
+            time.sleep(0.1)
+            client.push(index, *gradient(parameters, client.step, index))
+
+
+class Killer(threading.Thread):
+    """Kills actors at given moments, by turns with Ray's own call and with SIGKILL. plan: (seconds since the one
+    before, kind of machine); what is not there yet is waited for."""
+
+    def __init__(self, server, plan, choose):
+        super().__init__(daemon=True)
+        self.server, self.plan, self.choose = server, plan, choose
+        self.killed, self.over = [], threading.Event()
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.join()
+
+    def run(self):
+        import ray
+
+        for number, (seconds, kind) in enumerate(self.plan):
+            self.over.wait(seconds)
+            while not (there := [a for a in self.server.actors().items() if a[0][0] == kind]):
+                if self.over.wait(0.01):
+                    return
+            address, actor = self.choose.choice(there)
+            with contextlib.suppress(ray.exceptions.RayActorError):  # it was dead already
+                process = actor.process.options(concurrency_group="mail").remote()
+                if number % 2:
+                    os.kill(ray.get(process)[1], signal.SIGKILL)
+                else:
+                    ray.kill(actor, no_restart=False)
+                self.killed.append(address)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("durability", "workers", "shards"), [("snapshot", 2, 2), ("log", 2, 3)])
+def test_killed_at_any_moment_and_still_the_same_bits(cluster, durability, workers, shards):
+    states, losses, norms = plain(True, 4, 1.0, 6)
+    server = server_of(wide=True, durability=durability, workers=workers, shards=shards, microbatches=4, clip_norm=1.0)
+    draw = Random(workers * 10 + shards)
+    kinds = ("shard", "worker", "coordinator", "coordinator", "shard", "worker", "shard")
+    plan = [(2.0, "shard")] + [(draw.uniform(0.0, 1.5), kind) for kind in kinds]
+    with Killer(server, plan, draw) as killer:
+        done = list(server.run(slow_program, 6))
+    assert_same_bits(server.state(), states[6])
+    assert [(c.clock, c.loss, c.tokens, c.norm) for c in done] == [
+        (i, *loss, norm) for i, (loss, norm) in enumerate(zip(losses[:6], norms[:6]))]
+    assert len(killer.killed) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("consistency", ["ssp:1", Consistency(backups=1)])
+def test_what_is_committed_stays_so_with_logs(cluster, consistency):
+    """The state is that of plain training along the course that was taken."""
+    server = server_of(consistency=consistency)
+    origin = server.checkpoint()
+    plan = [(3.0, "shard"), (0.3, "coordinator"), (0.3, "worker"), (1.0, "shard")]
+    with Killer(server, plan, Random(0)) as killer:
+        done = list(server.run(slow_program, 6))
+    course = tuple((c.version, tuple(i for i in range(3) if i not in c.dropped)) for c in done)
+    right = Plain(server.setup, Checkpoint(0, origin.parameters, dict.fromkeys(origin.slots)), gradient).after(course)
+    assert_same_bits(server.checkpoint().parameters, right.parameters)
+    assert_same_bits(server.checkpoint().slots["velocity"], right.slots["velocity"])
+    assert killer.killed
+
+
+@contextlib.contextmanager
+def one_less(cluster):
+    """A node that may be removed; there are as many as before afterwards."""
+    node = next(iter(cluster.worker_nodes))
+    yield node
+    assert node not in cluster.worker_nodes
+    cluster.add_node(num_cpus=2, object_store_memory=STORE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("durability", ["snapshot", "log"])
+def test_a_node_that_is_gone_takes_its_actors_along_and_they_come_back_elsewhere(cluster, durability):
+    server = server_of(durability=durability, workers=3, shards=3)
+    with one_less(cluster) as node:
+        for done in server.run(slow_program, 6):
+            if done.clock == 1:
+                before, places = server.actors(), {address: place for address, (place, _) in server.processes().items()}
+                lost = {address for address, place in places.items() if place == node.node_id}
+                assert {"shard", "worker"} <= {kind for kind, _ in lost} and len(set(places.values())) == NODES
+                cluster.remove_node(node, allow_graceful=False)
+            if done.clock > 1 and lost:  # it is noticed some time later; the run goes on until then
+                time.sleep(0.5)
+                lost = {address for address in lost if server.actors().get(address) is before[address]}
+            assert_same_bits(server.state(), expected(done.clock + 1))
+        assert not lost
+
+
+@pytest.mark.slow
+def test_the_default_model_on_three_raylets_ends_with_the_hash_of_training_in_process(cluster, tmp_path):
+    """A node is removed in the middle of a step."""
+    from tools.training.cache import open_cache
+    from tools.training.corpus import open_corpus
+    from tools.training.session import Session
+    from tools.training.settings import Settings
+
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} times {j} is {i * j}\n" for i in range(60) for j in range(60)))
+    cache = open_cache(open_corpus(str(text)), tmp_path / "cache", None)
+    threads, rays = (Session(Settings(steps=5, driver=driver, workers=2, shards=3, warmup=1), cache, {}, tmp_path)
+                     for driver in ("threads", "ray"))
+    list(threads.steps())
+    with one_less(cluster) as node:
+        for done in rays.steps():
+            if done.clock == 0:
+                first = rays.server.actors()
+                places = {address: place for address, (place, _) in rays.server.processes().items()}
+                timer = threading.Timer(0.3, cluster.remove_node, (node, False))
+                timer.start()
+            last = rays.server.actors()
+        timer.join()
+    assert {address for address, actor in last.items() if actor is not first[address]} >= {
+        address for address, place in places.items() if place == node.node_id} != set()
+    assert rays.digest() == threads.digest()
+
+
+# ── a clean end ───────────────────────────────────────────────────────────────────────────────────────
+
+def failing_program(client):
+    while client.clock():
+        parameters = client.pull()
+        for index in client.microbatches:
+            if (client.worker, client.step) == (1, 2):
+                raise ZeroDivisionError("by worker 1")
+            client.push(index, *gradient(parameters, client.step, index))
+
+
+@pytest.mark.slow
+def test_an_exception_in_a_worker_is_raised_in_the_caller_with_its_text(cluster):
+    server = server_of()
+    done = []
+    with pytest.raises(WorkFailed, match=r"(?s)ZeroDivisionError: by worker 1.*in failing_program"):
+        for committed in server.run(failing_program, clocks=5):
+            done.append(committed.clock)
+    assert done == [0, 1]
+    assert_same_bits(server.state(), expected(2))
+    list(server.run(program, clocks=2))
+    assert_same_bits(server.state(), expected(4))
+
+
+class Breaking(Momentum):
+    def apply(self, k, new_param, new_state, param, state, grad, step):
+        if step == 3:
+            raise FloatingPointError("in the rule")
+        super().apply(k, new_param, new_state, param, state, grad, step)
+
+
+@pytest.mark.slow
+def test_an_exception_in_a_rule_is_raised_and_what_it_left_is_not_mistaken_for_a_state(cluster, monkeypatch):
+    monkeypatch.setattr("engine.sharder.drivers.supervisor.STANDING", 1.0)
+    server = server_of(rule=Breaking())
+    with pytest.raises(WorkFailed, match="FloatingPointError: in the rule"):
+        for _ in server.run(program, clocks=5):
+            saved = server.state()
+    with pytest.raises(RuntimeError, match=r"load\(\) a saved"):
+        server.state()
+    server.load(saved)
+    assert server.clock == 2
+
+
+@pytest.mark.slow
+def test_what_dies_again_and_again_is_no_accident(cluster, monkeypatch):
+    monkeypatch.setattr("engine.sharder.drivers.supervisor.DEATHS", 2)
+    with pytest.raises(WorkFailed, match=r"worker \d: its process died 2 times in clock 0, the last time as Ray says: "
+                                         r"The actor is dead because its worker process has died"):
+        list(server_of().run(lambda client: os.kill(os.getpid(), signal.SIGKILL), clocks=1))
+
+
+@pytest.mark.slow
+def test_leaving_the_loop_ends_the_run_between_two_clocks_and_programs_clean_up(cluster, tmp_path):
+    def tidy(client):
+        try:
+            program(client)
+        finally:
+            (tmp_path / f"tidy {client.worker}").touch()
+
+    server = server_of()
+    for committed in server.run(tidy):
+        if committed.clock == 2:
+            break
+    assert_same_bits(server.state(), expected(3))
+    assert len(list(tmp_path.glob("tidy *"))) == 2
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_run_at_the_end_of_its_clock(cluster):
+    caller = os.getpid()
+
+    def interrupting(client):
+        while client.clock():
+            parameters = client.pull()
+            for index in client.microbatches:
+                if (client.step, index) == (2, 0):
+                    os.kill(caller, signal.SIGINT)
+                    time.sleep(0.5)
+                client.push(index, *gradient(parameters, client.step, index))
+
+    server, done = server_of(), []
+    with pytest.raises(KeyboardInterrupt):
+        for committed in server.run(interrupting, clocks=6):
+            done.append(committed.clock)
+    assert done == [0, 1, 2]
+    assert_same_bits(server.state(), expected(3))
+
+
+@pytest.mark.slow
+def test_what_cannot_be_sent_or_computed_there_is_one_line(cluster, monkeypatch):
+    lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"^RayServer: the program cannot be pickled for other processes: .*lock"):
+        list(server_of().run(lambda client: lock, 1))
+    with pytest.raises(ValueError, match=r"^RayServer: the rule or the hyper-parameters cannot be pickled"):
+        list(server_of(hyper=lambda step, name: {"lr": 1.0 if lock else 0.0}).run(program, 1))
+    monkeypatch.setattr(ray_server, "arithmetic", lambda k: "cpu v2 0123")
+    with pytest.raises(WorkFailed, match=r"^Foreign: \w+ \d computes with reference .*, and the run with cpu v2 0123: "
+                                         r"results would have other bits\n"):
+        list(server_of().run(program, 1))
+
+
+@pytest.mark.slow
+def test_a_folder_that_the_nodes_do_not_see_is_one_line(cluster, monkeypatch):
+    """The run's folder is another one for the actors, as on a computer that does not share it."""
+    kept = ray_server.replace
+    monkeypatch.setattr(ray_server, "replace", lambda order, **changes: kept(order, folder=Path("/nowhere"), **changes))
+    with pytest.raises(WorkFailed, match=r"^FileNotFoundError: there is no folder /nowhere of this run on .*; expected "
+                                         r"one in a file system that every computer of the run sees\n"):
+        list(server_of().run(program, 1))
+    monkeypatch.undo()
+    monkeypatch.setattr(ray_server._Actors, "_nodes", lambda self: [{"NodeManagerAddress": name} for name in "ab"])
+    with pytest.raises(ValueError, match=r"^RayServer: folder is None, and the cluster has 2 computers; "):
+        list(server_of().run(program, 1))
+
+
+@pytest.mark.slow
+def test_train_runs_on_a_cluster_of_its_own_and_leaves_nothing(tmp_path, monkeypatch):
+    """To the hash of the threads."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    pytest.importorskip("ray", reason="needs Ray: pip install 'shardgrad[cluster]'")
+    from test_tools_train import SMALL, result, start
+
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} times {j} is {i * j}\n" for i in range(20) for j in range(10)))
+    common = ["--cache", str(tmp_path / "cache"), "--data", str(text), *SMALL]
+    for driver in ("threads", "ray"):
+        run = start("--run", str(tmp_path / driver), *common, "--driver", driver)
+        _, errors = run.communicate(timeout=300)
+        assert run.returncode == 0, errors
+    assert result(tmp_path / "ray") == result(tmp_path / "threads")
+    assert not list((tmp_path / "ray").glob("shardgrad-*"))
