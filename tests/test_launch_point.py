@@ -67,6 +67,8 @@ HOST_WORK = {
     ("engine/models/huggingface.py", "*"): "rearranges files' arrays on the host",
     ("engine/sharder/shard.py", "Shard._report"): "joins the sums of blocks, one number each",
     ("engine/sharder/drivers/plain.py", "Plain._next"): "joins the sums of blocks, one number each",
+    ("engine/sharder/drivers/network.py", "fair_rates"): "a simulated network: a rate a flow, no model's elements",
+    ("engine/sharder/drivers/priced.py", "*"): "one number a shard, which stands for the model",
     ("engine/sharder/encoding.py", "_read_array"): "the bytes of an array that has travelled",
     ("engine/sharder/codecs.py", "*"): "positions and row numbers of what travels",
 }

@@ -24,7 +24,6 @@ class Weather:
 
     latency:   shortest and longest way of a message; a spread reorders
     loss, duplication: the probability that a message gets lost, and that it arrives twice
-    bandwidth: elements that a machine can send in a unit of time; 0: any number
     work:      a microbatch takes this long, and `stall` times as long with probability `stalling`
     slow:      by worker: the factor by which it is slower than the others
     crashing:  the probability, at each event, that the machine it is for dies; it comes back after `absence`
@@ -35,15 +34,14 @@ class Weather:
     latency: tuple[int, int] = (1, 10)
     loss: float = 0.0
     duplication: float = 0.0
-    bandwidth: float = 0.0
     work: int = 5
     stalling: float = 0.0
     stall: int = 20
     slow: Mapping[int, float] = field(default_factory=dict)
     crashing: float = 0.0
-    absence: int = 40
+    absence: float = 40
     disk: int = 3
-    timeout: int = 60
+    timeout: float = 60
 
 
 FAIR = Weather()  # messages overtake each other, and nothing else
@@ -66,7 +64,7 @@ class Faults:
         if not fault:
             crashing = run.weather.crashing if to[0] in CRASHES else 0
             if crashing and run.random.random() < crashing:
-                self._crash(to)
+                self.crash(to)
             return False
         if fault not in MESSAGE_FAULTS:
             self._befall(fault, number, to)
@@ -88,7 +86,7 @@ class Faults:
         if kind in CRASHES:
             of_kind = [address for address, node in run.nodes.items() if address[0] == kind and node is not None]
             if of_kind:
-                self._crash(to if to in of_kind else of_kind[number % len(of_kind)])
+                self.crash(to if to in of_kind else of_kind[number % len(of_kind)])
         elif kind == "leave":
             self._leave(number)
         elif kind == "join":
@@ -122,7 +120,7 @@ class Faults:
             run.incarnations[address] += 1
             run.schedule(run.weather.timeout, COORDINATOR, Gone(worker, run.absent[worker]))
 
-    def _crash(self, address: Address) -> None:
+    def crash(self, address: Address) -> None:
         """A machine dies: its memory is gone, what it sent is on its way. It comes back."""
         run, (kind, number) = self.run, address
         if run.nodes.get(address) is None or (kind == "worker" and run.programs[number].worker.ended):

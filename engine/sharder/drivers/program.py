@@ -56,7 +56,5 @@ class Program:
     def _compute_or_go_on(self) -> None:
         if not self.queue:
             return self._perform(self.worker.step(ClockRequested()))
-        weather, run = self.run.weather, self.run
-        slow = weather.stalling and run.random.random() < weather.stalling
-        delay = weather.work * (weather.stall if slow else 1) * weather.slow.get(self.worker.number, 1)
-        return run.schedule(delay, self.address, Computed(), self.worker.epoch)
+        delay = self.run.work(self.worker.number, self.worker.clock, self.queue[0])
+        return self.run.schedule(delay, self.address, Computed(), self.worker.epoch)

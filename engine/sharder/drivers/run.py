@@ -40,7 +40,7 @@ from engine.sharder.events import (
     worker_address,
 )
 from engine.sharder.journal import Backup, Journal, replay
-from engine.sharder.messages import Gone, Message, Parameters, ProtocolError, Push, Restore
+from engine.sharder.messages import Gone, Message, ProtocolError, Restore
 from engine.sharder.shard import Shard
 from engine.sharder.worker import Worker
 
@@ -51,7 +51,7 @@ RUN: Address = ("run", 0)  # whoever wants the training: grants clocks, watches 
 
 
 @dataclass(frozen=True)
-class _Kept:
+class Kept:
     """To a machine: its snapshot has come to the disk."""
 
     save: Save
@@ -71,7 +71,6 @@ class Run:
         self.history = History(cluster.setup)
         self.events: list[tuple[float, int, Address, int, Any]] = []  # (time, order, to, incarnation, event)
         self.scheduled = 0
-        self.links: dict[Address, float] = {}  # when what each machine sent so far has left it
         self.cut: tuple[float, frozenset[Address]] = (0, frozenset())
         self.first = self.done = self.granted = cluster.clock
         self.last = cluster.clock + clocks
@@ -178,14 +177,15 @@ class Run:
 
     def schedule(self, delay: float, to: Address, event: Any, incarnation: int = -1) -> None:
         """An event to come; one that is for a certain incarnation of a machine is void when that is dead."""
+        self.schedule_at(self.history.time + delay, to, event, incarnation)
+
+    def schedule_at(self, time: float, to: Address, event: Any, incarnation: int = -1) -> None:
         self.scheduled += 1
-        heapq.heappush(self.events, (self.history.time + delay, self.scheduled, to, incarnation, event))
+        heapq.heappush(self.events, (time, self.scheduled, to, incarnation, event))
 
     def send(self, source: Address, send: Send) -> None:
         """Put a message on its way, through weather that may lose or repeat it."""
-        weather, random, delay, copies = self.weather, self.random, 0.0, 1
-        if weather.bandwidth:
-            delay = self._transmission(source, send.message)
+        weather, random, copies = self.weather, self.random, 1
         until, half = self.cut
         if (weather.loss and random.random() < weather.loss) or (
                 until > self.history.time and (source in half) != (send.to in half)):
@@ -197,18 +197,15 @@ class Run:
             copies = 2
         for _ in range(copies):
             shortest, longest = weather.latency
-            way = delay + shortest + int(random.random() * (longest - shortest + 1))
+            way = shortest + int(random.random() * (longest - shortest + 1))
             self.history.carried.append((self.history.time, self.history.time + way, source, send.to, send.message))
             self.schedule(way, send.to, send.message)
 
-    def _transmission(self, source: Address, message: Any) -> float:
-        """How long it takes until a message, and what was sent before it, has left the machine."""
-        itemsize = self.cluster.dtype.itemsize
-        elements = sum(memoryview(g.data).nbytes // itemsize for g in message.gradients) if isinstance(message, Push) \
-            else message.values.flat.size if isinstance(message, Parameters) else 0
-        start = max(self.history.time, self.links.get(source, 0))
-        self.links[source] = start + elements / self.weather.bandwidth
-        return self.links[source] - self.history.time
+    def work(self, worker: int, clock: int, microbatch: int) -> float:
+        """How long a worker takes to compute a microbatch, which it begins now."""
+        weather = self.weather
+        slow = weather.stalling and self.random.random() < weather.stalling
+        return weather.work * (weather.stall if slow else 1) * weather.slow.get(worker, 1)
 
     # ── the present ─────────────────────────────────────────────────────────────────────────────────
 
@@ -258,7 +255,7 @@ class Run:
             self.disks[to].flush(event.number)
             self.disks[to].writing = False
             self._write(to)
-        elif isinstance(event, _Kept):
+        elif isinstance(event, Kept):
             return self._kept(to, event.save)
         if kind == "worker":
             self.programs[to[1]].react(event)
@@ -287,7 +284,7 @@ class Run:
                 self.disk(source).pending.append(action)
                 self._write(source)
             elif isinstance(action, Save):
-                self._to_disk(source, _Kept(action))
+                self._to_disk(source, Kept(action))
             elif isinstance(action, Load):
                 loaded = Loaded(action.term, self.archive.checkpoint(action.term.start))
                 self._to_disk(source, loaded)

@@ -64,7 +64,7 @@ class Simulation(Cluster):
         checked: whether invariants are checked after every event
         Raises Violated when an invariant is broken, and when training has not ended by time `limit`.
         """
-        run = Run(self, gradient, clocks, seed, weather, faults, stride)
+        run = self.make_run(gradient, clocks, seed, weather, faults, stride)
         if checked:
             run.invariants = Invariants(run, plain or Plain(self.setup, run.archive.whole, gradient))
             for shard in range(run.origin.shards):
@@ -75,3 +75,6 @@ class Simulation(Cluster):
             return history
         finally:
             self.active = False
+
+    def make_run(self, *arguments: Any) -> Run:
+        return Run(self, *arguments)
