@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := build
-.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-kills test-ray test-array-api test-gpu test-cuda-compile test-wheel lint mutate mutate-auto nightly fuzz fuzz-wire exhaustive bench ladder lines doctor wheel clean
+.PHONY: build help venv train test test-isa test-asan test-ubsan test-tsan test-peers test-crashes test-kills test-ray test-array-api test-gpu test-cuda-compile test-wheel lint mutate mutate-auto nightly fuzz fuzz-wire exhaustive bench ladder plan lines doctor wheel clean
 .DELETE_ON_ERROR:
 
 build: $(READY) ## compile the kernels in place (what plain `make` does)
@@ -131,6 +131,9 @@ bench: build ## ours beside the peers that are installed (make bench ARGS="gemm 
 
 ladder: build ## matrix product in seven steps, attention in four: validated, timed, drawn (tools/ladder/README.md)
 	@$(RUN) tools/ladder/ladder.py $(ARGS)
+
+plan: build ## predict a cluster's step time, and the best number of shards (make plan ARGS="--check")
+	@ENGINE_NUM_THREADS=1 $(RUN) tools/plan.py $(or $(ARGS),--help)
 
 lines: ## the reader's budget: lines of source beside their goals
 	@$(PYTHON) tools/lines.py $(ARGS)

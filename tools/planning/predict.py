@@ -18,8 +18,8 @@ from tools.planning.cost_model import Plan
 
 DAY = 86400.0
 PARTS = ("compute", "push", "update", "pull", "waiting")
-SIMULATED = 4  # clocks between two snapshots, at most, where deaths are simulated
-DEATHS = 4  # of each kind of node
+SIMULATED = 2  # clocks between two snapshots, at most, where deaths are simulated
+DEATHS = 2  # of each kind of node
 
 
 @dataclass(frozen=True)

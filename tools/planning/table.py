@@ -23,7 +23,8 @@ def table(predictions: Sequence[Prediction]) -> str:
     unit = "tokens/s" if predictions[0].plan.tokens else "microbatches/s"
     rows = [row("shards", [str(p.plan.shards) for p in predictions]),
             row("step, median", [show_seconds(p.step) for p in predictions]),
-            row("  90 %", [show_seconds(p.p90) for p in predictions])]
+            row("  90 %", [show_seconds(p.p90) for p in predictions]),
+            row("  mean", [show_seconds(p.mean) for p in predictions])]
     rows += [row(f"  {part}", [f"{show_seconds(p.parts[part])} {p.parts[part] / sum(p.parts.values()):4.0%}"
                                if sum(p.parts.values()) else "0" for p in predictions]) for part in PARTS]
     rows += [row("a worker's link, out", [show_bytes(p.pushed) for p in predictions]),
