@@ -4,8 +4,10 @@ what cannot be. `make test-ray` runs what needs a cluster."""
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -60,14 +62,19 @@ def test_what_cannot_be_configured(monkeypatch, arguments, error):
         make(RayServer, microbatches=2, **arguments)
 
 
-def test_a_ray_that_cannot_be_started_is_one_line():
+def test_a_ray_that_cannot_be_started_is_one_line(monkeypatch):
     def init(**_):
         raise RuntimeError("no room\n  for a store")
 
     module = SimpleNamespace(init=init, is_initialized=lambda: False)
-    with pytest.raises(ConnectionError, match=r"^RayServer: no Ray cluster at 1\.2\.3\.4:5: RuntimeError: no room for "
-                                              r"a store$"):
-        ray_server.connect(module, "1.2.3.4:5")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConnectionError, match=r"^RayServer: no Ray cluster here: RuntimeError: no room for a store$"):
+        ray_server.connect(module, None)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match=f"^RayServer: no Ray cluster at {address}: ConnectionRefusedError: "):
+            ray_server.connect(module, address)
 
 
 def test_large_arrays_lie_elsewhere_and_are_put_there_once():
@@ -451,12 +458,18 @@ def test_an_interrupt_ends_the_run_at_the_end_of_its_clock(cluster):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_sent_or_computed_there_is_one_line(cluster, monkeypatch):
+def test_what_cannot_be_sent_or_computed_there_is_one_line(cluster, tmp_path, monkeypatch):
     lock = threading.Lock()
     with pytest.raises(ValueError, match=r"^RayServer: the program cannot be pickled for other processes: .*lock"):
         list(server_of().run(lambda client: lock, 1))
     with pytest.raises(ValueError, match=r"^RayServer: the rule or the hyper-parameters cannot be pickled"):
         list(server_of(hyper=lambda step, name: {"lr": 1.0 if lock else 0.0}).run(program, 1))
+    with pytest.raises(ValueError, match=r"^RayServer: options of shard are {'num_cpu': 1}: Invalid option keyword"):
+        list(server_of(options={"shard": {"num_cpu": 1}}).run(program, 1))
+    (tmp_path / "only_here.py").write_text("def program(client):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(WorkFailed, match=r"^worker \d: its actor cannot be made: ModuleNotFoundError: .*'only_here'$"):
+        list(server_of().run(importlib.import_module("only_here").program, 1))
     monkeypatch.setattr(ray_server, "arithmetic", lambda k: "cpu v2 0123")
     with pytest.raises(WorkFailed, match=r"^Foreign: \w+ \d computes with reference .*, and the run with cpu v2 0123: "
                                          r"results would have other bits\n"):
@@ -479,7 +492,7 @@ def test_a_folder_that_the_nodes_do_not_see_is_one_line(cluster, monkeypatch):
 
 @pytest.mark.slow
 def test_train_runs_on_a_cluster_of_its_own_and_leaves_nothing(tmp_path, monkeypatch):
-    """To the hash of the threads."""
+    """To the hash of the threads; and Ctrl-C, which a terminal sends to Ray's processes too, ends it likewise."""
     monkeypatch.setenv("RAY_ADDRESS", "local")
     pytest.importorskip("ray", reason="needs Ray: pip install 'shardgrad[cluster]'")
     from test_tools_train import SMALL, result, start
@@ -492,4 +505,13 @@ def test_train_runs_on_a_cluster_of_its_own_and_leaves_nothing(tmp_path, monkeyp
         _, errors = run.communicate(timeout=300)
         assert run.returncode == 0, errors
     assert result(tmp_path / "ray") == result(tmp_path / "threads")
-    assert not list((tmp_path / "ray").glob("shardgrad-*"))
+    endless = ["--steps", "100000", "--checkpoint-every", "100000", "--validate-every", "100000", "--driver", "ray"]
+    run = start("--run", str(tmp_path / "stopped"), *common, *endless, start_new_session=True)
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    while not metrics.exists() or not metrics.stat().st_size:
+        assert run.poll() is None
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130 and "the checkpoint is written" in errors and "Traceback" not in errors, errors
+    assert not list(tmp_path.glob("*/shardgrad-*"))

@@ -23,8 +23,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import pickle
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -46,7 +48,8 @@ from engine.sharder.wire import Foreign, arithmetic
 
 KINDS = ("coordinator", "shard", "worker")
 LAST_WORDS = 1.0  # seconds to wait for what a machine that came to its end has said
-PATIENCE = 5.0  # seconds for actors to be gone after they were killed
+DYING = 5.0  # seconds for actors to be gone after they were killed
+REACH = 5.0  # seconds for a cluster's address to answer
 
 
 def ray_module() -> Any:
@@ -154,9 +157,13 @@ class _Actors(Team):
     def bear(self, order: Order) -> None:
         kind = order.address[0]
         program = self.shared_program if kind == "worker" else None
+        try:
+            born = self.kind.options(**self._options(order.address))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"RayServer: options of {kind} are {self.server.options[kind]!r}: {error}") from error
         with _picklable("the rule or the hyper-parameters"):
-            actor = self.kind.options(**self._options(order.address)).remote(
-                replace(order, program=None), arithmetic(self.server.k), program, dict(self.mail.actors))
+            actor = born.remote(replace(order, program=None), arithmetic(self.server.k), program,
+                                dict(self.mail.actors))
         self.mail.add(order.address, actor)
 
     def _options(self, address: Address) -> dict[str, Any]:
@@ -187,7 +194,7 @@ class _Actors(Team):
 
     def close(self) -> None:
         with _undisturbed():
-            self.mail.kill(PATIENCE)
+            self.mail.kill(DYING)
             shutil.rmtree(self.folder, ignore_errors=True)
             self._disconnect()
 
@@ -203,6 +210,7 @@ def connect(ray: Any, address: str | None) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told that this runs here
     importable = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # what is here, if it is there too
     try:
+        expect_listener(address or os.environ.get("RAY_ADDRESS", ""))
         ray.init(address=address, include_dashboard=False, logging_level="warning",
                  runtime_env={"env_vars": importable})
     except Exception as error:  # of many kinds
@@ -212,11 +220,18 @@ def connect(ray: Any, address: str | None) -> bool:
     return True
 
 
+def expect_listener(address: str) -> None:
+    """Raise OSError where nobody listens at host:port; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        socket.create_connection((host, int(port)), REACH).close()
+
+
 @contextmanager
 def _picklable(what: str) -> Iterator[None]:
     try:
         yield
-    except TypeError as error:
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
         reason = next(iter(str(error.__cause__ or error).splitlines()), "")
         raise ValueError(f"RayServer: {what} cannot be pickled for other processes: {reason}") from error
 
