@@ -133,9 +133,13 @@ class Traffic:
 
     def count(self, pieces: Sequence[Piece], gradients: Sequence[Any], itemsize: int) -> None:
         """One push: a gradient, an Array or a payload, for each piece."""
+        self.add(sum(memoryview(gradient.data).nbytes for gradient in gradients),
+                 sum(piece.size * itemsize for piece in pieces))
+
+    def add(self, sent: int, dense: int) -> None:
         with self._lock:
-            self.sent += sum(memoryview(gradient.data).nbytes for gradient in gradients)
-            self.dense += sum(piece.size * itemsize for piece in pieces)
+            self.sent += sent
+            self.dense += dense
 
 
 def assemble(partition: Partition, values: tuple[Version, ...], k: Backend, counter: Counter) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from sharder_problems import TINY, WIDE, assert_same_bits, gradient, program, st
 import engine as eg
 from engine import nn, optim
 from engine.backend import get_backend
-from engine.sharder import ParameterServer
+from engine.sharder import ParameterServer, ProcessServer
 from engine.sharder.codecs import codec_of
 from engine.sharder.compression import Compression
 from engine.sharder.drivers.faults import Weather
@@ -148,9 +148,9 @@ def tags(sparse):
         return Tags(sparse)
 
 
-def trained_on_rows(sparse, shards=2, compress=None):
-    cluster = ParameterServer(tags(sparse), optim.AdamWRule(), shards=shards, workers=2, microbatches=4, clip_norm=1.0,
-                              compress=compress)
+def trained_on_rows(sparse, shards=2, compress=None, kind=ParameterServer):
+    cluster = kind(tags(sparse), optim.AdamWRule(), shards=shards, workers=2, microbatches=4, clip_norm=1.0,
+                   compress=compress)
 
     def work(client):
         model = tags(sparse)
@@ -177,6 +177,12 @@ def test_pushed_rows_train_as_pushed_tables_do(shards):
     others = 16 * 4 * (3 * 40 + 3)
     assert sparse.pushed.sent - others <= 1.1 * 4 * 40 * rows
     assert dense.pushed.sent == dense.pushed.dense == sparse.pushed.dense
+
+
+def test_workers_in_processes_push_rows_too_and_tell_how_many_bytes():
+    threads, processes = (trained_on_rows(True, kind=kind) for kind in (ParameterServer, ProcessServer))
+    assert_same_bits(threads.state(), processes.state())
+    assert (processes.pushed.sent, processes.pushed.dense) == (threads.pushed.sent, threads.pushed.dense)
 
 
 def test_rows_are_sent_as_they_are_beside_compressed_ones():

@@ -43,7 +43,7 @@ from engine.sharder.events import (
 )
 from engine.sharder.journal import Journal, replay
 from engine.sharder.memory import Snapshot
-from engine.sharder.messages import Restore, Term
+from engine.sharder.messages import Ready, Restore, Term
 from engine.sharder.setup import Setup, as_hyper
 from engine.sharder.shard import Shard
 from engine.sharder.versions import Counter, Traffic
@@ -72,6 +72,16 @@ class Returned:
 
 
 @dataclass(frozen=True)
+class Sent:
+    """Worker: what this incarnation has pushed so far took so many bytes; dense gradients would have taken so many."""
+
+    worker: int
+    epoch: int
+    sent: int
+    dense: int
+
+
+@dataclass(frozen=True)
 class Inspect:
     """Run, to a shard: what do you hold, once you have done so many clocks?"""
 
@@ -91,7 +101,7 @@ class Stop:
     """Run, to a worker: the run is over."""
 
 
-for _number, _class in enumerate((Failed, Returned, Inspect, Standing, Stop), 65):
+for _number, _class in enumerate((Failed, Returned, Sent, Inspect, Standing, Stop), 65):
     declare(_number, _class)
 
 
@@ -302,14 +312,17 @@ class _Desk:
 
 
 class _Port:
-    """A worker's mail."""
+    """A worker's mail. pushed: counts for the run, which hears of it before the next clock."""
 
-    def __init__(self, mail: Mail):
-        self.mail, self.patience = mail, Patience(mail)
+    def __init__(self, mail: Mail, pushed: Traffic):
+        self.mail, self.patience, self.pushed = mail, Patience(mail), pushed
         self.messages: deque[Any] = deque()
         self.stopped = False
 
     def send(self, send: Send) -> None:
+        if isinstance(send.message, Ready):
+            ready = send.message
+            self.mail.send(RUN, Sent(ready.worker, ready.epoch, self.pushed.sent, self.pushed.dense))
         self.mail.send(send.to, send.message)
 
     def receive(self) -> Any:
@@ -329,7 +342,7 @@ def _work(order: Order, setup: Setup, mail: Mail) -> None:
     number = order.address[1]
     machine = Worker(number, order.epoch, setup, order.term)
     desk = _Desk(setup.k, setup.dtype, Counter(), Traffic())
-    run_to_end(order.program, Client(desk, machine, _Port(mail)))
+    run_to_end(order.program, Client(desk, machine, _Port(mail, desk.pushed)))
     while True:  # said again until the run has heard it, and ends this process
         mail.send(RUN, Returned(number))
         if any(isinstance(message, Stop) for message in mail.receive(PATIENCE[0])):

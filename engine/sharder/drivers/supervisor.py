@@ -35,6 +35,7 @@ from engine.sharder.drivers.child import (
     Patience,
     Recipe,
     Returned,
+    Sent,
     Standing,
     Stop,
 )
@@ -183,6 +184,7 @@ class Team(ABC):
         self.returned: set[int] = set()
         self.news: deque[Committed] = deque()
         self.parts: dict[int, Frozen] = {}  # by shard
+        self.sent: dict[tuple[int, int], Sent] = {}  # by worker and epoch: the newest
         made = ""
         try:
             made = tempfile.mkdtemp(prefix="shardgrad-", dir=server.folder)
@@ -265,12 +267,20 @@ class Team(ABC):
                 self.parts[message.shard] = message.frozen
             elif isinstance(message, Returned):
                 self.returned.add(message.worker)
+            elif isinstance(message, Sent):
+                self._count(message)
             elif isinstance(message, Failed) and not self.failed:
                 raise self.fail(f"{message.error}\n{message.text}")
         if not self.failed:
             self._look_after()
         if self.patience.is_over(messages):
             ask()
+
+    def _count(self, new: Sent) -> None:
+        known = self.sent.get((new.worker, new.epoch), Sent(new.worker, new.epoch, 0, 0))
+        if new.dense > known.dense:
+            self.sent[new.worker, new.epoch] = new
+            self.server.pushed.add(new.sent - known.sent, new.dense - known.dense)
 
     def _until(self, ready: Callable[[], bool], ask: Callable[[], None], end: float = float("inf")) -> None:
         """Ask, and wait until it is so. Raises KeyboardInterrupt at the second one."""
