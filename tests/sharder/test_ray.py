@@ -341,6 +341,29 @@ def test_a_node_that_is_gone_takes_its_actors_along_and_they_come_back_elsewhere
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("durability", ["snapshot", "log"])
+def test_actors_that_are_only_thought_to_be_dead_change_nothing(cluster, durability):
+    """Their raylet is stopped, so Ray holds the node for dead; they go on beside those that have taken their places."""
+    server, after = server_of(durability=durability, workers=3, shards=3), 0
+    with one_less(cluster) as node:
+        raylet = node.all_processes["raylet"][0].process.pid
+        for done in server.run(slow_program):
+            if done.clock == 1:
+                before, places = server.actors(), server.processes()
+                cut_off = {address: pid for address, (place, pid) in places.items() if place == node.node_id}
+                os.kill(raylet, signal.SIGSTOP)
+            elif done.clock > 1:
+                after += all(server.actors().get(address) is not before[address] for address in cut_off)
+            if after == 4:
+                break
+        alive = [address for address, pid in cut_off.items() if os.path.exists(f"/proc/{pid}")]
+        os.kill(raylet, signal.SIGCONT)
+        cluster.remove_node(node, allow_graceful=False)
+    assert alive
+    assert_same_bits(server.state(), plain(False, 3, None, done.clock + 1)[0][done.clock + 1])
+
+
+@pytest.mark.slow
 def test_the_default_model_on_three_raylets_ends_with_the_hash_of_training_in_process(cluster, tmp_path):
     """A node is removed in the middle of a step."""
     from tools.training.cache import open_cache
