@@ -53,36 +53,47 @@ ALWAYS_INLINE vf widen(vi quants, int bit, vf scale, vf offset, enum scheme sche
     return vf_fma(scheme == Q4_1 ? f - 1 : f, scale, offset);
 }
 
-/* The 32 steps of a block of NR rows of W, in ascending order: adds x[i·x_row + step] · weights to sum[i], i < rows; or
- * with rows = 0 writes the weights of each step to `to`. */
-ALWAYS_INLINE void walk_block(const uint8_t *block, int64_t lane, enum scheme scheme, int rows, vf (*sum)[2],
+/* Where a vector of rows of W has its blocks, and which of a panel's rows they are. */
+struct lanes {
+    const uint8_t *block;
+    int64_t lane;
+};
+
+/* At step p, rows `row` … row + VL − 1. Beyond the last panel the last one is repeated. */
+ALWAYS_INLINE struct lanes lanes_at(const struct product *x, int64_t row, int64_t p, enum scheme scheme) {
+    int64_t panel = at_most(row, x->n - 1) / PANEL, block = panel * (x->k / BLOCK) + p / BLOCK;
+    return (struct lanes){(const uint8_t *)x->stored + block * PANEL * block_bytes(scheme), row % PANEL};
+}
+
+/* The 32 steps of a block, in ascending order, for `vectors` vectors of rows of W, at most WIDE: adds
+ * x[i·x_row + step] · weights to sum[i], i < rows; or with rows = 0 writes the weights of each step to `to`. */
+#define WIDE 4
+ALWAYS_INLINE void walk_block(const struct lanes *at, int vectors, enum scheme scheme, int rows, vf (*sum)[WIDE],
                               const real *x, int64_t x_row, real *to) {
-    vf scale[2], offset[2];
-    const uint8_t *quants = block + PANEL * header_bytes(scheme) + 4 * lane;
-    for (int i = 0; i < 2; i++) {
-        const uint8_t *at = block + 2 * (lane + i * VL);
-        scale[i] = load_halves(at, scheme == Q8_0 ? 8 : 4);
-        offset[i] = scheme == Q4_1 ? load_halves(at + 2 * PANEL, 0) : scale[i] * (real)-1.5;
+    vf scale[WIDE], offset[WIDE];
+    for (int v = 0; v < vectors; v++) {
+        const uint8_t *head = at[v].block + 2 * at[v].lane;
+        scale[v] = load_halves(head, scheme == Q8_0 ? 8 : 4);
+        offset[v] = scheme == Q4_1 ? load_halves(head + 2 * PANEL, 0) : scale[v] * (real)-1.5;
     }
 #define HALF(half)                                                                                                \
     for (int64_t w = 0; w < quant_bytes(scheme) / 4; w++) {                                                       \
-        const words *four = (const words *)(quants + 4 * PANEL * w);                                              \
-        vi left = __builtin_convertvector(four[0], vi), right = __builtin_convertvector(four[1], vi);             \
-        if (scheme == Q8_0) /* signed bytes q as q + 128 */                                                       \
-            left ^= (int32_t)0x80808080, right ^= (int32_t)0x80808080;                                            \
+        vi quants[WIDE];                                                                                          \
+        for (int v = 0; v < vectors; v++) {                                                                       \
+            const uint8_t *four = at[v].block + PANEL * (header_bytes(scheme) + 4 * w) + 4 * at[v].lane;          \
+            quants[v] = __builtin_convertvector(*(const words *)four, vi);                                        \
+            if (scheme == Q8_0) /* signed bytes q as q + 128 */                                                   \
+                quants[v] ^= (int32_t)0x80808080;                                                                 \
+        }                                                                                                         \
         _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++, x++) {                                                \
-            vf l = widen(left, 8 * i + 4 * half, scale[0], offset[0], scheme);                                    \
-            vf r = widen(right, 8 * i + 4 * half, scale[1], offset[1], scheme);                                   \
-            if (!rows) {                                                                                          \
-                vf_store(to, l);                                                                                  \
-                vf_store(to + VL, r);                                                                             \
-                to += NR;                                                                                         \
+            for (int v = 0; v < vectors; v++) {                                                                   \
+                vf weight = widen(quants[v], 8 * i + 4 * half, scale[v], offset[v], scheme);                      \
+                if (!rows)                                                                                        \
+                    vf_store(to + v * VL, weight);                                                                \
+                _Pragma("GCC unroll 8") for (int row = 0; row < rows; row++)                                      \
+                    sum[row][v] = vf_fma(vf_set1(x[row * x_row]), weight, sum[row][v]);                           \
             }                                                                                                     \
-            _Pragma("GCC unroll 8") for (int row = 0; row < rows; row++) {                                        \
-                vf element = vf_set1(x[row * x_row]);                                                             \
-                sum[row][0] = vf_fma(element, l, sum[row][0]);                                                    \
-                sum[row][1] = vf_fma(element, r, sum[row][1]);                                                    \
-            }                                                                                                     \
+            to += rows ? 0 : vectors * VL;                                                                        \
         }                                                                                                         \
     }
     HALF(0) /* of 4-bit quants the lower halves of bytes are the first 16 weights of a block */
@@ -90,30 +101,35 @@ ALWAYS_INLINE void walk_block(const uint8_t *block, int64_t lane, enum scheme sc
         HALF(1)
 }
 
-/* The block of step p in the panel that has row `column` of W. */
-ALWAYS_INLINE const uint8_t *block_at(const struct product *x, int64_t column, int64_t p, enum scheme scheme) {
-    return (const uint8_t *)x->stored + (column / PANEL * (x->k / BLOCK) + p / BLOCK) * PANEL * block_bytes(scheme);
-}
-
 /* ── a few rows ──────────────────────────────────────────────────────────────────────────────────── */
 
-/* Columns j … j + NR − 1 of y, as far as there are: for each block of KC steps a chain from zero, then the bias. */
+/* Vectors of columns at once: so many that their chains hide the latency of the additions. */
+#define VECTORS(rows) ((rows) == 1 ? WIDE : 2)
+
+/* Columns j … j + VECTORS · VL − 1 of y, as far as there are: for each block of KC steps a chain from zero, then the
+ * bias. */
 ALWAYS_INLINE void multiply_columns(const struct product *x, int rows, int64_t j, enum scheme scheme) {
-    const uint8_t *block = block_at(x, j, 0, scheme);
-    vf total[FEW_ROWS][2] = {{{0}}};
+    const int vectors = VECTORS(rows);
+    struct lanes at[WIDE];
+    for (int v = 0; v < vectors; v++)
+        at[v] = lanes_at(x, j + v * VL, 0, scheme);
+    vf total[FEW_ROWS][WIDE] = {{{0}}};
     for (int64_t p = 0; p < x->k;) {
         int64_t first = p, end = at_most(x->k, p + KC);
-        vf sum[FEW_ROWS][2] = {{{0}}};
-        for (; p < end; p += BLOCK, block += PANEL * block_bytes(scheme))
-            walk_block(block, j % PANEL, scheme, rows, sum, x->a + p, x->a_row, NULL);
+        vf sum[FEW_ROWS][WIDE] = {{{0}}};
+        for (; p < end; p += BLOCK) {
+            walk_block(at, vectors, scheme, rows, sum, x->a + p, x->a_row, NULL);
+            for (int v = 0; v < vectors; v++)
+                at[v].block += PANEL * block_bytes(scheme);
+        }
         for (int i = 0; i < rows; i++)
-            for (int half = 0; half < 2; half++)
-                total[i][half] = first ? total[i][half] + sum[i][half] : sum[i][half];
+            for (int v = 0; v < vectors; v++)
+                total[i][v] = first ? total[i][v] + sum[i][v] : sum[i][v];
     }
     for (int i = 0; i < rows; i++)
-        for (int64_t half = 0; half < 2 && j + half * VL < x->n; half++) {
-            int64_t column = j + half * VL, columns = x->n - column;
-            vf y = total[i][half];
+        for (int64_t v = 0; v < vectors && j + v * VL < x->n; v++) {
+            int64_t column = j + v * VL, columns = x->n - column;
+            vf y = total[i][v];
             if (x->bias)
                 y += load_up_to(x->bias + column, columns);
             store_up_to(x->c + i * x->c_row + column, y, columns);
@@ -138,21 +154,24 @@ static columns_function *const columns_of[FEW_ROWS][3] = {
 #endif
 };
 
-/* Index: NR columns of y. */
+/* Index: VECTORS · VL columns of y. */
 static void multiply_few_rows(void *context, int64_t begin, int64_t end) {
     const struct product *x = context;
     columns_function *columns = columns_of[x->m - 1][x->scheme == Q8_0 ? 0 : x->scheme == Q4_0 ? 1 : 2];
     for (int64_t j = begin; j < end; j++)
-        columns(x, j * NR);
+        columns(x, j * VECTORS(x->m) * VL);
 }
 
 /* ── many rows: what gemm.c asks for when it packs B ─────────────────────────────────────────────── */
 
 ALWAYS_INLINE void unpack_columns(real *to, const struct product *x, int64_t column, int64_t p, int64_t depths,
                                   enum scheme scheme) {
-    const uint8_t *block = block_at(x, column, p, scheme);
-    for (int64_t q = 0; q < depths; q += BLOCK, block += PANEL * block_bytes(scheme), to += BLOCK * NR)
-        walk_block(block, column % PANEL, scheme, 0, NULL, NULL, 0, to);
+    struct lanes at[WIDE] = {lanes_at(x, column, p, scheme), lanes_at(x, column + VL, p, scheme)};
+    for (int64_t end = p + depths; p < end; p += BLOCK, to += BLOCK * NR) {
+        walk_block(at, 2, scheme, 0, NULL, NULL, 0, to);
+        at[0].block += PANEL * block_bytes(scheme);
+        at[1].block += PANEL * block_bytes(scheme);
+    }
 }
 
 static void unpack_panels(real *packed, const struct product *x, int64_t column, int64_t columns, int64_t p,
@@ -174,7 +193,8 @@ KERNEL(quantized_linear)(real *y, const real *x, const uint8_t *panels, const re
     if (m <= 0 || n <= 0)
         return;
     if (m <= FEW_ROWS)
-        parallel_for(divide_up(n, NR), 1 + PIECE_WEIGHTS / (1 + NR * k), multiply_few_rows, &product);
+        parallel_for(divide_up(n, VECTORS(m) * VL), 1 + PIECE_WEIGHTS / (1 + VECTORS(m) * VL * k), multiply_few_rows,
+                     &product);
     else
         TYPED(multiply_product)(&product);
 }
