@@ -36,6 +36,11 @@ def test_a_block_of_each_scheme_byte_by_byte() -> None:
     block = eg.quantize(eg.tensor(q[None] / 4, dtype="float32"), "q8_0").blocks.numpy()[0]
     assert block[:2].view(np.float16)[0] == 0.25 and (block[2:].view(np.int8) == q).all()
 
+    x = np.zeros((1, 32))
+    x[0, :8] = [-127, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 0.49999997]  # halves go away from 0
+    block = eg.quantize(eg.tensor(x, dtype="float32"), "q8_0").blocks.numpy()[0]
+    assert block[2:].view(np.int8)[:8].tolist() == [-127, 1, 2, 3, -1, -2, 127, 0]
+
     q = np.arange(32) % 16
     block = eg.quantize(eg.tensor((q[None] - 8) / 4, dtype="float32"), "q4_0").blocks.numpy()[0]
     assert block[:2].view(np.float16)[0] == 0.25

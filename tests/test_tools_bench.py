@@ -142,7 +142,7 @@ def test_without_kernels_there_is_one_line(name: str, tmp_path: Path) -> None:
 
 @compiled
 @pytest.mark.parametrize(("name", "only"), [("gemm", "NN 64×64×64"), ("kernels", "exp 64×1024"),
-                                            ("generate", "decode char"), ("overhead", "x < y")])
+                                            ("generate", "decode char q8_0"), ("overhead", "x < y")])
 def test_one_row(name: str, only: str, tmp_path: Path) -> None:
     run = bench(name, "--peers", "openblas", "--seconds", "0.01", "--only", only, "--json", str(tmp_path / "rows.json"))
     assert run.returncode == 0, run.stderr

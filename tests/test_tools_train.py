@@ -258,6 +258,9 @@ def test_generate_writes_the_same_text_for_the_same_seed(finished: tuple[Path, s
     assert written("--stop", first[12:14]) == first[:first.index(first[12:14], 8)] + "\n"
     assert call(generate, str(finished[0]), "--top-p", "0", monkeypatch=monkeypatch) == 1
     assert "--top-p is 0.0, expected a number above 0 and at most 1" in capsys.readouterr().err
+    for program in (generate, evaluate):  # of width 16
+        assert call(program, str(finished[0]), "--quantize", "q8_0", monkeypatch=monkeypatch) == 1
+        assert "--quantize q8_0: for_inference: embedding: quantize: weight has shape" in capsys.readouterr().err
     assert call(generate, "/nowhere", monkeypatch=monkeypatch) == 1
     assert "no checkpoint here" in capsys.readouterr().err
 

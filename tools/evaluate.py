@@ -2,6 +2,7 @@
 
     python tools/evaluate.py                                  the validation text of runs/default
     python tools/evaluate.py runs/book --data other.txt --stride 64
+    python tools/evaluate.py --quantize q4_0                  what weights of 4 bits cost
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tools.training.errors import ProgramError, run_program
 from tools.training.evaluation import score
 from tools.training.progress import show_percent
 from tools.training.tokens import Tokenizer
-from tools.training.trained import load_model
+from tools.training.trained import add_quantize, for_inference, load_model
 
 
 def parse() -> argparse.Namespace:
@@ -33,6 +34,7 @@ def parse() -> argparse.Namespace:
                                                                 "each prediction more to look back on (default: the "
                                                                 "model's context)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="windows at once (default: %(default)s)")
+    add_quantize(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser.parse_args()
 
@@ -56,6 +58,8 @@ def main() -> int:
     if arguments.batch < 1:
         raise ProgramError(f"--batch is {arguments.batch}, expected at least 1")
     model, tokenizer, facts = load_model(arguments.checkpoint)
+    if arguments.quantize:
+        model = for_inference(model, arguments.quantize)
     tokens = text_tokens(arguments, tokenizer, facts)
     context = model.config.context_length
     result = score(model, tokens, tokenizer.byte_lengths(), context, arguments.stride, arguments.batch, show_percent)

@@ -2,6 +2,9 @@
 
     prefill   PROMPT tokens at once: matrix products, bound by the FMA units
     decode    NEW tokens one by one after them: every weight is read for each token, so memory is the bound
+
+Ours multiplies by matrices that are only read (Transformer.for_inference): packed float32, and quantised ones, beside
+PyTorch's dynamic quantisation to 8 bits.
 """
 
 from __future__ import annotations
@@ -18,23 +21,30 @@ from tools.benchmarks.peers import Peers
 from tools.benchmarks.train import SIZES, Size, engine_model
 
 PROMPT, NEW = 128, 16
+FORMS = {"packed": 32.0, "q8_0": 8.5, "q4_0": 4.5}
+"""How our weights are kept, and their bits."""
 
 
 def contests(peers: Peers) -> Iterator[tuple[str, Callable[[], Contest]]]:
     for size in SIZES:
         if size.time >= PROMPT + NEW:
-            for part in ("prefill", "decode"):
-                yield f"{part} {size.name}", partial(contest, part, size, peers)
+            for form in FORMS:
+                for part in ("prefill", "decode"):
+                    yield name_of(part, size, form), partial(contest, part, size, peers, form)
+
+
+def name_of(part: str, size: Size, form: str) -> str:
+    return f"{part} {size.name}" + ("" if form == "packed" else f" {form}")
 
 
 def prompt_of(size: Size) -> np.ndarray:
     return np.random.default_rng(0).integers(0, size.vocabulary, (1, PROMPT))
 
 
-def engine_runs(size: Size) -> tuple[dict[str, Callable[[], object]], float]:
+def engine_runs(size: Size, form: str) -> tuple[dict[str, Callable[[], object]], float]:
     """Ours, and how many weights are multiplied for a token."""
     with eg.seed(0):
-        model = engine_model(size).eval()
+        model = engine_model(size).for_inference(form)
     cache, prompt = model.make_cache(1), eg.tensor(prompt_of(size))
 
     def prefill() -> object:
@@ -56,12 +66,13 @@ def engine_runs(size: Size) -> tuple[dict[str, Callable[[], object]], float]:
     return {"prefill": prefill, "decode": decode}, model.flops_per_token(1) / 6
 
 
-def contest(part: str, size: Size, peers: Peers) -> Contest:
-    ours, weights = engine_runs(size)
-    runs = {OURS: ours[part]}
+def contest(part: str, size: Size, peers: Peers, form: str) -> Contest:
+    ours, weights = engine_runs(size, form)
+    runs, name = {OURS: ours[part]}, name_of(part, size, form)
     if peers.torch:
-        runs["torch"] = generate_peers.torch_runs(peers.torch, size, prompt_of(size), NEW)[part]
-    name = f"{part} {size.name}"
+        small = form != "packed"
+        made = generate_peers.torch_runs(peers.torch, size, prompt_of(size), NEW, quantized=small)
+        runs["torch int8" if small else "torch"] = made[part]
     if part == "prefill":
         return Contest(name, runs, flops=2 * weights * PROMPT, work=PROMPT, unit="tokens/s", streams=False)
-    return Contest(name, runs, bytes=4 * weights * NEW, work=NEW, unit="tokens/s")
+    return Contest(name, runs, bytes=FORMS[form] / 8 * weights * NEW, work=NEW, unit="tokens/s")

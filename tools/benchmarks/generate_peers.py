@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from tools.benchmarks.train import Size
 
 
-def torch_runs(torch: Any, size: Size, prompt: np.ndarray, new: int) -> dict[str, Callable[[], object]]:
+def torch_runs(torch: Any, size: Size, prompt: np.ndarray, new: int,
+               quantized: bool = False) -> dict[str, Callable[[], object]]:
+    """quantized: linear layers have weights of 8 bits, and round their inputs to 8 bits as they come."""
     model, functional, width = torch_model(torch, size).eval(), torch.nn.functional, size.width
+    if quantized:
+        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
     kept = [torch.zeros(2, 1, size.heads, size.time, width // size.heads) for _ in model.blocks]
     tokens, length = torch.from_numpy(prompt), prompt.shape[1]
 

@@ -1,7 +1,7 @@
 """The bugs that tools/mutate.py plants: in C (kernels.py), in Python (engine.py), on the GPU (cuda.py), in the
-breadth of the ops (surface.py), in what is sparse or compressed (sparse.py), in what the array API standard asks for
-(standard.py), and data races (races.py). automatic.py has those that a library makes by itself, equivalent.py which of
-them change nothing."""
+breadth of the ops (surface.py), in what is sparse or compressed (sparse.py), in matrices that are only read
+(stored.py), in what the array API standard asks for (standard.py), and data races (races.py). automatic.py has those
+that a library makes by itself, equivalent.py which of them change nothing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from tools.mutants.races import RACES
 from tools.mutants.record import Mutant
 from tools.mutants.sparse import SPARSE
 from tools.mutants.standard import STANDARD
+from tools.mutants.stored import STORED
 from tools.mutants.surface import SURFACE
 
-MUTANTS: list[Mutant] = [*KERNELS, *ENGINE, *CUDA, *SURFACE, *SPARSE, *STANDARD, *RACES]
+MUTANTS: list[Mutant] = [*KERNELS, *ENGINE, *CUDA, *SURFACE, *SPARSE, *STORED, *STANDARD, *RACES]
 
 __all__ = ["MUTANTS", "Mutant"]
