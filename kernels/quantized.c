@@ -24,6 +24,7 @@ enum scheme { Q4_0 = 2, Q4_1 = 3, Q8_0 = 8 };
 
 #define BLOCK 32                /* weights, */
 #define PANEL 32                /* and rows */
+#define AHEAD 2048              /* bytes: further than the hardware looks by itself */
 #define PIECE_WEIGHTS (1 << 17) /* some ten microseconds: the least that is worth waking a thread for */
 
 #define DIGITS (REAL_BITS == 32 ? 23 : 52)      /* of a real, after the point */
@@ -81,6 +82,7 @@ ALWAYS_INLINE void walk_block(const struct lanes *at, int vectors, enum scheme s
         vi quants[WIDE];                                                                                          \
         for (int v = 0; v < vectors; v++) {                                                                       \
             const uint8_t *four = at[v].block + PANEL * (header_bytes(scheme) + 4 * w) + 4 * at[v].lane;          \
+            __builtin_prefetch(four + AHEAD);                                                                     \
             quants[v] = __builtin_convertvector(*(const words *)four, vi);                                        \
             if (scheme == Q8_0) /* signed bytes q as q + 128 */                                                   \
                 quants[v] ^= (int32_t)0x80808080;                                                                 \

@@ -306,15 +306,19 @@ class Transformer(Module):
         """
         if weights != "packed" and weights not in SCHEMES:
             raise ValueError(f"for_inference: weights is {weights!r}, expected one of packed, {', '.join(SCHEMES)}")
+        def store(weight: Tensor) -> Any:
+            return ops.pack(weight) if weights == "packed" else ops.quantize(weight, weights)
+
         made = self.twin().eval()
         tied = made.embedding if made.output is None else None
         for name, module in made.named_modules():
-            if isinstance(module, Linear) or module is tied:
-                try:
-                    stored = ops.pack(module.weight) if weights == "packed" else ops.quantize(module.weight, weights)
-                except ValueError as error:
-                    raise ValueError(f"for_inference: {name}: {error}") from None
-                module.register_stored("weight", stored)
+            try:
+                if isinstance(module, Block):
+                    module.attention.join(store)
+                elif (isinstance(module, Linear) and module.weight is not None) or module is tied:
+                    module.register_stored("weight", store(module.weight))
+            except ValueError as error:
+                raise ValueError(f"for_inference: {name}: {error}") from None
         return made
 
     # ── sizes ───────────────────────────────────────────────────────────────────────────────────────
@@ -328,7 +332,10 @@ class Transformer(Module):
         arXiv:2204.02311, appendix B.
         """
         config, time = self.config, time or self.config.context_length
-        weights = sum(m.weight.size for _, m in self.named_modules() if isinstance(m, (Linear, Embedding)))
+        modules = [module for _, module in self.named_modules()]
+        matrices = [m.weight for m in modules if isinstance(m, (Linear, Embedding))]
+        matrices += [m.joined[0] for m in modules if isinstance(m, MultiHeadAttention) and m.joined]  # for_inference
+        weights = sum(matrix.size for matrix in matrices if matrix is not None)
         looked_up = [self.embedding if self.output is not None else None, self.position_embedding,
                      self.segment_embedding]
         weights -= sum(table.weight.size for table in looked_up if table is not None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from engine import ops
 from engine.autograd import is_grad_enabled
@@ -75,6 +77,19 @@ class MultiHeadAttention(Module):
         self.key = Linear(width, inner, bias, std=std)
         self.value = Linear(width, inner, bias, std=std)
         self.output = Linear(width, width, bias, std=output_std)
+        self.joined: tuple[Any, Tensor | None] | None = None
+
+    def join(self, store: Callable[[Tensor], Any]) -> None:
+        """Keep W_q, W_k and W_v one above the other, in the form that `store` makes: one product for all three.
+
+        For self-attention, and for inference: in place of their parameters.
+        """
+        parts = (self.query, self.key, self.value)
+        biases = [part.bias for part in parts if part.bias is not None]
+        joined = store(ops.concat([part.weight for part in parts]).detach())
+        self.register_stored("joined", (joined, ops.concat(biases).detach() if biases else None))
+        for part in parts:
+            part.register_stored("weight", None)
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, causal: bool = False, mask: Tensor | None = None,
                 lengths: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None,
@@ -88,13 +103,11 @@ class MultiHeadAttention(Module):
         cache:   keys and values of earlier positions; these are added. In cross attention it is filled by the first
                  call, and later calls do not look at `context` again
         """
-        query = self._heads(self.query(x), self.heads)
         if context is not None and cache is not None and cache.length:
+            query = self._heads(self.query(x), self.heads)
             key, value = (turned(x) for x in cache.filled())
         else:
-            source = x if context is None else context
-            key = self._heads(self.key(source), self.kv_heads)
-            value = self._heads(self.value(source), self.kv_heads)
+            query, key, value = self._projected(x, context)
             if rotary is not None and context is None:
                 query, key = (turned(ops.rope(turned(x), *rotary)) for x in (query, key))
             if cache is not None:
@@ -102,6 +115,16 @@ class MultiHeadAttention(Module):
         y = attend(query, key, value, mask, causal=causal, lengths=lengths, scale=1 / math.sqrt(self.head_width),
                    dropout=self.dropout if self.training else 0.0)
         return self.output(y.reshape(*x.shape[:2], self.heads * self.head_width))
+
+    def _projected(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries from x, keys and values from x or the context, each (batch, length, its heads, d)."""
+        if self.joined is not None:
+            all_heads = self._heads(ops.linear(x, *self.joined), self.heads + 2 * self.kv_heads)
+            keys, values = self.heads, self.heads + self.kv_heads
+            return all_heads[:, :, :keys], all_heads[:, :, keys:values], all_heads[:, :, values:]
+        source = x if context is None else context
+        return (self._heads(self.query(x), self.heads), self._heads(self.key(source), self.kv_heads),
+                self._heads(self.value(source), self.kv_heads))
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         """(batch, T, heads · d) as (batch, T, heads, d)."""

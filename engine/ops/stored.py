@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from engine.autograd import is_grad_enabled
 from engine.backend import Array, get_backend
 from engine.backend.stored_rows import BLOCK, SCHEMES
 from engine.dtypes import DType, float32, int64, uint8
@@ -74,7 +75,7 @@ class StoredMatrix:
 
 def _apply(made: Op, values: Sequence[Any], _attributes: dict[str, Any]) -> Tensor:
     """What op `made` computes where an operand is a StoredMatrix."""
-    weight = {"linear": 1, "embedding": 0}.get(made.name)
+    weight = WEIGHT_OF.get(made.name)
     for i, (name, value) in enumerate(zip(made.inputs, values)):
         if isinstance(value, StoredMatrix) and i != weight:
             raise TypeError(f"{made.name}: {name} is {value!r}, which only linear and embedding take, as their weight; "
@@ -89,6 +90,23 @@ def _apply(made: Op, values: Sequence[Any], _attributes: dict[str, Any]) -> Tens
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"linear: bias has shape {tuple(bias.shape)}, expected ({n},) for weight {matrix!r}")
     return matrix._linear(x, bias)
+
+
+WEIGHT_OF = {"linear": 1, "embedding": 0}
+"""Which operand of an op may be a StoredMatrix."""
+
+
+def _run(made: Op, x: Tensor, panels: Tensor, bias: Any, *attributes: Any) -> Tensor:
+    """The op `made`, or where no gradient is wanted its forward at once: a token is a hundred of them."""
+    operands = (x,) if bias is None else (x, bias)
+    k = get_backend(panels.device)
+    for t in operands:
+        if t.__class__ is not Tensor or t.device != panels.device or t.dtype is not x.dtype:
+            return made(x, panels, bias, *attributes)
+    if not x.dtype.is_floating or not k.has_fused(made.kernel) or (is_grad_enabled()
+                                                                   and any([t.requires_grad for t in operands])):
+        return made(x, panels, bias, *attributes)
+    return Tensor(made.forward(k, x.array, panels.array, None if bias is None else bias.array, *attributes), x.device)
 
 
 def _matrix_of(name: str, weight: Any) -> Tensor:
@@ -132,7 +150,7 @@ class PackedTensor(StoredMatrix):
     def _linear(self, x: Tensor, bias: Any) -> Tensor:
         if x.dtype is not self.dtype:
             raise TypeError(f"linear: x has dtype {x.dtype}, expected {self.dtype} as in {self!r}")
-        return packed_linear(x, self.panels, bias, self.shape[0])
+        return _run(packed_linear, x, self.panels, bias, self.shape[0])
 
     def __repr__(self) -> str:
         return f"PackedTensor({self.shape}, {self.dtype})"
@@ -234,7 +252,7 @@ class QuantizedTensor(StoredMatrix):
     dequantize = tensor
 
     def _linear(self, x: Tensor, bias: Any) -> Tensor:
-        return quantized_linear(x, self.panels, bias, self.shape[0], self.scheme)
+        return _run(quantized_linear, x, self.panels, bias, self.shape[0], self.scheme)
 
     def __repr__(self) -> str:
         return f"QuantizedTensor({self.shape}, {self.scheme!r})"
