@@ -8,6 +8,7 @@ from typing import Any
 
 from engine import ops
 from engine.autograd import is_grad_enabled
+from engine.backend import get_backend
 from engine.dtypes import DType, float32
 from engine.nn.layers import Linear
 from engine.nn.module import Module
@@ -40,14 +41,21 @@ class KeyValueCache:
         if key.shape != expected or stop > self.capacity:
             raise ValueError(f"KeyValueCache: got keys {key.shape} after {self.length} positions, expected {expected} "
                              f"and at most {self.capacity} positions")
-        self.keys[:, :, self.length:stop] = key
-        self.values[:, :, self.length:stop] = value
+        for kept, new in ((self.keys, key), (self.values, value)):
+            if new.device != kept.device or new.dtype is not kept.dtype:
+                raise ValueError(f"KeyValueCache: got {new.dtype} on {new.device}, expected {kept.dtype} on "
+                                 f"{kept.device}")
+            k, target = get_backend(kept.device), kept.array.view(kept.array.data[:, :, self.length:stop])
+            k.copy(target, new.array, k.layout(target, new.array))
+            kept.array.storage.version += 1
         self.length = stop
         return self.filled()
 
     def filled(self) -> tuple[Tensor, Tensor]:
         """Views of the keys and values of the positions so far."""
-        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+        keys, values = (Tensor(kept.array.view(kept.array.data[:, :, :self.length]), kept.device)
+                        for kept in (self.keys, self.values))
+        return keys, values
 
 
 class MultiHeadAttention(Module):

@@ -27,7 +27,7 @@ STORED = [
            f"{TESTS}::test_scales_of_any_size_and_sign"),
     Mutant("subnormal scale", "kernels/quantized.c",
            "vf small = (vf)((bits & 0x7fff) << (DIGITS - 10)),",
-           "vf small = (vf)((bits & 0x7fff & -((bits & 0x7c00) != 0 ? 1 : 0)) << (DIGITS - 10)),",
+           "vf small = (vf)((bits & 0x7fff & ((bits & 0x7c00) != 0)) << (DIGITS - 10)),",
            "float16's subnormal scales count as 0",
            f"{TESTS}::test_scales_of_any_size_and_sign"),
     Mutant("signed bytes", "kernels/quantized.c",
