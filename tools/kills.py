@@ -38,7 +38,7 @@ from tools.training.checkpoint import arrays_digest
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("worker", "shard", "coordinator")
 SHAPES = {"embedding": (300, 100), "bias": (3,), "deep": (2, 5000), "scale": ()}  # of several blocks, some shared
-RETRY = 0.002  # seconds until a kill is tried again when there is nobody of its kind
+RETRY = 0.002  # seconds until a kill is tried again when there is nobody of its kind: at first
 
 
 def gradient(parameters: Mapping[str, np.ndarray], clock: int, microbatch: int) -> tuple[Any, float, float]:
@@ -62,12 +62,14 @@ def work(client: Any) -> None:
 class Killer:
     """Kills at given moments, from a timer's signal. plan: (seconds since the kill before, kind of machine), in order.
 
-    A kill for which there is nobody yet waits until there is.
+    A kill for which there is nobody yet waits until there is, longer each time: a fork that a signal interrupts begins
+    anew, so on a busy computer signals that come too often would keep it from ever ending.
     """
 
     def __init__(self, server: ProcessServer, plan: Iterable[tuple[float, str]], choose: Random):
         self.server, self.plan, self.choose = server, list(plan), choose
         self.killed: list[str] = []
+        self.retry = RETRY
 
     def __enter__(self) -> Killer:
         self.before = signal.signal(signal.SIGALRM, self._strike)
@@ -85,9 +87,11 @@ class Killer:
             os.kill(pid, signal.SIGKILL)
             self.killed.append(f"{address[0]} {address[1]}")
             self.plan.pop(0)
+            self.retry = RETRY
             self._wait()
         else:
-            signal.setitimer(signal.ITIMER_REAL, RETRY)
+            signal.setitimer(signal.ITIMER_REAL, self.retry)
+            self.retry *= 2
 
     def __exit__(self, *_: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
