@@ -6,12 +6,16 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import engine as eg
+from engine.sharder import Committed
 from tools.training.errors import ProgramError, require, run_program
 from tools.training.metrics import Metrics, read_metrics
 from tools.training.plot import plot_losses, smooth
 from tools.training.progress import Progress, duration
+from tools.training.status import Status
 
 
 def test_lines_survive_a_cut_and_a_resume(tmp_path: Path) -> None:
@@ -45,10 +49,24 @@ def test_progress_prints_lines_where_there_is_no_terminal(capsys: pytest.Capture
     progress.update(1, bits_per_byte=5.0)
     assert capsys.readouterr().err == ""
     now = 102.0
-    progress.update(2, bits_per_byte=4.0)
+    progress.update(2, bits_per_byte=4.0, status="staleness 2")
     assert capsys.readouterr().err == ("step 2/2  4.900 bits/byte, 1,000 tokens/s, 1.0 GFLOP/s (25% of peak), "
-                                       "ETA 0:00\n")
+                                       "staleness 2, ETA 0:00\n")
     progress.close()
+
+
+def test_the_status_is_what_the_server_counts() -> None:
+    server = eg.sharder.ParameterServer({"w": np.zeros(250_000, "float32")}, eg.optim.SGDRule(lr=0.1), microbatches=2,
+                                        consistency="ssp:3")
+    server.pushed.sent = 5_000_000  # of an earlier run
+    status = Status(server)
+    server.pushed.sent += 2 * 2_000_000
+    assert status(Committed(1, 1.0, 1.0, None, version=0)) == "staleness 1, 2.0 MB pushed a step"
+    server.pushed.again, server.returns = 3, 1
+    assert status(Committed(3, 1.0, 1.0, None, version=3, dropped=(1,))) == (
+        "staleness 0, 1.0 MB pushed a step, 1 left out, 3 retries, 1 came back")
+    plain = Status(eg.sharder.ParameterServer({"w": np.zeros(1, "float32")}, eg.optim.SGDRule(), microbatches=1))
+    assert plain(Committed(0, 1.0, 1.0, None)) == "0.0 MB pushed a step"
 
 
 def test_smoothing_starts_without_bias() -> None:

@@ -33,6 +33,7 @@ from tools.training.progress import Progress
 from tools.training.report import comparison
 from tools.training.session import Session, kernels
 from tools.training.settings import Settings, add_flags, given, resumed
+from tools.training.status import Status
 
 
 def parse() -> argparse.Namespace:
@@ -138,6 +139,7 @@ def train(session: Session, arguments: argparse.Namespace) -> tuple[float, bool]
     metrics = Metrics(arguments.run / "metrics.jsonl", resume_step=session.step)
     peak = measured_peak()
     progress = Progress(session.step, settings.steps, settings.tokens_per_step, session.model.flops_per_token(), peak)
+    status = Status(session.server)
     bytes_per_token = float(session.byte_lengths[session.cache.training].mean())
     folder, saved_step = arguments.run / "checkpoints", session.step
     seconds = session.seconds
@@ -150,7 +152,7 @@ def train(session: Session, arguments: argparse.Namespace) -> tuple[float, bool]
             bits_per_byte = done.mean_loss / log(2) / bytes_per_token
             record = {"bits_per_byte": bits_per_byte, "gradient_norm": done.norm,
                       "lr": session.hyper(step, "")["lr"], "seconds": round(seconds, 2)}
-            progress.update(step, bits_per_byte)
+            progress.update(step, bits_per_byte, status(done))
             last = step == settings.steps or interrupts.requested or (
                 arguments.minutes is not None and time.monotonic() - start > 60 * arguments.minutes)
             if step % settings.validation_interval == 0:

@@ -68,6 +68,7 @@ class Cluster:
         self.rule, self.workers = rule, workers
         self.k, self.device = get_backend(device), device
         self.copied, self.pushed = Counter(), Traffic()
+        self.returns = 0  # machines that were lost and came back, in drivers where any can be lost
         self.epoch = -1  # of the workers of the latest run
         self.active = False  # whether a run has begun and not ended
         self.busy = False  # whether parameters may be changing at this moment

@@ -125,10 +125,11 @@ class Counter:
 
 
 class Traffic:
-    """Bytes that gradients took to be pushed, and what dense ones would have taken."""
+    """Bytes that gradients took to be pushed, and what dense ones would have taken; how many pushes and pulls were sent
+    again, since no answer came."""
 
     def __init__(self) -> None:
-        self.sent = self.dense = 0
+        self.sent = self.dense = self.again = 0
         self._lock = threading.Lock()
 
     def count(self, pieces: Sequence[Piece], gradients: Sequence[Any], itemsize: int) -> None:
@@ -136,10 +137,11 @@ class Traffic:
         self.add(sum(memoryview(gradient.data).nbytes for gradient in gradients),
                  sum(piece.size * itemsize for piece in pieces))
 
-    def add(self, sent: int, dense: int) -> None:
+    def add(self, sent: int, dense: int, again: int = 0) -> None:
         with self._lock:
             self.sent += sent
             self.dense += dense
+            self.again += again
 
 
 def assemble(partition: Partition, values: tuple[Version, ...], k: Backend, counter: Counter) -> dict[str, np.ndarray]:

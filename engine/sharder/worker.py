@@ -70,6 +70,7 @@ class Worker:
         self.pulls: dict[int, Pull] = {}  # by shard: unanswered
         self.values: dict[int, Version] = {}  # by shard: answered
         self.pushes: dict[tuple[int, int], Push] = {}  # by shard and sequence: unacknowledged
+        self.again = 0  # pulls and pushes that were sent more than once
         self.ended = False
 
     @property
@@ -93,6 +94,7 @@ class Worker:
         return (worker, epoch) == (self.number, self.epoch)
 
     def _resend(self, _: Timeout) -> list[Any]:
+        self.again += len(self.pulls) + len(self.pushes)
         unanswered = [Send(COORDINATOR, self.ready)] if self.ready else []
         unanswered += [Send(shard_address(s), pull) for s, pull in self.pulls.items()]
         return unanswered + [Send(shard_address(s), push) for (s, _), push in self.pushes.items()]

@@ -81,6 +81,19 @@ def test_killed_at_any_moment_and_still_the_same_bits(durability, workers, shard
     assert killer.killed
 
 
+def test_what_workers_push_is_counted_and_who_came_back():
+    """Every worker says how much it was, all of it each time; a second run goes on counting."""
+    size = sum(4 * p.size for p in server_of().partition.parameters.values())
+    server = server_of()
+    for runs in (1, 2):
+        list(server.run(program, 2))
+        assert server.pushed.sent == server.pushed.dense == runs * 2 * 3 * size
+        assert server.returns == 0
+    with Killer(server, [(0.02, "shard")], Random(0)) as killer:
+        list(server.run(slow_program, 6))
+    assert server.returns == len(killer.killed) == 1
+
+
 @pytest.mark.parametrize("consistency", ["ssp:1", Consistency(backups=1)])
 def test_what_is_committed_stays_so_with_logs(consistency):
     """The state is that of plain training along the course that was taken."""

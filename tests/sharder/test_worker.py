@@ -89,9 +89,9 @@ def test_a_push_is_kept_until_every_shard_has_it():
     assert [g.size for g in sends[1].message.gradients] == [piece.size for piece in b.pieces]
     for action in a.step(sends[0].message):
         worker.step(action.message)
-    assert worker.step(Timeout()) == sends[1:]
+    assert worker.step(Timeout()) == sends[1:] and worker.again == 1
     worker.step(Pushed(Identity(0, 0, 0), 1))
-    assert worker.step(Timeout()) == []
+    assert worker.step(Timeout()) == [] and worker.again == 1
 
 
 def test_a_push_shares_the_memory_of_the_gradients():

@@ -49,20 +49,21 @@ class Progress:
                 total=self.steps, initial=self.first_step, unit="step", dynamic_ncols=True, smoothing=0.05,
                 bar_format="{percentage:3.0f}% |{bar}| {n}/{total}{postfix}, ETA {remaining}")
 
-    def update(self, step: int, bits_per_byte: float) -> None:
-        """Called after each step; `step` counts the finished ones."""
+    def update(self, step: int, bits_per_byte: float, status: str = "") -> None:
+        """Called after each step; `step` counts the finished ones. status: what else is to be seen."""
         now = time.perf_counter()
         rate = self.tokens_per_step / max(now - self.clock, 1e-9)
         self.clock = now
         self.loss = bits_per_byte if self.loss is None else AVERAGING * self.loss + (1 - AVERAGING) * bits_per_byte
         self.rate = rate if self.rate is None else AVERAGING * self.rate + (1 - AVERAGING) * rate
+        figures = ", ".join(filter(None, [self.figures(), status]))
         if self.bar is not None:
-            self.bar.set_postfix_str(self.figures(), refresh=False)
+            self.bar.set_postfix_str(figures, refresh=False)
             self.bar.update(1)
         elif now - self.last_line >= LINE_SECONDS or step == self.steps:
             self.last_line = now
             left = (self.steps - step) * self.tokens_per_step / self.rate
-            self.say(f"step {step}/{self.steps}  {self.figures()}, ETA {duration(left)}")
+            self.say(f"step {step}/{self.steps}  {figures}, ETA {duration(left)}")
 
     def figures(self) -> str:
         flops = (self.rate or 0.0) * self.flops_per_token

@@ -73,12 +73,14 @@ class Returned:
 
 @dataclass(frozen=True)
 class Sent:
-    """Worker: what this incarnation has pushed so far took so many bytes; dense gradients would have taken so many."""
+    """Worker: what this incarnation has pushed so far took so many bytes; dense gradients would have taken so many; so
+    often it had to push or pull again."""
 
     worker: int
     epoch: int
     sent: int
     dense: int
+    again: int
 
 
 @dataclass(frozen=True)
@@ -314,15 +316,15 @@ class _Desk:
 class _Port:
     """A worker's mail. pushed: counts for the run, which hears of it before the next clock."""
 
-    def __init__(self, mail: Mail, pushed: Traffic):
-        self.mail, self.patience, self.pushed = mail, Patience(mail), pushed
+    def __init__(self, mail: Mail, machine: Worker, pushed: Traffic):
+        self.mail, self.patience, self.machine, self.pushed = mail, Patience(mail), machine, pushed
         self.messages: deque[Any] = deque()
         self.stopped = False
 
     def send(self, send: Send) -> None:
         if isinstance(send.message, Ready):
-            ready = send.message
-            self.mail.send(RUN, Sent(ready.worker, ready.epoch, self.pushed.sent, self.pushed.dense))
+            machine, pushed = self.machine, self.pushed
+            self.mail.send(RUN, Sent(machine.number, machine.epoch, pushed.sent, pushed.dense, machine.again))
         self.mail.send(send.to, send.message)
 
     def receive(self) -> Any:
@@ -342,7 +344,7 @@ def _work(order: Order, setup: Setup, mail: Mail) -> None:
     number = order.address[1]
     machine = Worker(number, order.epoch, setup, order.term)
     desk = _Desk(setup.k, setup.dtype, Counter(), Traffic())
-    run_to_end(order.program, Client(desk, machine, _Port(mail, desk.pushed)))
+    run_to_end(order.program, Client(desk, machine, _Port(mail, machine, desk.pushed)))
     while True:  # said again until the run has heard it, and ends this process
         mail.send(RUN, Returned(number))
         if any(isinstance(message, Stop) for message in mail.receive(PATIENCE[0])):

@@ -252,6 +252,7 @@ class Team(ABC):
                 raise self.fail(f"{address[0]} {address[1]}: its process died {DEATHS} times in clock {self.clock}, "
                                 f"the last time {why}")
             self._bear(address)
+            self.server.returns += 1
 
     # ── what the run waits for ──────────────────────────────────────────────────────────────────────
 
@@ -277,10 +278,10 @@ class Team(ABC):
             ask()
 
     def _count(self, new: Sent) -> None:
-        known = self.sent.get((new.worker, new.epoch), Sent(new.worker, new.epoch, 0, 0))
-        if new.dense > known.dense:
+        known = self.sent.get((new.worker, new.epoch), Sent(new.worker, new.epoch, 0, 0, 0))
+        if (new.dense, new.again) > (known.dense, known.again):
             self.sent[new.worker, new.epoch] = new
-            self.server.pushed.add(new.sent - known.sent, new.dense - known.dense)
+            self.server.pushed.add(new.sent - known.sent, new.dense - known.dense, new.again - known.again)
 
     def _until(self, ready: Callable[[], bool], ask: Callable[[], None], end: float = float("inf")) -> None:
         """Ask, and wait until it is so. Raises KeyboardInterrupt at the second one."""
