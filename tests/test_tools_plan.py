@@ -161,11 +161,14 @@ def test_shards_are_as_large_as_the_partition_makes_them(parameters, shards):
 def test_memory_is_what_the_docstring_counts():
     found = Plan(2**22, 8, 1.0, shards=4).memory_bytes()
     n = 2**20
-    assert found == {"worker": 8 * 2**22, "shard": 4 * n * (2 + 2 + 3 + 1)}
-    assert Plan(2**22, 8, 1.0, shards=4, consistency="ssp:3", optimizer="sgd").memory_bytes()["shard"] == \
-        4 * n * (2 + 3 + 4 * (3 + 1))
+    assert found == {"worker": {"parameters": 4 * 2**22, "gradients": 4 * 2**22},
+                     "shard": {"versions": 8 * n, "optimizer": 8 * n, "gradients": 4 * n * (3 + 1)}}
+    assert Plan(2**22, 8, 1.0, shards=4, consistency="ssp:3", optimizer="sgd").memory_bytes()["shard"] == {
+        "versions": 4 * n * (2 + 3), "optimizer": 0, "gradients": 4 * n * 4 * (3 + 1)}
     compressed = Plan(2**22, 4, 1.0, microbatches=8, compress="int8", optimizer="momentum").memory_bytes()["worker"]
-    assert compressed == 4 * 2**22 * (2 + 2 * 2)
+    assert compressed["gradients"] == 4 * 2**22 * (1 + 2 * 2)
+    held = Plan(2**22, 8, 1.0, shards=4, backups=1).memory_bytes()["shard"]["gradients"]
+    assert held == 4 * n * (3 + 1 + 7)
 
 
 @pytest.mark.parametrize(("text", "mean"), [

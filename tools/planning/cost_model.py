@@ -196,15 +196,16 @@ class Plan:
                                 microbatches=self.microbatches, consistency=self.rules, durability=self.kept,
                                 save_every=save_every)
 
-    def memory_bytes(self) -> dict[str, float]:
-        """Of a worker and of the largest shard."""
+    def memory_bytes(self) -> dict[str, dict[str, float]]:
+        """Of a worker and of the largest shard, by what it holds."""
         staleness, parameters, n = self.rules.staleness, int(self.parameters), max(self.sizes)
         own = ceil(self.microbatches / self.workers)
         left = parameters * (staleness + 2) * own if self.compress != "none" else 0
-        sums = (ceil(log2(self.microbatches)) + 1) * (staleness + 1)
+        sums = 1 if self.rules.asynchronous else (ceil(log2(self.microbatches)) + 1) * (staleness + 1)
         held = (self.microbatches - self.backups) * self.pushed(n) if self.backups else 0
-        return {"worker": ITEM * (2 * parameters + left),
-                "shard": ITEM * n * (2 + staleness + self.slots + (1 if self.rules.asynchronous else sums)) + held}
+        return {"worker": {"parameters": ITEM * parameters, "gradients": ITEM * (parameters + left)},
+                "shard": {"versions": ITEM * n * (2 + staleness), "optimizer": ITEM * n * self.slots,
+                          "gradients": ITEM * n * sums + held}}
 
     def with_(self, **changes: Any) -> Plan:
         return replace(self, **changes)

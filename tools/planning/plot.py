@@ -29,7 +29,8 @@ def plot(predictions: list[Prediction], chosen: Prediction, title: str, path: Pa
     middle.set(ylabel="tokens/s" if chosen.plan.tokens else "microbatches/s", ylim=(0, None))
     middle.legend(frameon=False, fontsize=9, loc="lower right")
     for kind, colour in (("worker", COLOURS["compute"]), ("shard", COLOURS["push"])):
-        right.plot(places, [p.memory[kind] / 1e9 for p in predictions], "o-", color=colour, label=f"of a {kind}")
+        memory = [sum(p.memory[kind].values()) / 1e9 for p in predictions]
+        right.plot(places, memory, "o-", color=colour, label=f"of a {kind}")
     right.set(ylabel="memory, GB", ylim=(0, None))
     right.legend(frameon=False, fontsize=9)
     for axes in (left, middle, right):

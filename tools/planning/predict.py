@@ -29,7 +29,7 @@ class Prediction:
     step, p90, mean: of the time from one committed clock to the next
     parts:     of a worker's step in the mean, by what it does or waits for
     pushed, pulled: bytes through a worker's link each step; received, served: through the link of the busiest shard
-    memory:    bytes, of a worker and of the largest shard
+    memory:    bytes, of a worker and of the largest shard, by what it holds
     lost:      seconds a day, by kind of node       rate: tokens, or microbatches, a second, failures included
     """
 
@@ -42,7 +42,7 @@ class Prediction:
     pulled: float
     received: float
     served: float
-    memory: dict[str, float]
+    memory: dict[str, dict[str, float]]
     lost: dict[str, float] = field(default_factory=dict)
 
     @property

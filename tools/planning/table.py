@@ -30,9 +30,11 @@ def table(predictions: Sequence[Prediction]) -> str:
     rows += [row("a worker's link, out", [show_bytes(p.pushed) for p in predictions]),
              row("  in, a step", [show_bytes(p.pulled) for p in predictions]),
              row("a shard's link, in", [show_bytes(p.received) for p in predictions]),
-             row("  out, a step", [show_bytes(p.served) for p in predictions]),
-             row("memory of a worker", [show_bytes(p.memory["worker"]) for p in predictions]),
-             row("  of a shard", [show_bytes(p.memory["shard"]) for p in predictions])]
+             row("  out, a step", [show_bytes(p.served) for p in predictions])]
+    for kind in ("worker", "shard"):
+        rows.append(row(f"memory of a {kind}", [show_bytes(sum(p.memory[kind].values())) for p in predictions]))
+        rows += [row(f"  {what}", [show_bytes(p.memory[kind][what]) for p in predictions])
+                 for what in predictions[0].memory[kind]]
     if any(p.lost for p in predictions):
         rows.append(row("lost to failures a day", [show_seconds(p.lost_a_day) for p in predictions]))
     rows.append(row(unit, [f"{p.rate:,.4g}" if p.rate < 1e4 else f"{p.rate:,.0f}" for p in predictions]))
