@@ -209,10 +209,8 @@ class RunMail:
         return [read(letter) for letter in letters]
 
     def kill(self, seconds: float) -> None:
-        """End all actors, and wait for so long until they are gone."""
-        for address, actor in self.actors.items():
-            if address in self.ended:
-                self._ask(address)  # what is never answered fails when it is dead
+        """End all actors, and wait for so long until those that were not at their end are gone."""
+        for actor in self.actors.values():
             self.ray.kill(actor)
-        if self.asked:
+        if self.asked:  # what is not answered any more fails with the actor
             self.ray.wait(list(self.asked), num_returns=len(self.asked), timeout=seconds, fetch_local=False)
