@@ -311,11 +311,11 @@ class Transformer(Module):
 
         made = self.twin().eval()
         tied = made.embedding if made.output is None else None
-        for name, module in made.named_modules():
+        for name, module in made.named_modules():  # a block before what it holds
             try:
                 if isinstance(module, Block):
                     module.attention.join(store)
-                elif (isinstance(module, Linear) and module.weight is not None) or module is tied:
+                elif isinstance(module, Linear) or module is tied:
                     module.register_stored("weight", store(module.weight))
             except ValueError as error:
                 raise ValueError(f"for_inference: {name}: {error}") from None
@@ -335,7 +335,7 @@ class Transformer(Module):
         modules = [module for _, module in self.named_modules()]
         matrices = [m.weight for m in modules if isinstance(m, (Linear, Embedding))]
         matrices += [m.joined[0] for m in modules if isinstance(m, MultiHeadAttention) and m.joined]  # for_inference
-        weights = sum(matrix.size for matrix in matrices if matrix is not None)
+        weights = sum(matrix.size for matrix in matrices)
         looked_up = [self.embedding if self.output is not None else None, self.position_embedding,
                      self.segment_embedding]
         weights -= sum(table.weight.size for table in looked_up if table is not None)

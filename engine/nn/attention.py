@@ -90,14 +90,14 @@ class MultiHeadAttention(Module):
     def join(self, store: Callable[[Tensor], Any]) -> None:
         """Keep W_q, W_k and W_v one above the other, in the form that `store` makes: one product for all three.
 
-        For self-attention, and for inference: in place of their parameters.
+        For self-attention, and for inference: in place of the three modules.
         """
         parts = (self.query, self.key, self.value)
         biases = [part.bias for part in parts if part.bias is not None]
         joined = store(ops.concat([part.weight for part in parts]).detach())
         self.register_stored("joined", (joined, ops.concat(biases).detach() if biases else None))
-        for part in parts:
-            part.register_stored("weight", None)
+        for name in ("query", "key", "value"):
+            delattr(self, name)
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, causal: bool = False, mask: Tensor | None = None,
                 lengths: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None,
