@@ -66,6 +66,16 @@ def test_profile_counts_calls_bytes_and_flops(tmp_path: Path) -> None:
     assert [e["name"] for e in events].count("exp") == 2 and all(e["dur"] > 0 for e in events)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_profile_counts_the_pairs_that_attention_sees(causal: bool) -> None:
+    q, k, v = (eg.ones(2, heads, time, 8, requires_grad=True) for heads, time in ((6, 3), (2, 5), (2, 5)))
+    with profile() as recorded:
+        eg.scaled_dot_product_attention(q, k, v, causal=causal).sum().backward()
+    flops = {name: flops for name, *_, flops in recorded.rows()}
+    pairs = 2 * 6 * (3 + 4 + 5 if causal else 3 * 5)
+    assert flops["attention"] == 2 * 2 * pairs * 8 and flops["attention_vjp"] == 5 * 2 * pairs * 8
+
+
 def test_drawing_has_every_op_leaf_and_shape() -> None:
     x = eg.ones(2, 3, requires_grad=True)
     picture = draw((eg.exp(x) * x).sum())

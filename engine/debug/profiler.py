@@ -35,10 +35,10 @@ def _flops(name: str, arguments: tuple[Any, ...]) -> float:
         batch, m, n, k = arguments[4:8]
         return 2.0 * batch * m * n * k
     if name in ("attention", "attention_vjp"):
-        out = arguments[0]  # (batch, heads, T, d); the keys are (batch, kv_heads, S, d)
-        keys = arguments[3] if name == "attention" else arguments[6]
+        batch, heads, _, t, s, d, _, _, causal = arguments[7:16] if name == "attention" else arguments[12:21]
+        seen = sum(max(0, s - t + 1 + query) for query in range(t)) if causal else t * s  # pairs of query and key
         products = 2 if name == "attention" else 5  # QKᵀ and PV; backward: QKᵀ again, dP, dV, dQ, dK
-        return 2.0 * products * out.size * keys.shape[-2]
+        return 2.0 * products * batch * heads * seen * d
     return 0.0
 
 
