@@ -7,6 +7,7 @@
     python tools/bench.py generate --only decode                tokens a second with a cache of keys and values
     python tools/bench.py sweep --shapes 200                    random shapes beside torch, slowest first
     python tools/bench.py sweep --first 40 --shapes 20          a part of it
+    python tools/bench.py sharder                               workers on the parameter server beside a plain loop
     python tools/bench.py overhead --peers torch                microseconds a call, and to wake the team of threads
     python tools/bench.py memory                                of a training step: pool, resident set, page faults
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from tools.benchmarks.contest import Result
     from tools.benchmarks.peers import Peers
 
-TABLES = ("gemm", "kernels", "train", "generate", "sweep", "overhead", "memory")
+TABLES = ("gemm", "kernels", "train", "generate", "sharder", "sweep", "overhead", "memory")
 
 
 def parse() -> argparse.Namespace:
@@ -50,12 +51,12 @@ def parse() -> argparse.Namespace:
 
 def contest_results(name: str, peers: Peers, arguments: argparse.Namespace) -> list[Result]:
     """The rows of a table of contests, each shown when it is measured."""
-    from tools.benchmarks import gemm, generate, kernels, overhead, sweep, train
+    from tools.benchmarks import gemm, generate, kernels, overhead, sharder, sweep, train
     from tools.benchmarks.contest import measure
     from tools.benchmarks.machine import probes
 
     modules: dict[str, Any] = {"gemm": gemm, "kernels": kernels, "train": train, "generate": generate,
-                               "overhead": overhead}
+                               "sharder": sharder, "overhead": overhead}
     contests = (sweep.contests(peers, arguments.shapes, arguments.seed, arguments.first) if name == "sweep"
                 else modules[name].contests(peers))
     results = []
