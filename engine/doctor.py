@@ -139,7 +139,7 @@ def check_adam() -> float:
     p, m, g = drawn(n), drawn(n, 1)[:, 0], drawn(1, n)[0]
     v = np.square(drawn(n, 2)[:, 0])
     new_p, new_m, new_v = (k.empty((n,), eg.float32) for _ in range(3))
-    k.adam(new_p, new_m, new_v, *[k.array(x) for x in (p, m, v, g)], n, lr, beta1, beta2, eps, decay, 1, step)
+    k.adam(new_p, new_m, new_v, *[k.array(x) for x in (p, m, v, g)], n, 1, 1, lr, beta1, beta2, eps, decay, 1, step)
     p, m, v, g = (x.astype(np.float64) for x in (p, m, v, g))
     moment, square = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
     rate = lr / (1 - beta1**step) / (np.sqrt(square / (1 - beta2**step)) + eps)

@@ -90,8 +90,8 @@ KERNEL(argmax)(int64_t *y, const real *x, int64_t outer, int64_t n, int64_t inne
 KERNEL(argmin)(int64_t *y, const real *x, int64_t outer, int64_t n, int64_t inner);
 KERNEL(logsumexp)(real *y, const real *x, int64_t outer, int64_t n, int64_t inner);
 KERNEL(cumulative_sum)(real *y, const real *x, int64_t outer, int64_t n, int64_t inner); /* y like x */
-/* partial[b] = Σ x² over block b of 4096 elements (the last may be short), in double. */
-KERNEL(sum_squares)(double *partial, const real *x, int64_t n);
+/* partial[b] = Σ (x/divisor)² over block b of 4096 elements (the last may be short), in double. */
+KERNEL(sum_squares)(double *partial, const real *x, int64_t n, double divisor);
 
 /* ── softmax.c: rows × n, dense ──────────────────────────────────────────────────────────────────── */
 KERNEL(softmax)(real *y, const real *x, int64_t rows, int64_t n);
@@ -155,11 +155,12 @@ KERNEL(random_normal)(real *y, int64_t n, double mean, double std, uint64_t seed
 KERNEL(dropout)(real *y, const real *x, int64_t n, double p, uint64_t seed, uint32_t step, uint32_t microbatch, uint32_t site);
 EXPORT void random_bits(uint32_t *y, int64_t n, uint64_t seed, uint32_t step, uint32_t microbatch, uint32_t site);
 
-/* ── optimize.c: one pass over flat parameters; new_* may be the same as the old. step counts from 1. ── */
-KERNEL(sgd)(real *new_p, real *new_m, const real *p, const real *m, const real *g, int64_t n, double lr, double momentum, double dampening, double weight_decay, int nesterov, int64_t step);
-KERNEL(adam)(real *new_p, real *new_m, real *new_v, const real *p, const real *m, const real *v, const real *g, int64_t n, double lr, double beta1, double beta2, double eps, double weight_decay, int decoupled, int64_t step);
-KERNEL(adagrad)(real *new_p, real *new_s, const real *p, const real *s, const real *g, int64_t n, double lr, double lr_decay, double eps, double weight_decay, int64_t step);
-KERNEL(rmsprop)(real *new_p, real *new_v, real *new_m, const real *p, const real *v, const real *m, const real *g, int64_t n, double lr, double alpha, double eps, double weight_decay, double momentum, int64_t step);
+/* ── optimize.c: one pass over flat parameters; new_* may be the same as the old. step counts from 1. The gradient
+ * is g/divisor · scale, rounded twice. ── */
+KERNEL(sgd)(real *new_p, real *new_m, const real *p, const real *m, const real *g, int64_t n, double divisor, double scale, double lr, double momentum, double dampening, double weight_decay, int nesterov, int64_t step);
+KERNEL(adam)(real *new_p, real *new_m, real *new_v, const real *p, const real *m, const real *v, const real *g, int64_t n, double divisor, double scale, double lr, double beta1, double beta2, double eps, double weight_decay, int decoupled, int64_t step);
+KERNEL(adagrad)(real *new_p, real *new_s, const real *p, const real *s, const real *g, int64_t n, double divisor, double scale, double lr, double lr_decay, double eps, double weight_decay, int64_t step);
+KERNEL(rmsprop)(real *new_p, real *new_v, real *new_m, const real *p, const real *v, const real *m, const real *g, int64_t n, double divisor, double scale, double lr, double alpha, double eps, double weight_decay, double momentum, int64_t step);
 
 /* ── threads.c: a team of threads for each calling thread ────────────────────────────────────────── */
 EXPORT void threads_set(int n);     /* size of the calling thread's team, itself included */

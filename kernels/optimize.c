@@ -3,15 +3,16 @@
  * Bytes an element: sgd 12 without momentum (p, g in, p out) and 20 with, adam 28, adagrad 20, rmsprop 20 and 28.
  * Flops: 3 to 15. What bounds it: memory; hence one pass that updates parameters and state together.
  *
- * Scalars of the step (bias corrections, decayed rates) are computed once in double and rounded to real. An
- * element's bits depend on its own values alone, so shards may cut the parameters anywhere. */
+ * The gradient comes as a sum: g is g/divisor · scale, rounded twice, as passes of their own would make it that divide
+ * by the number of tokens and clip. Scalars of the step (bias corrections, decayed rates) are computed once in double
+ * and rounded to real. An element's bits depend on its own values alone, so shards may cut the parameters anywhere. */
 #include "rows.h"
 #include <math.h>
 
 struct update {
     real *new_p, *new_m, *new_v;
     const real *p, *m, *v, *g;
-    real rate, beta1, rest1, beta2, rest2, eps, decay, shrink, root_bias2;
+    real divisor, scale, rate, beta1, rest1, beta2, rest2, eps, decay, shrink, root_bias2;
     int nesterov, first;
 };
 
@@ -21,7 +22,8 @@ struct update {
         const struct update *u = context; \
         for (int64_t i = begin; i < end; i += VL) { \
             int64_t count = end - i < VL ? end - i : VL; \
-            vf p = vf_load_any(u->p + i, 1, count), g = vf_load_any(u->g + i, 1, count), m = vf_zero(), v = vf_zero(); \
+            vf p = vf_load_any(u->p + i, 1, count), m = vf_zero(), v = vf_zero(); \
+            vf g = vf_load_any(u->g + i, 1, count) / vf_set1(u->divisor) * vf_set1(u->scale); \
             if (M) m = vf_load_any(u->m + i, 1, count); \
             if (V) v = vf_load_any(u->v + i, 1, count); \
             name##_element(u, &p, &m, &v, g); \
@@ -56,10 +58,10 @@ ALWAYS_INLINE void sgd_element(const struct update *u, vf *p, vf *m, vf *v UNUSE
 }
 UPDATE(sgd, 1, 0)
 
-KERNEL(sgd)(real *new_p, real *new_m, const real *p, const real *m, const real *g, int64_t n, double lr,
-            double momentum, double dampening, double weight_decay, int nesterov, int64_t step) {
-    struct update u = {.new_p = new_p, .new_m = new_m, .p = p, .m = m, .g = g, .rate = (real)lr,
-                       .beta1 = (real)momentum, .rest1 = (real)(1 - dampening), .decay = (real)weight_decay,
+KERNEL(sgd)(real *new_p, real *new_m, const real *p, const real *m, const real *g, int64_t n, double divisor,
+            double scale, double lr, double momentum, double dampening, double weight_decay, int nesterov, int64_t step) {
+    struct update u = {.new_p = new_p, .new_m = new_m, .p = p, .m = m, .g = g, .divisor = (real)divisor,
+                       .scale = (real)scale, .rate = (real)lr, .beta1 = (real)momentum, .rest1 = (real)(1 - dampening), .decay = (real)weight_decay,
                        .nesterov = nesterov, .first = step == 1};
     parallel_for(n, ROWS_GRAIN, momentum == 0 ? sgd_plain_range : sgd_range, &u);
 }
@@ -80,9 +82,10 @@ ALWAYS_INLINE void adam_element(const struct update *u, vf *p, vf *m, vf *v, vf 
 UPDATE(adam, 1, 1)
 
 KERNEL(adam)(real *new_p, real *new_m, real *new_v, const real *p, const real *m, const real *v, const real *g,
-             int64_t n, double lr, double beta1, double beta2, double eps, double weight_decay, int decoupled,
-             int64_t step) {
+             int64_t n, double divisor, double scale, double lr, double beta1, double beta2, double eps,
+             double weight_decay, int decoupled, int64_t step) {
     struct update u = {.new_p = new_p, .new_m = new_m, .new_v = new_v, .p = p, .m = m, .v = v, .g = g,
+                       .divisor = (real)divisor, .scale = (real)scale,
                        .rate = (real)(lr / (1 - pow(beta1, (double)step))), .beta1 = (real)beta1,
                        .rest1 = (real)(1 - beta1), .beta2 = (real)beta2, .rest2 = (real)(1 - beta2), .eps = (real)eps,
                        .decay = decoupled ? 0 : (real)weight_decay,
@@ -101,9 +104,10 @@ ALWAYS_INLINE void adagrad_element(const struct update *u, vf *p, vf *m UNUSED, 
 }
 UPDATE(adagrad, 0, 1)
 
-KERNEL(adagrad)(real *new_p, real *new_s, const real *p, const real *s, const real *g, int64_t n, double lr,
-                double lr_decay, double eps, double weight_decay, int64_t step) {
+KERNEL(adagrad)(real *new_p, real *new_s, const real *p, const real *s, const real *g, int64_t n, double divisor,
+                double scale, double lr, double lr_decay, double eps, double weight_decay, int64_t step) {
     struct update u = {.new_p = new_p, .new_v = new_s, .p = p, .v = s, .g = g,
+                       .divisor = (real)divisor, .scale = (real)scale,
                        .rate = (real)(lr / (1 + (double)(step - 1) * lr_decay)), .eps = (real)eps,
                        .decay = (real)weight_decay};
     parallel_for(n, ROWS_GRAIN, adagrad_range, &u);
@@ -129,9 +133,11 @@ ALWAYS_INLINE void rmsprop_element(const struct update *u, vf *p, vf *m, vf *v, 
 UPDATE(rmsprop, 1, 1)
 
 KERNEL(rmsprop)(real *new_p, real *new_v, real *new_m, const real *p, const real *v, const real *m, const real *g,
-                int64_t n, double lr, double alpha, double eps, double weight_decay, double momentum, int64_t step) {
+                int64_t n, double divisor, double scale, double lr, double alpha, double eps, double weight_decay,
+                double momentum, int64_t step) {
     (void)step; /* RMSprop has no bias correction; all optimizers share one signature */
-    struct update u = {.new_p = new_p, .new_m = new_m, .new_v = new_v, .p = p, .m = m, .v = v, .g = g, .rate = (real)lr,
+    struct update u = {.new_p = new_p, .new_m = new_m, .new_v = new_v, .p = p, .m = m, .v = v, .g = g,
+                       .divisor = (real)divisor, .scale = (real)scale, .rate = (real)lr,
                        .beta1 = (real)momentum, .beta2 = (real)alpha, .rest2 = (real)(1 - alpha), .eps = (real)eps,
                        .decay = (real)weight_decay};
     parallel_for(n, ROWS_GRAIN, momentum == 0 ? rmsprop_plain_range : rmsprop_range, &u);

@@ -1,8 +1,9 @@
 /* scan.c: what goes along an axis of (outer, n, inner) in order: positions of extremes, running sums, and the
  * sum of squares of a flat array.
  *
- * Bytes: argmax reads x once; cumulative_sum reads and writes, 8 an element; sum_squares reads once. Flops: 1 or 2 an
- * element. What bounds it: memory; cumulative_sum of a single row, the latency of one addition an element. */
+ * Bytes: argmax reads x once; cumulative_sum reads and writes, 8 an element; sum_squares reads once. Flops: 1 to 3 an
+ * element. What bounds it: memory; sum_squares, as much the divider; cumulative_sum of a single row, the latency of one
+ * addition an element. */
 #include "rows.h"
 #include <math.h>
 
@@ -17,6 +18,7 @@ struct scan {
     double *squares;
     const real *x;
     int64_t n, inner, pieces, chunks;
+    real divisor;
 };
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -120,7 +122,9 @@ KERNEL(cumulative_sum)(real *y, const real *x, int64_t outer, int64_t n, int64_t
 
 /* ── sum_squares ────────────────────────────────────────────────────────────────────────────────── */
 
-/* Σ x² of one block in double: element i to lane i mod 16, ascending; the lanes in halves. */
+ALWAYS_INLINE double square(real x) { return (double)x * (double)x; }
+
+/* Σ (x/divisor)² of one block in double: element i to lane i mod 16, ascending; the lanes in halves. */
 static void square_blocks(void *context, int64_t begin, int64_t end) {
     const struct scan *job = context;
     for (int64_t block = begin; block < end; block++) {
@@ -128,14 +132,14 @@ static void square_blocks(void *context, int64_t begin, int64_t end) {
         int64_t count = least(SQUARES_BLOCK, job->n - block * SQUARES_BLOCK), i = 0;
         double lanes[SQUARES_LANES] = {0};
         for (; i + SQUARES_LANES <= count; i += SQUARES_LANES)
-            for (int l = 0; l < SQUARES_LANES; l++) lanes[l] += (double)x[i + l] * (double)x[i + l];
-        for (int l = 0; i < count; i++, l++) lanes[l] += (double)x[i] * (double)x[i];
+            for (int l = 0; l < SQUARES_LANES; l++) lanes[l] += square(x[i + l] / job->divisor);
+        for (int l = 0; i < count; i++, l++) lanes[l] += square(x[i] / job->divisor);
         for (int half = SQUARES_LANES / 2; half; half /= 2)
             for (int l = 0; l < half; l++) lanes[l] += lanes[l + half];
         job->squares[block] = lanes[0];
     }
 }
-KERNEL(sum_squares)(double *partial, const real *x, int64_t n) {
-    struct scan job = {.squares = partial, .x = x, .n = n};
+KERNEL(sum_squares)(double *partial, const real *x, int64_t n, double divisor) {
+    struct scan job = {.squares = partial, .x = x, .n = n, .divisor = (real)divisor};
     parallel_for((n + SQUARES_BLOCK - 1) / SQUARES_BLOCK, 2, square_blocks, &job);
 }

@@ -59,7 +59,7 @@ HOST_WORK = {
     ("engine/ops/elementwise.py", ""): "the reference of erf",
     ("engine/ops/reductions.py", "_logsumexp"): "the reference of logsumexp",
     ("engine/rowsparse.py", "*"): "row numbers: which there are",
-    ("engine/optim/clip.py", "clip_grad_norm_"): "joins the sums of blocks, one number each",
+    ("engine/optim/clip.py", "norm_of_gradients"): "joins the sums of blocks, one number each",
     ("engine/optim/clip.py", "_sparse_sums"): "block numbers: which hold touched rows",
     ("engine/optim/postponed.py", "*"): "row numbers: how many updates each has had",
     ("engine/models/transformer.py", "sinusoids"): "a table of angles in float64, made once",

@@ -76,6 +76,24 @@ def test_an_elements_update_does_not_depend_on_its_neighbours(rule: optim.Rule, 
     assert whole == joined
 
 
+@pytest.mark.parametrize("dtype", [eg.float32, eg.float64])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{type(rule).__name__}-{len(rule.slots)}")
+@given(divisor=st.integers(1, 10**6), scale=st.floats(1e-6, 1.0), seed=st.integers(0, 99))
+def test_a_rule_divides_and_scales_as_passes_of_their_own_would(rule: optim.Rule, dtype: eg.DType, divisor: int,
+                                                                scale: float, seed: int) -> None:
+    k, random = get_backend("cpu"), np.random.default_rng(seed)
+    p, g = (random.standard_normal(37).astype(dtype.numpy) for _ in range(2))
+    passes = k.map("multiply", k.map("divide", k.array(g), k.constant(divisor, dtype)), k.constant(scale, dtype))
+
+    def updated(gradient: Any, *how: float) -> bytes:
+        new, state = k.array(p), rule.init(k, 37, dtype)
+        for t in (1, 2):
+            rule.apply(k, new, state, new, state, gradient, t, *how)
+        return new.data.tobytes() + b"".join(state[slot].data.tobytes() for slot in rule.slots)
+
+    assert updated(k.array(g), divisor, scale) == updated(passes)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{type(rule).__name__}-{len(rule.slots)}")
 def test_out_of_place_leaves_the_old_alone(rule: optim.Rule) -> None:
     k, data = get_backend("cpu"), np.linspace(-1, 1, 37, dtype=np.float32)
@@ -344,6 +362,58 @@ def test_the_norm_does_not_depend_on_who_owns_which_blocks(sizes: list[int]) -> 
     pieces = [g[i:i + BLOCK] for g in gradients for i in range(0, g.size, BLOCK)]
     squares = np.concatenate([sums_of_squares(k, k.array(piece)).data for piece in pieces])
     assert norm_of_blocks(k, squares) == optim.clip_grad_norm_(with_gradients(*gradients), 1e9)
+
+
+@given(size=st.integers(1, 3 * BLOCK), divisor=st.integers(1, 10**6))
+def test_the_norm_of_a_mean_is_that_of_the_divided_gradients(size: int, divisor: int) -> None:
+    k = get_backend("cpu")
+    g = k.array(np.random.default_rng(size).standard_normal(size).astype(np.float32))
+    mean = k.map("divide", g, k.constant(divisor, g.dtype))
+    assert sums_of_squares(k, g, divisor).data.tobytes() == sums_of_squares(k, mean).data.tobytes()
+
+
+@pytest.mark.parametrize("most", [0.5, 1e9, 1e-3])
+def test_a_step_that_clips_has_the_bits_of_clipping_before_it(most: float) -> None:
+    """For dense gradients, row-sparse ones and a parameter without any."""
+    def stepped(clip: Any) -> tuple[list[np.ndarray], float]:
+        parameters = weights((5, 4), (9, 2), (3,), (2, 2))
+        optimizer = optim.AdamW([{"params": parameters[:2], "weight_decay": 0.5}, {"params": parameters[2:]}], lr=0.1)
+        for seed in (1, 2):
+            random = np.random.default_rng(seed)
+            for p in parameters[:3]:
+                p.grad = eg.tensor(random.standard_normal(p.shape).astype(np.float32))
+            parameters[1].grad = eg.RowSparse([7, 1], eg.tensor(random.standard_normal((2, 2)).astype(np.float32)), 9)
+            norm = clip(optimizer, parameters)
+        return [p.numpy() for p in parameters], norm
+
+    def before(optimizer: optim.Optimizer, parameters: list[eg.Tensor]) -> float:
+        norm = optim.clip_grad_norm_(parameters, most)
+        assert optimizer.step() is None
+        return norm
+
+    def within(optimizer: optim.Optimizer, parameters: list[eg.Tensor]) -> float | None:
+        saved = [parameters[i].grad.numpy().copy() for i in (0, 2)]
+        norm = optimizer.step(clip_norm=most)
+        assert all(np.array_equal(parameters[i].grad.numpy(), g) for i, g in zip((0, 2), saved))
+        return norm
+
+    (one, norm), (other, same_norm) = stepped(before), stepped(within)
+    assert norm == same_norm and all(a.tobytes() == b.tobytes() for a, b in zip(one, other))
+
+
+def test_a_step_that_is_refused_changes_nothing() -> None:
+    first, second = parameters = weights((3,), (4,))
+    optimizer = optim.SGD(parameters, lr=0.1, momentum=0.9)
+    saved = [p.numpy().copy() for p in parameters]
+    first.grad, second.grad = eg.ones(3), eg.ones(5)
+    with pytest.raises(ValueError, match=r"SGD\.step: the gradient is float32 \(5,\) on cpu, expected float32 \(4,\)"):
+        optimizer.step()
+    second.grad = eg.ones(4)
+    with pytest.raises(ValueError, match=r"SGD\.step: clip_norm is 0, expected a positive number or None"):
+        optimizer.step(clip_norm=0)
+    assert all(np.array_equal(p.numpy(), old) for p, old in zip(parameters, saved)) and not optimizer.state
+    first.grad = second.grad = None
+    assert optimizer.step(clip_norm=1.0) == 0.0
 
 
 def test_a_norm_that_is_not_finite_is_seen() -> None:

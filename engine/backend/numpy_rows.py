@@ -121,11 +121,11 @@ def reduction_rows(xp: Any) -> Rows:
             function(x.reshape(outer, n, inner), axis=1, out=y.reshape(outer, n, inner))
         return run
 
-    def sum_squares(partial: Any, x: Any, n: int) -> None:
+    def sum_squares(partial: Any, x: Any, n: int, divisor: float) -> None:
         """Zeros fill a short last block, since NumPy adds in an order that depends on how many there are."""
         for block in range(partial.size):
             part, whole = x.reshape(-1)[block * 4096:(block + 1) * 4096], xp.zeros(4096)
-            whole[:part.size] = part
+            whole[:part.size] = part / divisor
             partial[block] = xp.square(whole).sum()
 
     return {"sum": row(lambda x: x.sum(1)), "prod": row(lambda x: x.prod(1)),
@@ -251,17 +251,19 @@ def random_rows(xp: Any) -> Rows:
 # ── optimizers: the update rules of engine/optim/rules.py, where the equations stand ──────────────────
 
 def optimizer_rows(xp: Any) -> Rows:
-    def sgd(new_p: Any, new_m: Any, p: Any, m: Any, g: Any, n: int, lr: float, momentum: float, dampening: float,
-            weight_decay: float, nesterov: int, step: int) -> None:
-        g = g + weight_decay * p
+    def sgd(new_p: Any, new_m: Any, p: Any, m: Any, g: Any, n: int, divisor: float, scale: float, lr: float,
+            momentum: float, dampening: float, weight_decay: float, nesterov: int, step: int) -> None:
+        g = g / divisor * scale + weight_decay * p
         if momentum:
             moved = g if step == 1 else momentum * m + (1 - dampening) * g
             g = g + momentum * moved if nesterov else moved
             new_m[...] = moved
         new_p[...] = p - lr * g
 
-    def adam(new_p: Any, new_m: Any, new_v: Any, p: Any, m: Any, v: Any, g: Any, n: int, lr: float, beta1: float,
-             beta2: float, eps: float, weight_decay: float, decoupled: int, step: int) -> None:
+    def adam(new_p: Any, new_m: Any, new_v: Any, p: Any, m: Any, v: Any, g: Any, n: int, divisor: float,
+             scale: float, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: int,
+             step: int) -> None:
+        g = g / divisor * scale
         if decoupled:
             p = p * (1 - lr * weight_decay)
         else:
@@ -270,15 +272,16 @@ def optimizer_rows(xp: Any) -> Rows:
         new_v[...] = beta2 * v + (1 - beta2) * g * g
         new_p[...] = p - lr / (1 - beta1**step) * new_m / (xp.sqrt(new_v) / math.sqrt(1 - beta2**step) + eps)
 
-    def adagrad(new_p: Any, new_s: Any, p: Any, s: Any, g: Any, n: int, lr: float, lr_decay: float, eps: float,
-                weight_decay: float, step: int) -> None:
-        g = g + weight_decay * p
+    def adagrad(new_p: Any, new_s: Any, p: Any, s: Any, g: Any, n: int, divisor: float, scale: float, lr: float,
+                lr_decay: float, eps: float, weight_decay: float, step: int) -> None:
+        g = g / divisor * scale + weight_decay * p
         new_s[...] = s + g * g
         new_p[...] = p - lr / (1 + (step - 1) * lr_decay) * g / (xp.sqrt(new_s) + eps)
 
-    def rmsprop(new_p: Any, new_v: Any, new_m: Any, p: Any, v: Any, m: Any, g: Any, n: int, lr: float, alpha: float,
-                eps: float, weight_decay: float, momentum: float, step: int) -> None:
-        g = g + weight_decay * p
+    def rmsprop(new_p: Any, new_v: Any, new_m: Any, p: Any, v: Any, m: Any, g: Any, n: int, divisor: float,
+                scale: float, lr: float, alpha: float, eps: float, weight_decay: float, momentum: float,
+                step: int) -> None:
+        g = g / divisor * scale + weight_decay * p
         new_v[...] = alpha * v + (1 - alpha) * g * g
         g = g / (xp.sqrt(new_v) + eps)
         if momentum:

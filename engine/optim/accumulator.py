@@ -97,22 +97,27 @@ class Accumulator:
         gradients = tuple(_add(self.k, x, y) for x, y in zip(a.gradients, b.gradients, strict=True))
         return Accumulated(gradients, a.loss + b.loss, a.tokens + b.tokens)
 
-    def mean(self) -> Accumulated:
-        """The gradients divided by the tokens of all microbatches; `loss` and `tokens` stay sums.
+    def total(self) -> Accumulated:
+        """The sum over all microbatches.
 
         Raises ValueError while microbatches are missing, and when there were no tokens at all.
         """
         if not self.complete:
             missing = sorted(set(range(self.microbatches)) - self._added)
-            raise ValueError(f"Accumulator.mean: microbatches {missing} of {self.microbatches} are missing")
+            raise ValueError(f"Accumulator: microbatches {missing} of {self.microbatches} are missing")
         total = self._finished[0, self.microbatches]
         if not total.tokens > 0:
-            raise ValueError(f"Accumulator.mean: the tokens of all microbatches sum to {total.tokens}, expected > 0")
+            raise ValueError(f"Accumulator: the tokens of all microbatches sum to {total.tokens}, expected > 0")
+        return total
+
+    def mean(self) -> Accumulated:
+        """The gradients divided by the tokens of all microbatches; `loss` and `tokens` stay sums. Raises as total()."""
+        total = self.total()
         gradients = tuple(_divide(self.k, g, total.tokens) for g in total.gradients)
         return Accumulated(gradients, total.loss, total.tokens)
 
     def assign(self, parameters: Sequence[Tensor]) -> float:
-        """Make the mean gradient the `.grad` of each parameter; returns the mean loss. Raises as mean() does."""
+        """Make the mean gradient the `.grad` of each parameter; returns the mean loss. Raises as total() does."""
         mean = self.mean()
         for parameter, gradient in zip(parameters, mean.gradients, strict=True):
             parameter.grad = gradient if isinstance(gradient, RowSparse) else Tensor(gradient, parameter.device)

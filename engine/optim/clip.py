@@ -11,7 +11,7 @@ Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -24,16 +24,16 @@ from engine.tensor import Tensor
 BLOCK = 4096  # elements
 
 
-def sums_of_squares(k: Backend, gradient: Array | RowSparse) -> Array:
-    """Σg² of each block of a contiguous gradient, float64. A row-sparse one has the sums of the dense one."""
+def sums_of_squares(k: Backend, gradient: Array | RowSparse, divisor: float = 1.0) -> Array:
+    """Σ(g/divisor)² of each block of a contiguous gradient, float64. A row-sparse one has the sums of the dense one."""
     if isinstance(gradient, RowSparse):
-        return _sparse_sums(k, gradient)
+        return _sparse_sums(k, gradient, divisor)
     blocks = k.empty((-(-gradient.size // BLOCK),), float64)
-    k.sum_squares(blocks, gradient, gradient.size)
+    k.sum_squares(blocks, gradient, gradient.size, divisor)
     return blocks
 
 
-def _sparse_sums(k: Backend, gradient: RowSparse) -> Array:
+def _sparse_sums(k: Backend, gradient: RowSparse, divisor: float) -> Array:
     """The blocks that hold touched rows are laid end to end and summed as they are; all others sum to 0.
 
     A row begins and ends in blocks that are touched, as are all between: so it lies in one piece there too.
@@ -49,7 +49,7 @@ def _sparse_sums(k: Backend, gradient: RowSparse) -> Array:
     places = BLOCK * np.searchsorted(touched, starts // BLOCK) + starts % BLOCK
     k.scatter_runs(laid, k.contiguous(gradient.values.array).reshaped((len(starts), n)), k.array(places))
     found = k.empty((len(touched),), float64)
-    k.sum_squares(found, laid, laid.size)
+    k.sum_squares(found, laid, laid.size, divisor)
     put_rows(k, sums, touched, found)
     return sums
 
@@ -75,16 +75,27 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> f
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm_: max_norm is {max_norm!r}, expected a positive number")
     found = _with_gradients(parameters)
-    if not found:
-        return 0.0
-    k = get_backend(found[0][1].device)
-    gradients = [g if isinstance(g, RowSparse) else k.contiguous(g.array) for _, g in found]
-    norm = norm_of_blocks(k, np.concatenate([k.to_numpy(sums_of_squares(k, g)) for g in gradients]))
+    norm = norm_of_gradients([g for _, g in found])
     scale = clip_scale(norm, max_norm)
     if scale != 1.0:
         for p, g in found:
-            p.grad = _mapped(g, lambda values: k.map("multiply", values, k.constant(scale, values.dtype)))
+            p.grad = scaled(g, scale)
     return norm
+
+
+def norm_of_gradients(gradients: Sequence[Gradient]) -> float:
+    """√Σg² over all of them; 0 of none."""
+    if not gradients:
+        return 0.0
+    k = get_backend(gradients[0].device)
+    flat = [g if isinstance(g, RowSparse) else k.contiguous(g.array) for g in gradients]
+    return norm_of_blocks(k, np.concatenate([k.to_numpy(sums_of_squares(k, g)) for g in flat]))
+
+
+def scaled(gradient: Gradient, scale: float) -> Gradient:
+    """scale · gradient."""
+    k = get_backend(gradient.device)
+    return _mapped(gradient, lambda values: k.map("multiply", values, k.constant(scale, values.dtype)))
 
 
 def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
 from engine.backend import Array, Backend, get_backend
+from engine.optim.clip import clip_scale, norm_of_gradients, scaled
 from engine.optim.postponed import Postponed, update_rows
 from engine.optim.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, Rule, SGDRule
 from engine.rowsparse import Gradient, RowSparse, dense
@@ -77,37 +78,54 @@ class Optimizer:
 
     # ── the step ────────────────────────────────────────────────────────────────────────────────────
 
-    def step(self) -> None:
-        """Update every parameter that has a gradient."""
+    def step(self, *, clip_norm: float | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        clip_norm: the gradients count as if clip_grad_norm_ had brought them to this global norm, with the same bits,
+                   but on their way into the rule: that saves a pass over them, and .grad stays as it is
+
+        Returns the norm before clipping, None without clip_norm. Raises ValueError with one line, and changes nothing,
+        if a gradient or a state does not fit its parameter.
+        """
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"{self.name}.step: clip_norm is {clip_norm!r}, expected a positive number or None")
+        due: list[tuple[Rule, Tensor, Gradient]] = []
         for group in self.param_groups:
             rule = self.rule.with_(**{f.name: group[f.name] for f in fields(self.rule)})
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(rule, p, p.grad)
+            due += [(rule, p, p.grad) for p in group["params"] if p.grad is not None]
+        for rule, p, grad in due:
+            self._check(rule, p, grad)
+        norm = None if clip_norm is None else norm_of_gradients([grad for _, _, grad in due])
+        scale = 1.0 if norm is None or clip_norm is None else clip_scale(norm, clip_norm)
+        for rule, p, grad in due:
+            self._update(rule, p, grad, scale)
+        return norm
 
-    def _update(self, rule: Rule, p: Tensor, grad: Gradient) -> None:
+    def _check(self, rule: Rule, p: Tensor, grad: Gradient) -> None:
         if grad.shape != p.shape or grad.dtype is not p.dtype or grad.device != p.device:
             raise ValueError(f"{self.name}.step: the gradient is {grad.dtype} {grad.shape} on {grad.device}, "
                              f"expected {p.dtype} {p.shape} on {p.device} as its parameter")
         if not p.array.writeable:
             raise ValueError(f"{self.name}.step: a parameter of shape {p.shape} is read-only; if it belongs to a "
                              "parameter server, that updates it")
+        for slot, value in self.state.get(id(p), {}).items():
+            if isinstance(value, Array) and value.dtype is not p.dtype:
+                raise ValueError(f"{self.name}.step: {slot} of a parameter is {value.dtype} and the parameter "
+                                 f"{p.dtype}; make the optimizer after .to()")
+
+    def _update(self, rule: Rule, p: Tensor, grad: Gradient, scale: float) -> None:
         k = get_backend(p.device)
         state = self.state.setdefault(id(p), {"step": 0})
         missing = [slot for slot in rule.slots if slot not in state]
         if missing:
             fresh = rule.init(k, p.shape, p.dtype)
             state.update({slot: fresh[slot] for slot in missing})
-        for slot in rule.slots:
-            if state[slot].dtype is not p.dtype:
-                raise ValueError(f"{self.name}.step: {slot} of a parameter is {state[slot].dtype} and the parameter "
-                                 f"{p.dtype}; make the optimizer after .to()")
         if isinstance(grad, RowSparse) and p.array.data.flags.c_contiguous:
-            self._update_rows(k, rule, p, state, grad)
+            self._update_rows(k, rule, p, state, grad if scale == 1 else cast(RowSparse, scaled(grad, scale)))
         else:
             self.postponed.pop(id(p), None)  # made before the kernel that reads the table here, as before any
             target, dense_grad = k.contiguous(p.array), k.contiguous(dense(grad).array)
-            rule.apply(k, target, state, target, state, dense_grad, state["step"] + 1)
+            rule.apply(k, target, state, target, state, dense_grad, state["step"] + 1, scale=scale)
             if target is not p.array:
                 k.copy(p.array, target, k.layout(p.array, target))
         state["step"] += 1

@@ -74,15 +74,18 @@ class Rule:
         return {slot: k.zeros(sizes, dtype) for slot in self.slots}
 
     def apply(self, k: Backend, new_param: Array, new_state: State, param: Array, state: State, grad: Array, step: int,
-              **hyper: Any) -> None:
-        """new_param, new_state = update number `step` of (param, state, grad); new_* may be the old ones.
+              divisor: float = 1.0, scale: float = 1.0, **hyper: Any) -> None:
+        """new_param, new_state = update number `step` of (param, state, g); new_* may be the old ones.
 
-        All are dense and of one size and dtype. hyper: replaces this rule's own hyper-parameters for this update.
+        g = grad / divisor · scale, rounded twice: the mean of a sum over `divisor` tokens, clipped by `scale`, with no
+        pass of its own. All arrays are dense and of one size and dtype. hyper: replaces this rule's own
+        hyper-parameters for this update.
         """
-        (self.with_(**hyper) if hyper else self).launch(k, new_param, new_state, param, state, grad, step)
+        rule = self.with_(**hyper) if hyper else self
+        rule.launch(k, new_param, new_state, param, state, grad, step, divisor, scale)
 
     def launch(self, k: Backend, new_param: Array, new_state: State, param: Array, state: State, grad: Array,
-               step: int) -> None:
+               step: int, divisor: float, scale: float) -> None:
         raise NotImplementedError
 
 
@@ -121,10 +124,10 @@ class SGDRule(Rule):
         return not (self.momentum or self.weight_decay)
 
     def launch(self, k: Backend, new_param: Array, new_state: State, param: Array, state: State, grad: Array,
-               step: int) -> None:
+               step: int, divisor: float, scale: float) -> None:
         new_m, m = (new_state["momentum_buffer"], state["momentum_buffer"]) if self.momentum else (None, None)
-        k.sgd(new_param, new_m, param, m, grad, param.size, self.lr, self.momentum, self.dampening, self.weight_decay,
-              int(self.nesterov), step)
+        k.sgd(new_param, new_m, param, m, grad, param.size, divisor, scale, self.lr, self.momentum, self.dampening,
+              self.weight_decay, int(self.nesterov), step)
 
 
 @dataclass(frozen=True)
@@ -154,9 +157,10 @@ class AdamRule(Rule):
         return not self.weight_decay and divides(self.eps)
 
     def launch(self, k: Backend, new_param: Array, new_state: State, param: Array, state: State, grad: Array,
-               step: int) -> None:
+               step: int, divisor: float, scale: float) -> None:
         k.adam(new_param, *(new_state[slot] for slot in self.slots), param, *(state[slot] for slot in self.slots), grad,
-               param.size, self.lr, self.beta1, self.beta2, self.eps, self.weight_decay, int(self.decoupled), step)
+               param.size, divisor, scale, self.lr, self.beta1, self.beta2, self.eps, self.weight_decay,
+               int(self.decoupled), step)
 
 
 @dataclass(frozen=True)
@@ -201,9 +205,9 @@ class AdagradRule(Rule):
         return not self.weight_decay and divides(self.eps)
 
     def launch(self, k: Backend, new_param: Array, new_state: State, param: Array, state: State, grad: Array,
-               step: int) -> None:
-        k.adagrad(new_param, new_state["sum"], param, state["sum"], grad, param.size, self.lr, self.lr_decay, self.eps,
-                  self.weight_decay, step)
+               step: int, divisor: float, scale: float) -> None:
+        k.adagrad(new_param, new_state["sum"], param, state["sum"], grad, param.size, divisor, scale, self.lr,
+                  self.lr_decay, self.eps, self.weight_decay, step)
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,7 @@ class RMSpropRule(Rule):
         return not self.weight_decay and divides(self.eps)
 
     def launch(self, k: Backend, new_param: Array, new_state: State, param: Array, state: State, grad: Array,
-               step: int) -> None:
+               step: int, divisor: float, scale: float) -> None:
         new_m, m = (new_state["momentum_buffer"], state["momentum_buffer"]) if self.momentum else (None, None)
-        k.rmsprop(new_param, new_state["square_avg"], new_m, param, state["square_avg"], m, grad, param.size, self.lr,
-                  self.alpha, self.eps, self.weight_decay, self.momentum, step)
+        k.rmsprop(new_param, new_state["square_avg"], new_m, param, state["square_avg"], m, grad, param.size, divisor,
+                  scale, self.lr, self.alpha, self.eps, self.weight_decay, self.momentum, step)

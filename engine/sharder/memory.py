@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine.backend import Array, Backend
-from engine.optim.accumulator import Accumulated, Accumulator
+from engine.optim.accumulator import Accumulator
 from engine.sharder.messages import ProtocolError, Push, Reduced, Term
 from engine.sharder.partition import Parameter, Partition, Piece
 from engine.sharder.setup import Setup
@@ -114,7 +114,6 @@ class Gathering:
         self.held: dict[int, Push] = {}  # by microbatch: not chosen yet
         self.chosen: tuple[int, ...] | None = None
         self.sum = Accumulator(setup.microbatches, self.k)
-        self.mean: Accumulated | None = None
         self.reduced: Reduced | None = None  # what the coordinator was told of it
         if setup.needed == setup.microbatches:
             self.choose(tuple(range(setup.microbatches)))

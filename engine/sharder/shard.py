@@ -21,8 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from engine.backend import Array
-from engine.optim.accumulator import Accumulator
+from engine.optim.accumulator import Accumulated, Accumulator
 from engine.optim.clip import sums_of_squares
 from engine.sharder.events import COORDINATOR, Load, Loaded, Save, Send, Stored, Timeout, worker_address
 from engine.sharder.memory import Gathering, Memory, Snapshot, Window, decoded, place
@@ -147,7 +146,7 @@ class Shard:
             if gathering.add(push, ()):
                 alone = Accumulator(1, self.k)
                 alone.add(0, decoded(push, self.pieces, self.setup), push.loss, push.tokens)
-                self._update(alone.mean().gradients, 1.0, self.memory.version - push.version)
+                self._update(alone.total(), 1.0, self.memory.version - push.version)
         elif gathering.add(push):
             gathering.check(push)
         return self._report(push.clock)
@@ -161,10 +160,10 @@ class Shard:
             return [self._tell(Held(self.number, term, clock, tuple(sorted(gathering.held))))]
         if not gathering.complete or gathering.reduced:
             return []
-        gathering.mean = gathering.sum.mean()
+        total = gathering.sum.total()
         squares = [] if self.setup.clip_norm is None else [
-            sums_of_squares(self.k, g).data for g in gathering.mean.gradients]
-        gathering.reduced = Reduced(self.number, term, clock, gathering.mean.loss, gathering.mean.tokens,
+            sums_of_squares(self.k, g, total.tokens).data for g in total.gradients]
+        gathering.reduced = Reduced(self.number, term, clock, total.loss, total.tokens,
                                     np.concatenate(squares) if squares else np.empty(0))
         return [self._tell(gathering.reduced)]
 
@@ -187,11 +186,11 @@ class Shard:
         self.repeated = apply.clock < self.clock
         if apply.clock == self.clock:
             gathering = self.gatherings.get(apply.clock)
-            if gathering is None or gathering.mean is None:
+            if gathering is None or gathering.reduced is None:
                 raise ProtocolError(f"shard {self.number}: told to apply clock {apply.clock} before all of it is here")
             if not self.asynchronous:
                 late = self.clock - (gathering.version if gathering.version is not None else self.clock)
-                self._update(gathering.mean.gradients, apply.scale, late)
+                self._update(gathering.sum.total(), apply.scale, late)
             del self.gatherings[self.clock]
             self.clock += 1
         elif apply.clock > self.clock:
@@ -201,17 +200,17 @@ class Shard:
             actions.append(Save(self.snapshot()) if self.stored < self.clock else self._saved())
         return actions
 
-    def _update(self, gradients: tuple[Array, ...], scale: float, staleness: int) -> None:
-        """new parameters, new state = rule(parameters, state, scale · gradient), parameters into the next version."""
+    def _update(self, total: Accumulated, scale: float, staleness: int) -> None:
+        """new parameters, new state = rule(parameters, state, Σ gradients / Σ tokens · scale); parameters into the next
+        version."""
         memory, k = self.memory, self.k
         memory.torn = True
         old, new, step = memory.versions.current, memory.versions.reserve(), memory.version + 1
-        for i, (piece, gradient) in enumerate(zip(self.pieces, gradients, strict=True)):
-            if scale != 1.0:
-                gradient = k.map("multiply", gradient, k.constant(scale, gradient.dtype))
+        for i, (piece, gradient) in enumerate(zip(self.pieces, total.gradients, strict=True)):
             state = {slot: of_pieces[i] for slot, of_pieces in memory.slots.items()}
+            hyper = self.setup.hyper_at(step, piece.parameter.name, staleness)
             self.setup.rule.apply(k, new.piece(piece), state, old.piece(piece), state, gradient, step,
-                                  **self.setup.hyper_at(step, piece.parameter.name, staleness))
+                                  total.tokens, scale, **hyper)
         memory.versions.commit()
         memory.version, memory.torn = step, False
 

@@ -362,13 +362,17 @@ def _(dtype: Any, rng: Any) -> Cases:
 
 # ── sums, activations, optimizers ─────────────────────────────────────────────────────────────────────
 
+SUM = DIVISOR, SCALE = 3.0, 0.7  # what is left of a gradient's sum: the mean, clipped
+
+
 @of("sum_squares")
 def _(dtype: Any, rng: Any) -> Cases:
     for n in (1, 5000, 4096 * 5):
         x = draw(rng, dtype, n)
-        square = Rounded(x, dtype="float64") * Rounded(x, dtype="float64")
-        parts = [total(square[i:i + 4096], 0, True) for i in range(0, n, 4096)]
-        yield f"{n}", [formulas.join(parts, 0)], [x, n]
+        quotient = rounded(x) / DIVISOR
+        wide = Rounded(quotient.value, quotient.error, dtype="float64")
+        parts = [total((wide * wide)[i:i + 4096], 0, True) for i in range(0, n, 4096)]
+        yield f"{n}", [formulas.join(parts, 0)], [x, n, DIVISOR]
 
 
 def layout(out: np.ndarray, *inputs: np.ndarray) -> np.ndarray:
@@ -405,9 +409,10 @@ N = 1001  # elements: more than the threads of three blocks
 
 
 def state(dtype: Any, rng: Any) -> tuple[list[np.ndarray], list[Rounded]]:
-    """p, m, v ≥ 0 and g."""
+    """p, m, v ≥ 0 and g; and their exact values, but for g, which is what the rules make of it."""
     arrays = [draw(rng, dtype, N), draw(rng, dtype, N), draw(rng, dtype, N, low=0), draw(rng, dtype, N)]
-    return arrays, [rounded(x) for x in arrays]
+    p, m, v, g = (rounded(x) for x in arrays)
+    return arrays, [p, m, v, g / DIVISOR * SCALE]
 
 
 @of("sgd")
@@ -419,9 +424,9 @@ def _(dtype: Any, rng: Any) -> Cases:
         moved = b * 0.9 + slope * (1 - damp)
         direction = slope + moved * 0.9 if nesterov else moved
         yield (f"nesterov={nesterov}", [a - direction * lr, moved],
-               [p, m, g, N, lr, 0.9, damp, decay, nesterov, 2])
-    yield "first_step", [a - slope * lr, slope], [p, m, g, N, lr, 0.9, damp, decay, 0, 1]
-    yield "no_momentum", [a - slope * lr, np.full(N, np.nan)], [p, m, g, N, lr, 0.0, damp, decay, 0, 2]
+               [p, m, g, N, *SUM, lr, 0.9, damp, decay, nesterov, 2])
+    yield "first_step", [a - slope * lr, slope], [p, m, g, N, *SUM, lr, 0.9, damp, decay, 0, 1]
+    yield "no_momentum", [a - slope * lr, np.full(N, np.nan)], [p, m, g, N, *SUM, lr, 0.0, damp, decay, 0, 2]
 
 
 @of("adam")
@@ -434,7 +439,7 @@ def _(dtype: Any, rng: Any) -> Cases:
         moment, square = b * beta1 + slope * (1 - beta1), c * beta2 + slope * slope * (1 - beta2)
         change = moment / (sqrt(square) / np.sqrt(1 - beta2**step) + eps) * (lr / (1 - beta1**step))
         yield (f"decoupled={decoupled}", [old - change, moment, square],
-               [p, m, v, g, N, lr, beta1, beta2, eps, decay, decoupled, step])
+               [p, m, v, g, N, *SUM, lr, beta1, beta2, eps, decay, decoupled, step])
 
 
 @of("adagrad")
@@ -443,7 +448,7 @@ def _(dtype: Any, rng: Any) -> Cases:
     slope = d + a * 0.01
     square = c + slope * slope
     yield ("step_4", [a - slope / (sqrt(square) + 1e-3) * (0.1 / (1 + 3 * 0.5)), square],
-           [p, v, g, N, 0.1, 0.5, 1e-3, 0.01, 4])
+           [p, v, g, N, *SUM, 0.1, 0.5, 1e-3, 0.01, 4])
 
 
 @of("rmsprop")
@@ -453,6 +458,6 @@ def _(dtype: Any, rng: Any) -> Cases:
     square = c * 0.99 + slope * slope * (1 - 0.99)
     direction = slope / (sqrt(square) + 1e-3)
     moved = b * 0.9 + direction
-    yield "momentum", [a - moved * 0.1, square, moved], [p, v, m, g, N, 0.1, 0.99, 1e-3, 0.01, 0.9, 3]
+    yield "momentum", [a - moved * 0.1, square, moved], [p, v, m, g, N, *SUM, 0.1, 0.99, 1e-3, 0.01, 0.9, 3]
     yield ("no_momentum", [a - direction * 0.1, square, np.full(N, np.nan)],
-           [p, v, m, g, N, 0.1, 0.99, 1e-3, 0.01, 0.0, 3])
+           [p, v, m, g, N, *SUM, 0.1, 0.99, 1e-3, 0.01, 0.0, 3])

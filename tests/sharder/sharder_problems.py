@@ -30,7 +30,9 @@ class Momentum:
     def init(self, k, n, dtype):
         return {"velocity": k.zeros((n,), dtype)}
 
-    def apply(self, k, new_param, new_state, param, state, grad, step, lr=0.125):
+    def apply(self, k, new_param, new_state, param, state, grad, step, divisor=1.0, scale=1.0, lr=0.125):
+        grad = k.map("divide", grad, k.constant(divisor, grad.dtype))
+        grad = k.map("multiply", grad, k.constant(scale, grad.dtype))
         k.add(new_state["velocity"], k.map("multiply", state["velocity"], k.constant(0.9, grad.dtype)), grad, None)
         move = k.map("multiply", new_state["velocity"], k.constant(lr / step, grad.dtype))
         k.subtract(new_param, param, move, None)

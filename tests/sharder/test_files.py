@@ -153,7 +153,7 @@ def test_what_was_seen_chosen_and_reduced_comes_back():
             0: {"epoch": 0, "floor": 0, "above": {4}}, 1: {"epoch": 0, "floor": 1, "above": set()}}
         mine, its = was.gatherings[0], found.gatherings[0]
         assert (its.version, its.chosen, its.held.keys()) == (0, chosen, set() if chosen else {1, 2})
-        assert (its.reduced is None) == (its.mean is None) == (chosen is None)
+        assert (its.reduced is None) == (chosen is None) and its.complete == mine.complete == (chosen is not None)
         if chosen:
             assert b"".join(encode(its.reduced)) == b"".join(encode(mine.reduced))
 

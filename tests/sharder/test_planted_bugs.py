@@ -211,7 +211,7 @@ def shows_the_next_version_before_it_is_written(plant):
 
     def report(self, clock, original=shard.Shard._report):
         actions = original(self, clock)
-        if self.gatherings[clock].mean is not None and not self.asynchronous:
+        if self.gatherings[clock].reduced is not None and not self.asynchronous:
             self.memory.versions.reserve()
         return actions
     plant(versions.Versions, "reserve", reserve)

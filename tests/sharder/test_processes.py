@@ -127,7 +127,7 @@ class Adding(Momentum):
     def init(self, k, n, dtype):
         return {}
 
-    def apply(self, k, new_param, new_state, param, state, grad, step, **hyper):
+    def apply(self, k, new_param, new_state, param, state, grad, step, divisor, scale, **hyper):
         k.add(new_param, param, grad, None)
 
 
@@ -193,10 +193,10 @@ def test_an_exception_in_a_worker_is_raised_in_the_caller_with_its_text():
 
 
 class Breaking(Momentum):
-    def apply(self, k, new_param, new_state, param, state, grad, step):
+    def apply(self, k, new_param, new_state, param, state, grad, step, *how):
         if step == 3:
             raise FloatingPointError("in the rule")
-        super().apply(k, new_param, new_state, param, state, grad, step)
+        super().apply(k, new_param, new_state, param, state, grad, step, *how)
 
 
 def test_an_exception_in_a_rule_is_raised_and_what_it_left_is_not_mistaken_for_a_state():

@@ -416,10 +416,10 @@ def test_an_exception_in_a_worker_is_raised_in_the_caller_with_its_text(cluster)
 
 
 class Breaking(Momentum):
-    def apply(self, k, new_param, new_state, param, state, grad, step):
+    def apply(self, k, new_param, new_state, param, state, grad, step, *how):
         if step == 3:
             raise FloatingPointError("in the rule")
-        super().apply(k, new_param, new_state, param, state, grad, step)
+        super().apply(k, new_param, new_state, param, state, grad, step, *how)
 
 
 @pytest.mark.slow

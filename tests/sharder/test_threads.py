@@ -62,10 +62,10 @@ def test_an_exception_in_a_rule_is_raised_and_what_it_left_is_not_mistaken_for_a
     class Rule(Momentum):
         broken = True
 
-        def apply(self, k, new_param, new_state, param, state, grad, step, **hyper):
+        def apply(self, k, new_param, new_state, param, state, grad, step, *how, **hyper):
             if self.broken and step == 3 and param.size == 9:  # the last parameter: all but the last shard succeed
                 raise FloatingPointError("in the rule")
-            super().apply(k, new_param, new_state, param, state, grad, step)
+            super().apply(k, new_param, new_state, param, state, grad, step, *how)
 
     server = server_of(rule=Rule(), shards=shards)
     saved = None

@@ -188,7 +188,7 @@ def adamw(m: Maker, n: int) -> Row:
         leaf.grad = tg
         return m.torch.optim.AdamW([leaf], fused=True).step
 
-    return Row(lambda: m.k.adam(p, first, second, p, first, second, g, n, 1e-4, 0.9, 0.999, 1e-8, 0.01,
+    return Row(lambda: m.k.adam(p, first, second, p, first, second, g, n, 1, 1, 1e-4, 0.9, 0.999, 1e-8, 0.01,
                                                 1, 10), m.run(torch), 28.0 * n)
 
 

@@ -92,7 +92,7 @@ def server_step(model: Transformer, make_model: Callable[[], Transformer], batch
 
 
 def loop_step(model: Transformer, batch: Batch, microbatches: int) -> Callable[[], object]:
-    parameters = model.parameters()
+    parameters = list(model.parameters())
     optimizer = eg.optim.AdamW(parameters, lr=RULE.lr)
 
     def step() -> object:
@@ -100,10 +100,9 @@ def loop_step(model: Transformer, batch: Batch, microbatches: int) -> Callable[[
         for index in range(microbatches):
             optimizer.zero_grad()
             loss = gradients(model, batch)
-            accumulator.add(index, [p.grad for p in parameters], loss, batch[1].size)
+            accumulator.add(index, [p.grad for p in parameters if p.grad is not None], loss, batch[1].size)
         loss = accumulator.assign(parameters)
-        eg.optim.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
+        optimizer.step(clip_norm=CLIP)
         return loss
 
     return step

@@ -26,8 +26,7 @@ for step in range(201):
     loss = eg.cross_entropy(logits, eg.tensor(windows[:, 1:]))
     optimizer.zero_grad()
     loss.backward()
-    optim.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    optimizer.step(clip_norm=1.0)
     if step % 50 == 0:
         print(f"step {step:3d}  {loss.item() / np.log(2):.3f} bits per byte")
 

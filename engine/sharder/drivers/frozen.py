@@ -47,7 +47,6 @@ class Gathered:
     chosen: tuple[int, ...] | None
     added: tuple[int, ...]
     sums: tuple[Sum, ...]
-    mean: Sum | None
     reduced: Reduced | None
 
 
@@ -86,7 +85,7 @@ def _freeze_gathering(gathering: Gathering) -> Gathered:
     finished = gathering.sum._finished
     return Gathered(gathering.version, dict(gathering.held), gathering.chosen, tuple(sorted(gathering.sum._added)),
                     tuple(_freeze_sum(*key, finished[key]) for key in sorted(finished)),
-                    _freeze_sum(0, 0, gathering.mean) if gathering.mean else None, gathering.reduced)
+                    gathering.reduced)
 
 
 def thaw(frozen: Frozen, setup: Setup, number: int) -> Snapshot:
@@ -100,7 +99,6 @@ def thaw(frozen: Frozen, setup: Setup, number: int) -> Snapshot:
         gathering.version, gathering.held, gathering.reduced = gathered.version, dict(gathered.held), gathered.reduced
         gathering.sum._added = set(gathered.added)
         gathering.sum._finished = {(s.start, s.stop): _thaw_sum(s) for s in gathered.sums}
-        gathering.mean = _thaw_sum(gathered.mean) if gathered.mean else None
     windows = {}
     for worker, seen in frozen.windows.items():
         window = windows[worker] = Window(seen.epoch)
