@@ -7,6 +7,7 @@ import resource
 from pathlib import Path
 
 import pytest
+from limited import limited_memory
 
 from tools.mutants import Mutant
 from tools.mutants.automatic import code_of, edit, places, sample, stages, users_of
@@ -131,6 +132,7 @@ def test_the_equivalent_are_named_and_not_run(tree: Path, monkeypatch: pytest.Mo
     assert rows[-1] == "1 of 2 planted bugs caught, 1 equivalent left out; not: = 3)"
 
 
+@limited_memory
 def test_an_endless_loop_runs_out_of_time(tree: Path, monkeypatch: pytest.MonkeyPatch,
                                           capsys: pytest.CaptureFixture[str]) -> None:
     endless = record("helper(x) + 8", "helper(x) - 8")

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from limited import limited_memory
 
 from tools import fuzz
 from tools.fuzz import Finding, changed, changed_json, plain, taken
@@ -76,7 +77,8 @@ def late(data: bytes, folder: Path) -> None:
 @pytest.mark.parametrize(("read", "words"), [
     (lambda data, folder: data["x"], "TypeError"), (lambda data, folder: "x".encode("no code"), "LookupError"),
     (lambda data, folder: b"\xff".decode(), "UnicodeDecodeError"), (two_lines, "not one line"),
-    (long_line, "not one line"), (no_words, "not one line"), (greedy, "MemoryError"),
+    (long_line, "not one line"), (no_words, "not one line"),
+    pytest.param(greedy, "MemoryError", marks=limited_memory),
     (lambda data, folder: sys.exit(), "SystemExit"), (endless, "_Hang: more than 0.2 seconds"),
     (late, "^more than 0.2 seconds")])
 def test_what_a_reader_does_wrong_is_found(read: Any, words: str, tmp_path: Path,
