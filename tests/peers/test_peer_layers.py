@@ -226,7 +226,10 @@ def test_planted_differences_are_seen(label: str, ours: Any, monkeypatch: pytest
 
 def test_the_default_initial_weights_of_a_linear_map() -> None:
     """Uniform in ±1/√inputs in both: the same bound is kept, and nearly reached by 3,000 draws."""
-    for module in (nn.Linear(100, 30), torch.nn.Linear(100, 30)):
+    torch.manual_seed(0)
+    with eg.seed(0):
+        modules = nn.Linear(100, 30), torch.nn.Linear(100, 30)
+    for module in modules:
         weight = np.asarray(module.weight.detach())
         assert 0.0999 < np.abs(weight).max() <= 0.1 and abs(weight.mean()) < 5 * 0.1 / np.sqrt(3 * weight.size)
 

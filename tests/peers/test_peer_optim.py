@@ -204,7 +204,8 @@ def test_planted_differences_are_seen(planted: str, monkeypatch: pytest.MonkeyPa
 
 def test_adam_with_epsilon_under_the_root_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """θ ← θ − η m̂ / √(v̂ + ε²) is Adam but for where ε stands."""
-    def launch(self: Any, k: Any, new_param: Any, new_state: Any, param: Any, state: Any, grad: Any, step: int) -> None:
+    def launch(self: Any, k: Any, new_param: Any, new_state: Any, param: Any, state: Any, grad: Any, step: int,
+               divisor: float, scale: float) -> None:
         m, v, g = new_state["exp_avg"].data, new_state["exp_avg_sq"].data, grad.data
         m += (1 - self.beta1) * (g - m)
         v += (1 - self.beta2) * (g * g - v)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from engine.testing import blocks
+
 T = torch.Tensor
 
 NO_PEER = {"dropout": "PyTorch draws from another generator; the formula is tested in tests/ops",
@@ -115,6 +117,12 @@ def cross_entropy(x: T, target: T, weight: T | None = None, reduction: str = "no
     loss = F.cross_entropy(x.reshape(-1, x.shape[-1]), target.reshape(-1), weight, reduction=reduction,
                            label_smoothing=label_smoothing)
     return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def quantized_linear(x: T, weight: T, bias: T | None = None, *, scheme: str) -> T:
+    """With the weights that the blocks stand for."""
+    meant = blocks.decoded(blocks.encoded(weight.numpy(), scheme), scheme)
+    return F.linear(x, torch.as_tensor(meant, dtype=x.dtype), bias)
 
 
 def linear_cross_entropy(x: T, weight: T, target: T, bias: T | None = None, reduction: str = "none",
@@ -254,7 +262,7 @@ FUSED: dict[str, Callable[..., T]] = {
     "conv1d": F.conv1d, "cross_entropy": cross_entropy,
     "einsum": lambda operands, subscripts: torch.einsum(subscripts, *operands), "huber_loss": F.huber_loss,
     "kl_div": F.kl_div, "layer_norm": lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps),
-    "linear": F.linear, "linear_cross_entropy": linear_cross_entropy,
+    "linear": F.linear, "linear: quantized": quantized_linear, "linear_cross_entropy": linear_cross_entropy,
     "log_softmax": lambda x, axis: F.log_softmax(x, axis), "matmul": torch.matmul,
     "mse_loss": F.mse_loss, "outer": torch.outer,
     "rms_norm": lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps), "rope": rope,
