@@ -411,7 +411,12 @@ def test_a_step_that_is_refused_changes_nothing() -> None:
     second.grad = eg.ones(4)
     with pytest.raises(ValueError, match=r"SGD\.step: clip_norm is 0, expected a positive number or None"):
         optimizer.step(clip_norm=0)
+    optimizer.add_param_group({"params": weights((2,)), "lr": 0.1})
+    optimizer.param_groups[1].update(lr=-1.0)
+    with pytest.raises(ValueError, match="lr is -1.0"):
+        optimizer.step()
     assert all(np.array_equal(p.numpy(), old) for p, old in zip(parameters, saved)) and not optimizer.state
+    optimizer.param_groups[1].update(lr=0.1)
     first.grad = second.grad = None
     assert optimizer.step(clip_norm=1.0) == 0.0
 

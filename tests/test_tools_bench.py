@@ -15,7 +15,7 @@ import pytest
 import engine as eg
 from engine.backend import get_backend, get_num_threads, set_num_threads
 from engine.backend.cpu import CpuBackend
-from tools.benchmarks import memory, overhead, sweep
+from tools.benchmarks import memory, overhead, sharder, sweep, train
 from tools.benchmarks.contest import OURS, Contest, Machine, Result, measure
 from tools.benchmarks.kernels import Maker
 from tools.benchmarks.peers import Peers, prepare_environment
@@ -197,3 +197,21 @@ def test_memory_and_faults_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) 
     assert len(made) == memory.WARM_UP + memory.STEPS
     assert 16 * mebibyte <= found["pool"] - used < 64 * mebibyte
     assert pages <= found["faults"] < 2 * pages
+
+
+def test_workers_and_the_loop_make_the_same_steps() -> None:
+    """Every loss has the bits of the other's, so the parameters before it have."""
+    make_model, batch = sharder.of_size(train.Size("small", 1, 2, 16, 8, 2, 11))
+    model = sharder.seeded(make_model)
+    served, plain = sharder.server_step(make_model, batch, 2), sharder.loop_step(model, batch, 2)
+    losses = [(served().mean_loss, plain()) for _ in range(4)]
+    assert all(one == other for one, other in losses) and losses[0] != losses[3]
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_gradients_that_lie_ready_are_pushed(clip_norm: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least: two gradients read, and p, m and v read and written."""
+    monkeypatch.setattr(sharder, "ELEMENTS", 16 * 5000)
+    contest = sharder.update("rest", clip_norm, 2)
+    first, second = (contest.contestants[OURS]() for _ in range(2))
+    assert (first.clock, second.clock) == (0, 1) and contest.bytes == 4 * 80_000 * 8

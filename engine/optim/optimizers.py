@@ -93,15 +93,17 @@ class Optimizer:
         for group in self.param_groups:
             rule = self.rule.with_(**{f.name: group[f.name] for f in fields(self.rule)})
             due += [(rule, p, p.grad) for p in group["params"] if p.grad is not None]
-        for rule, p, grad in due:
-            self._check(rule, p, grad)
-        norm = None if clip_norm is None else norm_of_gradients([grad for _, _, grad in due])
-        scale = 1.0 if norm is None or clip_norm is None else clip_scale(norm, clip_norm)
+        for _, p, grad in due:
+            self._check(p, grad)
+        norm, scale = None, 1.0
+        if clip_norm is not None:
+            norm = norm_of_gradients([grad for _, _, grad in due])
+            scale = clip_scale(norm, clip_norm)
         for rule, p, grad in due:
             self._update(rule, p, grad, scale)
         return norm
 
-    def _check(self, rule: Rule, p: Tensor, grad: Gradient) -> None:
+    def _check(self, p: Tensor, grad: Gradient) -> None:
         if grad.shape != p.shape or grad.dtype is not p.dtype or grad.device != p.device:
             raise ValueError(f"{self.name}.step: the gradient is {grad.dtype} {grad.shape} on {grad.device}, "
                              f"expected {p.dtype} {p.shape} on {p.device} as its parameter")

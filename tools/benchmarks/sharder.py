@@ -19,7 +19,7 @@ import numpy as np
 
 import engine as eg
 from engine.models import Transformer
-from engine.sharder import Client, ParameterServer
+from engine.sharder import Client, Committed, ParameterServer
 from tools.benchmarks import train
 from tools.benchmarks.contest import OURS, Contest
 from tools.benchmarks.peers import Peers
@@ -62,11 +62,16 @@ def of_size(size: train.Size) -> tuple[Callable[[], Transformer], Batch]:
 def training(name: str, build: Callable[[], tuple[Callable[[], Transformer], Batch]], workers: int) -> Contest:
     """One microbatch a worker; each contestant has a model of its own."""
     make_model, batch = build()
-    with eg.seed(0):
-        server_model, loop_model = make_model(), make_model()
-    runs = {OURS: server_step(server_model, make_model, batch, workers), PLAIN: loop_step(loop_model, batch, workers)}
+    model = seeded(make_model)
+    runs = {OURS: server_step(make_model, batch, workers), PLAIN: loop_step(model, batch, workers)}
     tokens = workers * batch[0].size
-    return Contest(name, runs, loop_model.flops_per_token(batch[0].shape[1]) * tokens, work=tokens, unit="tokens/s")
+    return Contest(name, runs, model.flops_per_token(batch[0].shape[1]) * tokens, work=tokens, unit="tokens/s")
+
+
+def seeded(make_model: Callable[[], Transformer]) -> Transformer:
+    """The model that both begin with."""
+    with eg.seed(0):
+        return make_model()
 
 
 def gradients(model: Transformer, batch: Batch) -> float:
@@ -76,9 +81,8 @@ def gradients(model: Transformer, batch: Batch) -> float:
     return loss.item()
 
 
-def server_step(model: Transformer, make_model: Callable[[], Transformer], batch: Batch,
-                workers: int) -> Callable[[], object]:
-    server = ParameterServer(model, RULE, workers=workers, microbatches=workers, clip_norm=CLIP)
+def server_step(make_model: Callable[[], Transformer], batch: Batch, workers: int) -> Callable[[], Committed]:
+    server = ParameterServer(seeded(make_model), RULE, workers=workers, microbatches=workers, clip_norm=CLIP)
 
     def work(client: Client) -> None:
         replica = make_model()
@@ -91,11 +95,11 @@ def server_step(model: Transformer, make_model: Callable[[], Transformer], batch
     return lambda: next(steps)
 
 
-def loop_step(model: Transformer, batch: Batch, microbatches: int) -> Callable[[], object]:
+def loop_step(model: Transformer, batch: Batch, microbatches: int) -> Callable[[], float]:
     parameters = list(model.parameters())
     optimizer = eg.optim.AdamW(parameters, lr=RULE.lr)
 
-    def step() -> object:
+    def step() -> float:
         accumulator = eg.optim.Accumulator(microbatches)
         for index in range(microbatches):
             optimizer.zero_grad()
