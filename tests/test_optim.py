@@ -413,7 +413,7 @@ def test_a_step_that_is_refused_changes_nothing() -> None:
         optimizer.step(clip_norm=0)
     optimizer.add_param_group({"params": weights((2,)), "lr": 0.1})
     optimizer.param_groups[1].update(lr=-1.0)
-    with pytest.raises(ValueError, match="lr is -1.0"):
+    with pytest.raises(ValueError, match=r"lr is -1\.0"):
         optimizer.step()
     assert all(np.array_equal(p.numpy(), old) for p, old in zip(parameters, saved)) and not optimizer.state
     optimizer.param_groups[1].update(lr=0.1)
