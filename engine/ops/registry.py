@@ -217,7 +217,7 @@ class Op:
         tensors: list[Any] = list(values)
         device = next((v.device for v in tensors if isinstance(v, Tensor)), default_device())
         k = get_backend(device)
-        for i, (name, value) in enumerate(zip(self._names(values), values)):
+        for i, (name, value) in enumerate(zip(self.operand_names(values), values)):
             if value is None:
                 if name not in self.optional:
                     raise TypeError(f"{self.name}: {name} is None, expected a tensor")
@@ -242,13 +242,14 @@ class Op:
 
     def _weak_type(self, kind: type, values: Sequence[Any]) -> DType:
         """A Python number is weak: it takes the type of the tensors in the call where that can hold its kind."""
-        kinds = [v.dtype if isinstance(v, Tensor) else as_dtype(v.dtype) for name, v in zip(self._names(values), values)
-                 if name not in self.fixed and isinstance(v, (Tensor, np.ndarray, np.generic))]
+        typed = (v for name, v in zip(self.operand_names(values), values)
+                 if name not in self.fixed and isinstance(v, (Tensor, np.ndarray, np.generic)))
+        kinds = [v.dtype if isinstance(v, Tensor) else as_dtype(v.dtype) for v in typed]
         if not kinds:
             return as_dtype(kind)
         return promote_scalar(reduce(promote, kinds), kind.__name__)
 
-    def _names(self, values: Sequence[Any]) -> Sequence[str]:
+    def operand_names(self, values: Sequence[Any]) -> Sequence[str]:
         """The name of each operand; those of one sequence share its name."""
         return self.inputs if not self.variadic else self.inputs * len(values)
 
@@ -260,7 +261,7 @@ class Op:
         first = present[0].dtype if present else float32
         if not self.fixed and all(t.dtype is first for t in present) and (first.is_floating or self.types == "same"):
             return tensors
-        names = self._names(tensors)
+        names = self.operand_names(tensors)
         for name, t in zip(names, tensors):
             if name in self.fixed and t is not None and t.dtype.is_floating:
                 raise TypeError(f"{self.name}: {name} has dtype {t.dtype}, expected an integer or bool type")

@@ -16,9 +16,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from engine.autograd import is_grad_enabled
 from engine.backend import Array, get_backend
-from engine.backend.stored_rows import BLOCK, SCHEMES
+from engine.backend.stored_rows import BLOCK, SCHEMES, Scheme
 from engine.dtypes import DType, float32, int64, uint8
 from engine.ops.indexing import checked_index
 from engine.ops.matmul import gemm, linear
@@ -76,7 +78,7 @@ class StoredMatrix:
 def _apply(made: Op, values: Sequence[Any], _attributes: dict[str, Any]) -> Tensor:
     """What op `made` computes where an operand is a StoredMatrix."""
     weight = WEIGHT_OF.get(made.name)
-    for i, (name, value) in enumerate(zip(made.inputs, values)):
+    for i, (name, value) in enumerate(zip(made.operand_names(values), values)):
         if isinstance(value, StoredMatrix) and i != weight:
             raise TypeError(f"{made.name}: {name} is {value!r}, which only linear and embedding take, as their weight; "
                             ".tensor() makes an ordinary tensor of it")
@@ -87,8 +89,10 @@ def _apply(made: Op, values: Sequence[Any], _attributes: dict[str, Any]) -> Tens
     n, inner = matrix.shape
     if not x.ndim or x.shape[-1] != inner:
         raise ValueError(f"linear: x has shape {x.shape}, expected (..., {inner}) for weight {matrix!r}")
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise ValueError(f"linear: bias has shape {tuple(bias.shape)}, expected ({n},) for weight {matrix!r}")
+    if bias is not None and not isinstance(bias, Tensor):
+        bias = tensor(bias, None if isinstance(bias, np.ndarray) else x.dtype, matrix.device)
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"linear: bias has shape {bias.shape}, expected ({n},) for weight {matrix!r}")
     return matrix._linear(x, bias)
 
 
@@ -148,8 +152,9 @@ class PackedTensor(StoredMatrix):
         return _unpacked(self.panels, self.shape[0])
 
     def _linear(self, x: Tensor, bias: Any) -> Tensor:
-        if x.dtype is not self.dtype:
-            raise TypeError(f"linear: x has dtype {x.dtype}, expected {self.dtype} as in {self!r}")
+        for name, t in (("x", x), ("bias", bias)):  # panels of another type would have another width
+            if t is not None and t.dtype is not self.dtype:
+                raise TypeError(f"linear: {name} has dtype {t.dtype}, expected {self.dtype} as in {self!r}")
         return _run(packed_linear, x, self.panels, bias, self.shape[0])
 
     def __repr__(self) -> str:
@@ -214,7 +219,7 @@ class QuantizedTensor(StoredMatrix):
     scheme: str
 
     def __init__(self, blocks: Tensor, scheme: str):
-        size = _scheme(scheme).bytes
+        size = _scheme("QuantizedTensor", scheme).bytes
         if not isinstance(blocks, Tensor) or blocks.dtype is not uint8 or blocks.ndim != 2 or blocks.shape[1] % size:
             got = f"{blocks.dtype} {blocks.shape}" if isinstance(blocks, Tensor) else type(blocks).__name__
             raise TypeError(f"QuantizedTensor: blocks is {got}, expected uint8 (n, a multiple of {size}) for {scheme}")
@@ -270,7 +275,7 @@ def quantize(weight: Tensor, scheme: str = "q8_0") -> QuantizedTensor:
     Raises ValueError for k that is not a multiple of 32, for weights that are infinite or NaN, and for scales beyond
     float16, 65504; TypeError for anything but a floating tensor (n, k).
     """
-    weight, found = _matrix_of("quantize", weight), _scheme(scheme)
+    weight, found = _matrix_of("quantize", weight), _scheme("quantize", scheme)
     n, inner = weight.shape
     if inner % BLOCK:
         raise ValueError(f"quantize: weight has shape {weight.shape}, expected rows of a multiple of {BLOCK} numbers")
@@ -281,9 +286,9 @@ def quantize(weight: Tensor, scheme: str = "q8_0") -> QuantizedTensor:
     return QuantizedTensor(Tensor(blocks, weight.device), scheme)
 
 
-def _scheme(scheme: str) -> Any:
+def _scheme(name: str, scheme: str) -> Scheme:
     if scheme not in SCHEMES:
-        raise ValueError(f"quantize: scheme is {scheme!r}, expected one of {', '.join(SCHEMES)}")
+        raise ValueError(f"{name}: scheme is {scheme!r}, expected one of {', '.join(SCHEMES)}")
     return SCHEMES[scheme]
 
 

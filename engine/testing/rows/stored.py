@@ -73,8 +73,14 @@ register(OpSpec("linear: packed", _packed, formula=formulas.linear, gradient=for
               ("linear", "bias", "(5,)", "(4,)")),
     ErrorCase(lambda: eg.linear(eg.zeros(2, 5, dtype="float64"), eg.pack(eg.zeros(4, 5))), TypeError,
               ("linear", "float64", "float32")),
+    ErrorCase(lambda: eg.linear(eg.zeros(2, 5), eg.pack(eg.zeros(4, 5)), eg.zeros(4, dtype="float64")), TypeError,
+              ("linear", "bias has dtype float64", "float32")),
     ErrorCase(lambda: eg.pack(eg.zeros(4)), TypeError, ("pack", "(4,)", "(n, k)")),
     ErrorCase(lambda: eg.exp(eg.pack(eg.zeros(4, 5))), TypeError, ("exp", "PackedTensor", "linear and embedding")),
+    ErrorCase(lambda: eg.linear(eg.zeros(2, 5), eg.pack(eg.zeros(4, 5)), [0.0] * 5), ValueError,
+              ("linear", "bias", "(5,)", "(4,)")),
+    ErrorCase(lambda: eg.concat([eg.zeros(4, 5), eg.pack(eg.zeros(4, 5))]), TypeError,
+              ("concat", "arrays is PackedTensor", "linear and embedding")),
     ErrorCase(lambda: eg.linear(eg.pack(eg.zeros(4, 5)), eg.zeros(3, 5)), TypeError, ("linear", "x is PackedTensor")))))
 
 register(OpSpec("linear: quantized", _quantized, formula=_formula, gradient=_gradient, wrt=(0, 2), linear=(0,),
@@ -88,6 +94,8 @@ register(OpSpec("linear: quantized", _quantized, formula=_formula, gradient=_gra
     ErrorCase(lambda: eg.quantize(eg.full((1, 32), 1e6), "q4_0"), ValueError, ("quantize", "1000000.0", "float16")),
     ErrorCase(lambda: eg.QuantizedTensor(eg.zeros(2, 33, dtype="uint8"), "q8_0"), TypeError,
               ("QuantizedTensor", "(2, 33)", "multiple of 34")),
+    ErrorCase(lambda: eg.QuantizedTensor(eg.zeros(2, 34, dtype="uint8"), "q9"), ValueError,
+              ("QuantizedTensor", "'q9'", "q8_0, q4_0, q4_1")),
     ErrorCase(lambda: eg.QuantizedTensor(eg.full((1, 18), 0x7C, dtype="uint8"), "q4_0"), ValueError,
               ("QuantizedTensor", "infinite or NaN")),
     ErrorCase(lambda: eg.linear(eg.zeros(2, 3), eg.quantize(eg.zeros(4, 32))), ValueError,
