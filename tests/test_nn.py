@@ -420,6 +420,15 @@ def test_cross_attention_with_a_cache_looks_at_the_context_once() -> None:
     assert np.array_equal(first, again)
 
 
+def test_a_tape_that_saved_cached_keys_notices_what_is_added() -> None:
+    cache, one, w = nn.KeyValueCache(1, 2, 4, 8), eg.ones(1, 2, 1, 8), eg.ones(8, requires_grad=True)
+    for i in (0, 1):  # keys, values
+        loss = eg.sum(cache.append(one, one)[i] * w)
+        cache.append(one, one)
+        with pytest.raises(RuntimeError, match="saved at"):
+            loss.backward()
+
+
 def test_cache_errors() -> None:
     cache = nn.KeyValueCache(1, 2, 4, 8)
     k = eg.zeros(1, 2, 3, 8)
@@ -428,5 +437,7 @@ def test_cache_errors() -> None:
         cache.append(k, k)
     with pytest.raises(ValueError, match=r"KeyValueCache: got keys \(1, 3, 1, 8\)"):
         cache.append(eg.zeros(1, 3, 1, 8), eg.zeros(1, 3, 1, 8))
+    with pytest.raises(ValueError, match=r"KeyValueCache: got values \(1, 2, 1, 1\) after 3 positions.*\(1, 2, 1, 8\)"):
+        cache.append(eg.zeros(1, 2, 1, 8), eg.zeros(1, 2, 1, 1))
     with pytest.raises(RuntimeError, match="no gradient flows through a cache"):
         cache.append(eg.zeros(1, 2, 1, 8, requires_grad=True), eg.zeros(1, 2, 1, 8))

@@ -4,6 +4,7 @@ model of them gives the bits of the weights that they stand for."""
 from __future__ import annotations
 
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -171,6 +172,34 @@ def test_what_it_is(form: str) -> None:
     check_bits(again.tensor().numpy(), matrix.tensor().numpy(), check="a copy")
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_operands_may_be_lists_and_arrays(form: str) -> None:
+    x, bias, matrix = weights(2, 32, 0), weights(1, 3, 1)[0], stored(eg.tensor(weights(3, 32, 2)), form)
+    want = eg.linear(eg.tensor(x), matrix, eg.tensor(bias)).numpy()
+    for kind in (np.asarray, np.ndarray.tolist):
+        check_bits(eg.linear(kind(x), matrix, kind(bias)).numpy(), want, check=form)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES])
+def test_a_bias_of_another_type_widens_the_product(scheme: str) -> None:
+    """The blocks stand for exact numbers, in either type: q is small, and d has 11 bits."""
+    x, bias = weights(3, 64, 0), weights(1, 40, 1, dtype="float64")[0]
+    matrix = eg.quantize(eg.tensor(weights(40, 64, 2)), scheme)
+    meant = eg.tensor(blocks.decoded(matrix.blocks.numpy(), scheme))
+    want = eg.linear(eg.tensor(x).to("float64"), meant, eg.tensor(bias))
+    for given_as in (eg.tensor(bias), bias):
+        check_bits(eg.linear(eg.tensor(x), matrix, given_as).numpy(), want.numpy(), check=scheme)
+
+
+@pytest.mark.parametrize(("scheme", "at"), [("q8_0", 0), ("q4_0", 0), ("q4_1", 0), ("q4_1", 2)])
+def test_each_number_of_a_block_is_finite(scheme: str, at: int) -> None:
+    data = np.zeros((3, 5 * blocks.BLOCK_BYTES[scheme]), np.uint8)
+    for half in (np.inf, -np.inf, np.nan):
+        data.reshape(3, 5, -1)[2, 4, at:at + 2] = np.array([half], np.float16).view(np.uint8)
+        with pytest.raises(ValueError, match="QuantizedTensor: blocks hold a scale or minimum that is infinite or NaN"):
+            eg.QuantizedTensor(eg.tensor(data), scheme)
+
+
 def test_a_packed_matrix_is_the_matrix() -> None:
     for n, k in ((0, 5), (1, 1), (33, 7), (64, 32), (31, 0)):
         weight = weights(n, k, 1)
@@ -201,7 +230,7 @@ def as_stored(model: Transformer, form: str) -> Transformer:
     for name, module in twin.named_modules():
         read = small.get(name)
         if isinstance(module, eg.nn.MultiHeadAttention) and read.joined:
-            whole = read.joined[0].tensor()
+            whole = read.joined.weight.tensor()
             for part in (module.query, module.key, module.value):
                 part.weight, whole = eg.nn.Parameter(whole[:len(part.weight)]), whole[len(part.weight):]
         elif isinstance(getattr(read, "weight", None), StoredMatrix):
@@ -230,12 +259,12 @@ def test_every_matrix_is_stored_and_the_model_is_left_alone() -> None:
     gpt, llama, _ = models()
     before = {name: value.numpy().copy() for name, value in gpt.state_dict().items()}
     small = gpt.for_inference("q4_0")
+    assert not gpt.train().for_inference("packed").decoder.blocks[0].training and gpt.decoder.blocks[0].training
     kept = {name for name, _ in small.named_parameters()}
-    joined = ("query.bias", "key.bias", "value.bias")
-    assert kept == {name for name, p in gpt.named_parameters() if p.ndim == 1 and not name.endswith(joined)} \
-        | {"position_embedding.weight"}
-    assert repr(small).count("Linear(") == 3 and "query" not in repr(small)
-    assert llama.for_inference("packed").decoder.blocks[0].attention.joined[1] is None
+    joined = {name: re.sub(r"\b(query|key|value)\b", "joined", name) for name in before}
+    assert kept == {joined[name] for name, p in gpt.named_parameters() if p.ndim == 1} | {"position_embedding.weight"}
+    assert "joined: Linear(32, 96)" in repr(small) and "query" not in repr(small)
+    assert llama.for_inference("packed").decoder.blocks[0].attention.joined.bias is None
     assert isinstance(llama.for_inference("q8_0").embedding.weight, eg.Tensor)  # looked up, not multiplied
     for name, value in gpt.state_dict().items():
         check_bits(value.numpy(), before[name], check=name)
@@ -243,6 +272,8 @@ def test_every_matrix_is_stored_and_the_model_is_left_alone() -> None:
         small.state_dict()
     with pytest.raises(ValueError, match=r"Transformer.to: embedding.weight is QuantizedTensor.*which is only read"):
         small.to("float64")
+    with pytest.raises(ValueError, match=r"Transformer.for_inference: embedding.weight is QuantizedTensor.*only read"):
+        small.for_inference("packed")
     with pytest.raises(ValueError, match="for_inference: weights is 'q5', expected one of packed, q8_0, q4_0, q4_1"):
         gpt.for_inference("q5")
     narrow = Transformer(TransformerConfig.gpt2(**{**SIZES, "width": 34}))

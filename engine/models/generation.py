@@ -47,6 +47,9 @@ def generate(model: Transformer, prompt: Any, max_new_tokens: int, *, temperatur
     from then on stand at positions 0, 1 ...: so a step costs the same however long the text, and its prediction looks
     back on at least half a context.
 
+    Nothing is prepared behind this call. Who wants more than some ten tokens asks for it once: model.for_inference()
+    has the same weights in panels, and writes the same text sooner; for_inference("q8_0") has fewer bits to read.
+
     Raises ValueError at the call, with one line, for arguments outside their range.
     """
     text = _prompt(prompt)

@@ -264,7 +264,7 @@ class Transformer(Module):
         """
         hidden = self.hidden(tokens, source, lengths=lengths, source_lengths=source_lengths, segments=segments)
         x, weight, bias = self._last_layer(hidden)
-        if not isinstance(weight, Tensor):
+        if not isinstance(weight, Tensor):  # stored, and the fused loss is for training: it takes tensors only
             return ops.cross_entropy(ops.linear(x, weight, bias), targets, reduction=reduction)
         return ops.linear_cross_entropy(x, weight, targets, bias, reduction=reduction)
 
@@ -306,17 +306,17 @@ class Transformer(Module):
         """
         if weights != "packed" and weights not in SCHEMES:
             raise ValueError(f"for_inference: weights is {weights!r}, expected one of packed, {', '.join(SCHEMES)}")
-        def store(weight: Tensor) -> Any:
-            return ops.pack(weight) if weights == "packed" else ops.quantize(weight, weights)
-
+        self._refuse_stored("for_inference")
         made = self.twin().eval()
         tied = made.embedding if made.output is None else None
         for name, module in made.named_modules():  # a block before what it holds
             try:
                 if isinstance(module, Block):
-                    module.attention.join(store)
+                    module.attention.join()
                 elif isinstance(module, Linear) or module is tied:
-                    module.register_stored("weight", store(module.weight))
+                    weight = module.weight
+                    stored = ops.pack(weight) if weights == "packed" else ops.quantize(weight, weights)
+                    module.register_stored("weight", stored)
             except ValueError as error:
                 raise ValueError(f"for_inference: {name}: {error}") from None
         return made
@@ -332,10 +332,7 @@ class Transformer(Module):
         arXiv:2204.02311, appendix B.
         """
         config, time = self.config, time or self.config.context_length
-        modules = [module for _, module in self.named_modules()]
-        matrices = [m.weight for m in modules if isinstance(m, (Linear, Embedding))]
-        matrices += [m.joined[0] for m in modules if isinstance(m, MultiHeadAttention) and m.joined]  # for_inference
-        weights = sum(matrix.size for matrix in matrices)
+        weights = sum(m.weight.size for _, m in self.named_modules() if isinstance(m, (Linear, Embedding)))
         looked_up = [self.embedding if self.output is not None else None, self.position_embedding,
                      self.segment_embedding]
         weights -= sum(table.weight.size for table in looked_up if table is not None)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 from engine import ops
 from engine.autograd import is_grad_enabled
 from engine.backend import get_backend
 from engine.dtypes import DType, float32
 from engine.nn.layers import Linear
-from engine.nn.module import Module
+from engine.nn.module import Module, Parameter
 from engine.ops.attention import attend, turned
 from engine.tensor import Tensor
 
@@ -38,10 +36,10 @@ class KeyValueCache:
             raise RuntimeError("KeyValueCache: no gradient flows through a cache; use it under eg.no_grad()")
         stop = self.length + key.shape[2]
         expected = (*self.keys.shape[:2], key.shape[2], self.keys.shape[3])
-        if key.shape != expected or stop > self.capacity:
-            raise ValueError(f"KeyValueCache: got keys {key.shape} after {self.length} positions, expected {expected} "
-                             f"and at most {self.capacity} positions")
-        for kept, new in ((self.keys, key), (self.values, value)):
+        for what, kept, new in (("keys", self.keys, key), ("values", self.values, value)):
+            if new.shape != expected or stop > self.capacity:
+                raise ValueError(f"KeyValueCache: got {what} {new.shape} after {self.length} positions, expected "
+                                 f"{expected} and at most {self.capacity} positions")
             if new.device != kept.device or new.dtype is not kept.dtype:
                 raise ValueError(f"KeyValueCache: got {new.dtype} on {new.device}, expected {kept.dtype} on "
                                  f"{kept.device}")
@@ -85,17 +83,18 @@ class MultiHeadAttention(Module):
         self.key = Linear(width, inner, bias, std=std)
         self.value = Linear(width, inner, bias, std=std)
         self.output = Linear(width, width, bias, std=output_std)
-        self.joined: tuple[Any, Tensor | None] | None = None
+        self.joined: Linear | None = None
 
-    def join(self, store: Callable[[Tensor], Any]) -> None:
-        """Keep W_q, W_k and W_v one above the other, in the form that `store` makes: one product for all three.
+    def join(self) -> None:
+        """Put copies of W_q, W_k and W_v one above the other, in place of the three modules: one product for all.
 
-        For self-attention, and for inference: in place of the three modules.
+        For self-attention, and for inference: state dicts have the three.
         """
-        parts = (self.query, self.key, self.value)
+        parts, self.joined = (self.query, self.key, self.value), self.query.twin()
+        self.joined.weight = Parameter(ops.concat([part.weight for part in parts]))
         biases = [part.bias for part in parts if part.bias is not None]
-        joined = store(ops.concat([part.weight for part in parts]).detach())
-        self.register_stored("joined", (joined, ops.concat(biases).detach() if biases else None))
+        if biases:
+            self.joined.bias = Parameter(ops.concat(biases))
         for name in ("query", "key", "value"):
             delattr(self, name)
 
@@ -127,7 +126,7 @@ class MultiHeadAttention(Module):
     def _projected(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries from x, keys and values from x or the context, each (batch, length, its heads, d)."""
         if self.joined is not None:
-            all_heads = self._heads(ops.linear(x, *self.joined), self.heads + 2 * self.kv_heads)
+            all_heads = self._heads(self.joined(x), self.heads + 2 * self.kv_heads)
             keys, values = self.heads, self.heads + self.kv_heads
             return all_heads[:, :, :keys], all_heads[:, :, keys:values], all_heads[:, :, values:]
         source = x if context is None else context

@@ -75,10 +75,9 @@ class Module:
         self.__dict__[name] = value
 
     def _refuse_stored(self, what: str) -> None:
-        for prefix, module in self.named_modules():
-            for name, value in module._own("stored"):
-                raise ValueError(f"{type(self).__name__}.{what}: {prefix}.{name} is {value!r}, which is only read; use "
-                                 "the model that this one was made from")
+        for name, value in self._named("stored", False):
+            raise ValueError(f"{type(self).__name__}.{what}: {name} is {value!r}, which is only read; use the "
+                             "model that this one was made from")
 
     def _roles_of(self) -> dict[str, str]:
         roles: dict[str, str] = self.__dict__.setdefault("_roles", {})
