@@ -26,7 +26,7 @@ settings.register_profile("nightly", derandomize=False, **_COMMON,
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 
 # Hypothesis also draws constants that it finds in the modules loaded so far: another test before, or a line changed in
-# some tool, and a derandomized search goes elsewhere. It has no setting for this; test_testing.py sees that this works.
+# some tool, and a derandomized search goes elsewhere. It has no setting; test_strategies.py sees that this works.
 _NO_CONSTANTS = providers.Constants()
 providers._get_local_constants = lambda: _NO_CONSTANTS
 
