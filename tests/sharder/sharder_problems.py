@@ -187,40 +187,43 @@ def assert_same_bits(state, expected):
         assert np.asarray(state[name]).tobytes() == np.asarray(value).tobytes(), name
 
 
-class Threads:
-    """The driver of threads, under the suite's interface."""
+def assert_plain_training(cluster, committed, microbatches, clip_norm, clocks):
+    """After a run of so many clocks of the wide problem: the state, and what was told of each clock."""
+    states, losses, norms = plain(True, microbatches, clip_norm, clocks)
+    assert_same_bits(cluster.state(), states[clocks])
+    assert [c.clock for c in committed] == list(range(clocks))
+    assert [(c.loss, c.tokens) for c in committed] == losses[:clocks]
+    assert [c.norm for c in committed] == norms[:clocks]
 
-    @staticmethod
-    def make(**arguments):
-        return make(ParameterServer, **arguments)
+
+class Served:
+    """A driver of real programs, under the suite's interface. kind: its server"""
+
+    @classmethod
+    def make(cls, **arguments):
+        return make(cls.kind, **arguments)
 
     @staticmethod
     def run(cluster, clocks, seed=0):
         return list(cluster.run(program, clocks))
 
 
-class Simulator:
-    """The simulator, under the suite's interface."""
+class Threads(Served):
+    kind = ParameterServer
 
-    @staticmethod
-    def make(**arguments):
-        return make(Simulation, **arguments)
+
+class Processes(Served):
+    kind = ProcessServer
+
+
+class Simulator(Served):
+    """It has no programs, but what they compute."""
+
+    kind = Simulation
 
     @staticmethod
     def run(cluster, clocks, seed=0):
         return cluster.run(gradient, clocks, seed).committed
-
-
-class Processes:
-    """The driver of processes, under the suite's interface."""
-
-    @staticmethod
-    def make(**arguments):
-        return make(ProcessServer, **arguments)
-
-    @staticmethod
-    def run(cluster, clocks, seed=0):
-        return list(cluster.run(program, clocks))
 
 
 DRIVERS = [Threads, Simulator, Processes]

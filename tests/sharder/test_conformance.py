@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sharder_problems import DRIVERS, Processes, assert_same_bits, plain
+from sharder_problems import DRIVERS, Processes, assert_plain_training, assert_same_bits, plain
 
 CLOCKS = 3
 
@@ -22,13 +22,9 @@ GRID = [(driver, workers, shards) for driver in DRIVERS for workers in range(1, 
 def test_every_number_of_workers_and_shards_gives_the_bits_of_plain_training(driver, workers, shards):
     cases = ((1, None), (3, 1.0), (4, 0.5), (6, None))
     for microbatches, clip_norm in (cases[(workers + 2 * shards) % 4],) if driver is Processes else cases:
-        states, losses, norms = plain(True, microbatches, clip_norm, CLOCKS)
         cluster = driver.make(wide=True, workers=workers, shards=shards, microbatches=microbatches, clip_norm=clip_norm)
         committed = driver.run(cluster, CLOCKS, seed=workers * 10 + shards)
-        assert_same_bits(cluster.state(), states[CLOCKS])
-        assert [(c.loss, c.tokens) for c in committed] == losses[:CLOCKS]
-        assert [c.norm for c in committed] == norms[:CLOCKS]
-        assert [c.clock for c in committed] == list(range(CLOCKS))
+        assert_plain_training(cluster, committed, microbatches, clip_norm, CLOCKS)
 
 
 def test_clipping_does_clip_here():

@@ -10,31 +10,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from random import Random
 
 import kills
 import pytest
+import sharder_supervised as supervised
 from kills import Killer
-from sharder_problems import Momentum, assert_same_bits, gradient, make, plain, program
+from sharder_problems import Momentum, assert_same_bits, program
+from sharder_supervised import Breaking, expected, slow_program
 
 from engine.sharder.consistency import Consistency
 from engine.sharder.drivers import child, post
-from engine.sharder.drivers.plain import Plain
 from engine.sharder.drivers.processes import ProcessServer
 from engine.sharder.drivers.supervisor import WorkFailed
-from engine.sharder.memory import Checkpoint
 from engine.sharder.wire import Hello, arithmetic
 
 TESTS = Path(__file__).parent
-
-
-def server_of(**arguments):
-    return make(ProcessServer, **{"workers": 2, "shards": 2, "microbatches": 3, "save_every": 2, **arguments})
-
-
-def expected(clock):
-    return plain(False, 3, None, 8)[0][clock]
+SLOW = partial(slow_program, seconds=0.01)
+server_of = partial(supervised.server_of, ProcessServer)
 
 
 def children():
@@ -57,27 +52,13 @@ def nothing_is_left(tmp_path, monkeypatch):
 
 # ── killed ────────────────────────────────────────────────────────────────────────────────────────────
 
-def slow_program(client):
-    """As program, with time for something to be killed in."""
-    while client.clock():
-        parameters = client.pull()
-        for index in client.microbatches:
-            time.sleep(0.01)
-            client.push(index, *gradient(parameters, client.step, index))
-
-
 @pytest.mark.parametrize(("durability", "workers", "shards"), [("snapshot", 2, 2), ("log", 2, 3), ("snapshot", 3, 1)])
 def test_killed_at_any_moment_and_still_the_same_bits(durability, workers, shards):
-    states, losses, norms = plain(True, 4, 1.0, 6)
-    server = make(ProcessServer, wide=True, durability=durability, workers=workers, shards=shards, microbatches=4,
-                  clip_norm=1.0, save_every=2)
+    server = server_of(wide=True, durability=durability, workers=workers, shards=shards, microbatches=4, clip_norm=1.0)
     draw = Random(workers * 10 + shards)
     plan = [(draw.uniform(0.001, 0.03), kind) for kind in ("shard", "worker", "coordinator", "shard", "coordinator")]
-    with Killer(server, plan, draw) as killer:
-        done = list(server.run(slow_program, 6))
-    assert_same_bits(server.state(), states[6])
-    assert [(c.clock, c.loss, c.tokens, c.norm) for c in done] == [
-        (i, *loss, norm) for i, (loss, norm) in enumerate(zip(losses[:6], norms[:6]))]
+    killer = Killer(server, plan, draw)
+    supervised.check_bits_when_machines_are_lost(server, SLOW, killer)
     assert killer.killed
 
 
@@ -90,23 +71,15 @@ def test_what_workers_push_is_counted_and_who_came_back():
         assert server.pushed.sent == server.pushed.dense == runs * 2 * 3 * size
         assert server.returns == 0
     with Killer(server, [(0.02, "shard")], Random(0)) as killer:
-        list(server.run(slow_program, 6))
+        list(server.run(SLOW, 6))
     assert server.returns == len(killer.killed) == 1
 
 
 @pytest.mark.parametrize("consistency", ["ssp:1", Consistency(backups=1)])
 def test_what_is_committed_stays_so_with_logs(consistency):
-    """The state is that of plain training along the course that was taken."""
-    server = server_of(consistency=consistency, microbatches=3)
-    origin = server.checkpoint()
+    server = server_of(consistency=consistency)
     plan = [(0.05, "shard"), (0.03, "coordinator"), (0.03, "worker"), (0.03, "shard")]
-    with Killer(server, plan, Random(0)) as killer:
-        done = list(server.run(slow_program, 6))
-    course = tuple((c.version, tuple(i for i in range(3) if i not in c.dropped)) for c in done)
-    right = Plain(server.setup, Checkpoint(0, origin.parameters, dict.fromkeys(origin.slots)), gradient).after(course)
-    assert_same_bits(server.checkpoint().parameters, right.parameters)
-    assert_same_bits(server.checkpoint().slots["velocity"], right.slots["velocity"])
-    assert killer.killed
+    supervised.check_course_when_machines_are_lost(server, SLOW, Killer(server, plan, Random(0)))
 
 
 def test_asp_takes_every_push_once():
@@ -171,44 +144,12 @@ def test_an_answer_that_comes_late_is_not_mistaken_for_the_present_state():
 
 # ── a clean end ───────────────────────────────────────────────────────────────────────────────────────
 
-def failing_program(client):
-    while client.clock():
-        parameters = client.pull()
-        for index in client.microbatches:
-            if (client.worker, client.step) == (1, 2):
-                raise ZeroDivisionError("by worker 1")
-            client.push(index, *gradient(parameters, client.step, index))
-
-
 def test_an_exception_in_a_worker_is_raised_in_the_caller_with_its_text():
-    server = server_of()
-    done = []
-    with pytest.raises(WorkFailed, match=r"(?s)ZeroDivisionError: by worker 1.*in failing_program"):
-        for committed in server.run(failing_program, clocks=5):
-            done.append(committed.clock)
-    assert done == [0, 1]
-    assert_same_bits(server.state(), expected(2))
-    list(server.run(program, clocks=2))
-    assert_same_bits(server.state(), expected(4))
-
-
-class Breaking(Momentum):
-    def apply(self, k, new_param, new_state, param, state, grad, step, *how):
-        if step == 3:
-            raise FloatingPointError("in the rule")
-        super().apply(k, new_param, new_state, param, state, grad, step, *how)
+    supervised.check_exception_in_a_worker(server_of())
 
 
 def test_an_exception_in_a_rule_is_raised_and_what_it_left_is_not_mistaken_for_a_state():
-    server = server_of(rule=Breaking())
-    saved = None
-    with pytest.raises(WorkFailed, match="FloatingPointError: in the rule"):
-        for _ in server.run(program, clocks=5):
-            saved = server.state()
-    with pytest.raises(RuntimeError, match=r"load\(\) a saved"):
-        server.state()
-    server.load(saved)
-    assert server.clock == 2
+    supervised.check_exception_in_a_rule(server_of(rule=Breaking()))
 
 
 @pytest.mark.parametrize(("end", "error"), [
@@ -221,50 +162,16 @@ def test_a_program_that_ends_too_early_is_an_error(end, error):
         list(server_of().run(end, clocks=1))
 
 
-def test_leaving_the_loop_ends_the_run_between_two_clocks():
-    server = server_of()
-    for committed in server.run(program):
-        if committed.clock == 2:
-            break
-    assert_same_bits(server.state(), expected(3))
-    with pytest.raises(KeyError):
-        for _ in server.run(program):
-            raise KeyError
-    assert_same_bits(server.state(), expected(4))
-
-
-def test_programs_clean_up_when_the_run_is_ended(tmp_path):
-    def tidy(client):
-        try:
-            program(client)
-        finally:
-            (tmp_path / f"tidy {client.worker}").touch()
-
-    next(server_of().run(tidy))
-    assert len(list(tmp_path.glob("tidy *"))) == 2
+def test_leaving_the_loop_ends_the_run_between_two_clocks_and_programs_clean_up(tmp_path):
+    supervised.check_leaving_the_loop(server_of(), tmp_path)
 
 
 def test_an_interrupt_ends_the_run_at_the_end_of_its_clock():
-    def interrupting(client):
-        while client.clock():
-            parameters = client.pull()
-            for index in client.microbatches:
-                if (client.step, index) == (2, 0):
-                    os.kill(os.getppid(), signal.SIGINT)
-                client.push(index, *gradient(parameters, client.step, index))
-
-    server, done = server_of(), []
-    with pytest.raises(KeyboardInterrupt):
-        for committed in server.run(interrupting, clocks=6):
-            done.append(committed.clock)
-    assert done == [0, 1, 2]
-    assert_same_bits(server.state(), expected(3))
+    supervised.check_interrupt(server_of())
 
 
 def test_what_dies_again_and_again_is_no_accident(monkeypatch):
-    monkeypatch.setattr("engine.sharder.drivers.supervisor.DEATHS", 3)
-    with pytest.raises(WorkFailed, match=r"worker \d: its process died 3 times in clock 0, the last time by signal 9"):
-        list(server_of().run(lambda client: os.kill(os.getpid(), signal.SIGKILL), clocks=1))
+    supervised.check_what_dies_again_and_again(server_of(), monkeypatch, 3, "by signal 9")
 
 
 ORPHANS = """

@@ -1,5 +1,5 @@
-"""The driver of Ray actors: the conformance suite on three raylets of this machine, actors and nodes that are lost, and
-what cannot be. `make test-ray` runs what needs a cluster."""
+"""The driver of Ray actors on three raylets of this machine: the conformance suite, actors and nodes that are lost, and
+the ends of a run. `make test-ray` runs this; what needs no cluster is in test_ray_mail.py."""
 
 from __future__ import annotations
 
@@ -7,145 +7,34 @@ import contextlib
 import importlib
 import os
 import signal
-import socket
-import sys
 import threading
 import time
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
+import sharder_supervised as supervised
 import test_conformance
-from sharder_problems import Momentum, assert_same_bits, gradient, make, plain, program
+from sharder_problems import Served, assert_plain_training, assert_same_bits, gradient, plain, program
+from sharder_raylets import NODES, machines, one_less, raylets
+from sharder_supervised import Breaking, expected, slow_program
 
-import engine as eg
-from engine.backend import get_backend
 from engine.sharder.consistency import Consistency
-from engine.sharder.drivers import ray_mail, ray_server
-from engine.sharder.drivers.plain import Plain
+from engine.sharder.drivers import ray_server
 from engine.sharder.drivers.ray_server import RayServer
 from engine.sharder.drivers.supervisor import WorkFailed
-from engine.sharder.encoding import WireError
-from engine.sharder.events import worker_address
-from engine.sharder.memory import Checkpoint
-from engine.sharder.messages import Parameters
-from engine.sharder.versions import Version
 
-TESTS, ROOT = Path(__file__).parent, Path(__file__).parents[2]
-STORE = 200 << 20  # bytes of each node's object store
-NODES = 3
-# A raylet that is gone is noticed within a second, not within Ray's usual fifteen.
-HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_timeout_ms": 2000,
-          "health_check_failure_threshold": 5}
-
-
-# ── without a cluster ─────────────────────────────────────────────────────────────────────────────────
-
-def test_without_ray_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ModuleNotFoundError, match=r"^RayServer: the package 'ray' is not installed .*; run: pip "
-                                                  r"install 'shardgrad\[cluster\]'$"):
-        make(RayServer, microbatches=1)
-
-
-@pytest.mark.parametrize(("arguments", "error"), [
-    ({"compress": "int8"}, "RayServer: compress is 'int8'.*expected None"),
-    ({"durability": "snapshot", "consistency": "ssp:1"}, "RayServer: durability is 'snapshot', expected log, the only"),
-    ({"options": {"server": {}}}, "RayServer: options has 'server', expected coordinator, shard, worker"),
-])
-def test_what_cannot_be_configured(monkeypatch, arguments, error):
-    monkeypatch.setattr(ray_server, "ray_module", lambda: None)
-    with pytest.raises(ValueError, match=f"^{error}"):
-        make(RayServer, microbatches=2, **arguments)
-
-
-def test_a_ray_that_cannot_be_started_is_one_line(monkeypatch):
-    def init(**_):
-        raise RuntimeError("no room\n  for a store")
-
-    module = SimpleNamespace(init=init, is_initialized=lambda: False)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ConnectionError, match=r"^RayServer: no Ray cluster here: RuntimeError: no room for a store$"):
-        ray_server.connect(module, None)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))  # and does not listen
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(ConnectionError, match=f"^RayServer: no Ray cluster at {address}: ConnectionRefusedError: "):
-            ray_server.connect(module, address)
-
-
-def test_large_arrays_lie_elsewhere_and_are_put_there_once():
-    """A version that two workers pull, as a third one of another version, is an object once; what arrives is a view."""
-    k, puts, sent = get_backend("reference"), [], []
-    sender = ray_mail.Sender(SimpleNamespace(put=lambda arrays: puts.append(arrays) or arrays))
-    sender.tell = {worker_address(w): lambda *letter: sent.append(letter) for w in range(3)}
-    versions = [Version(n, False, k.full((1 << 15,), float(n), eg.float32)) for n in (1, 2)]
-    for worker in range(3):
-        version = versions[worker // 2]
-        sender.send(worker_address(worker), Parameters(worker, 0, 0, 1, version.number, version))
-    sender.send(worker_address(9), None)  # who is not known
-    assert [len(arrays) for arrays in puts] == [1, 1] and len(sent) == 3
-    for worker, letter in enumerate(sent):
-        found = ray_mail.read(letter).values.flat.data
-        assert np.shares_memory(found, puts[worker // 2][0]) and not found.flags.writeable
-        assert (found == 1 + worker // 2).all() and len(letter[0]) < 200
-
-
-def test_pieces_are_cut_where_each_begins_and_nowhere_else():
-    arrays = [np.arange(n, dtype=dtype) for n, dtype in ((5, "float32"), (16, "float64"), (1, "uint8"), (7, "int16"))]
-    pieces, start = ray_mail.Pieces(arrays), 0
-    for array in arrays:
-        start += -start % 64
-        assert np.array_equal(np.frombuffer(pieces[start:start + array.nbytes], array.dtype), array)
-        with pytest.raises(WireError, match=f"{array.nbytes} bytes of an array, expected {array.nbytes + 1}"):
-            pieces[start:start + array.nbytes + 1]
-        start += array.nbytes
-    assert len(pieces) == start
-    with pytest.raises(WireError, match="0 bytes of an array, expected 8"):
-        pieces[8:16]
+SLOW = partial(slow_program, seconds=0.1)
+server_of = partial(supervised.server_of, RayServer)
 
 
 # ── on three raylets ──────────────────────────────────────────────────────────────────────────────────
-
-@contextlib.contextmanager
-def raylets():
-    """A cluster of three nodes on this machine, to which this process is connected."""
-    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'shardgrad[cluster]'")
-    from ray.cluster_utils import Cluster
-
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tools", TESTS)))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": paths, "ENGINE_NUM_THREADS": "1"}.items():
-            patch.setenv(name, value)
-        cluster = Cluster()
-        try:
-            cluster.add_node(num_cpus=2, object_store_memory=STORE, include_dashboard=False, _system_config=HEALTH)
-            for _ in range(NODES - 1):
-                cluster.add_node(num_cpus=2, object_store_memory=STORE)
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
-            yield cluster
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
-
 
 @pytest.fixture(scope="module")
 def cluster():
     with raylets() as cluster:
         yield cluster
-
-
-def machines():
-    """The processes of our actors: Ray names each after its class."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(b"ray::Machine"):
-                found.add(path.parent.name)
-    return found
 
 
 @pytest.fixture(autouse=True)
@@ -161,24 +50,8 @@ def nothing_is_left(tmp_path, monkeypatch):
     assert left <= before
 
 
-def server_of(**arguments):
-    return make(RayServer, **{"workers": 2, "shards": 2, "microbatches": 3, "save_every": 2, **arguments})
-
-
-def expected(clock):
-    return plain(False, 3, None, 8)[0][clock]
-
-
-class Rays:
-    """The driver of Ray actors, under the conformance suite's interface."""
-
-    @staticmethod
-    def make(**arguments):
-        return make(RayServer, **arguments)
-
-    @staticmethod
-    def run(cluster, clocks, seed=0):
-        return list(cluster.run(program, clocks))
+class Rays(Served):
+    kind = RayServer
 
 
 @pytest.fixture
@@ -207,12 +80,8 @@ test_no_clock_changes_nothing = shared(test_conformance.test_no_clock_changes_no
                          [(1, 1, 1, None), (2, 3, 3, 1.0), (3, 2, 4, 0.5), (4, 5, 6, None)])
 def test_every_number_of_workers_and_shards_gives_the_bits_of_plain_training(cluster, workers, shards, microbatches,
                                                                              clip_norm):
-    states, losses, norms = plain(True, microbatches, clip_norm, 3)
     server = server_of(wide=True, workers=workers, shards=shards, microbatches=microbatches, clip_norm=clip_norm)
-    committed = list(server.run(program, 3))
-    assert_same_bits(server.state(), states[3])
-    assert [(c.clock, c.loss, c.tokens, c.norm) for c in committed] == [
-        (i, *loss, norm) for i, (loss, norm) in enumerate(zip(losses[:3], norms[:3]))]
+    assert_plain_training(server, list(server.run(program, 3)), microbatches, clip_norm, 3)
 
 
 def program_in_the_store(client):
@@ -236,15 +105,6 @@ def test_what_is_pulled_is_read_where_it_lies_in_the_store(cluster):
 
 
 # ── lost ──────────────────────────────────────────────────────────────────────────────────────────────
-
-def slow_program(client):
-    """As program, with time for something to be lost in."""
-    while client.clock():
-        parameters = client.pull()
-        for index in client.microbatches:
-            time.sleep(0.1)
-            client.push(index, *gradient(parameters, client.step, index))
-
 
 class Killer(threading.Thread):
     """Kills actors at given moments, by turns with Ray's own call and with SIGKILL. plan: (seconds since the one
@@ -284,42 +144,21 @@ class Killer(threading.Thread):
 @pytest.mark.slow
 @pytest.mark.parametrize(("durability", "workers", "shards"), [("snapshot", 2, 2), ("log", 2, 3)])
 def test_killed_at_any_moment_and_still_the_same_bits(cluster, durability, workers, shards):
-    states, losses, norms = plain(True, 4, 1.0, 6)
     server = server_of(wide=True, durability=durability, workers=workers, shards=shards, microbatches=4, clip_norm=1.0)
     draw = Random(workers * 10 + shards)
     kinds = ("shard", "worker", "coordinator", "coordinator", "shard", "worker", "shard")
     plan = [(2.0, "shard")] + [(draw.uniform(0.0, 1.5), kind) for kind in kinds]
-    with Killer(server, plan, draw) as killer:
-        done = list(server.run(slow_program, 6))
-    assert_same_bits(server.state(), states[6])
-    assert [(c.clock, c.loss, c.tokens, c.norm) for c in done] == [
-        (i, *loss, norm) for i, (loss, norm) in enumerate(zip(losses[:6], norms[:6]))]
+    killer = Killer(server, plan, draw)
+    supervised.check_bits_when_machines_are_lost(server, SLOW, killer)
     assert len(killer.killed) >= 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("consistency", ["ssp:1", Consistency(backups=1)])
 def test_what_is_committed_stays_so_with_logs(cluster, consistency):
-    """The state is that of plain training along the course that was taken."""
     server = server_of(consistency=consistency)
-    origin = server.checkpoint()
     plan = [(3.0, "shard"), (0.3, "coordinator"), (0.3, "worker"), (1.0, "shard")]
-    with Killer(server, plan, Random(0)) as killer:
-        done = list(server.run(slow_program, 6))
-    course = tuple((c.version, tuple(i for i in range(3) if i not in c.dropped)) for c in done)
-    right = Plain(server.setup, Checkpoint(0, origin.parameters, dict.fromkeys(origin.slots)), gradient).after(course)
-    assert_same_bits(server.checkpoint().parameters, right.parameters)
-    assert_same_bits(server.checkpoint().slots["velocity"], right.slots["velocity"])
-    assert killer.killed
-
-
-@contextlib.contextmanager
-def one_less(cluster):
-    """A node that may be removed; there are as many as before afterwards."""
-    node = next(iter(cluster.worker_nodes))
-    yield node
-    assert node not in cluster.worker_nodes
-    cluster.add_node(num_cpus=2, object_store_memory=STORE)
+    supervised.check_course_when_machines_are_lost(server, SLOW, Killer(server, plan, Random(0)))
 
 
 @pytest.mark.slow
@@ -327,7 +166,7 @@ def one_less(cluster):
 def test_a_node_that_is_gone_takes_its_actors_along_and_they_come_back_elsewhere(cluster, durability):
     server = server_of(durability=durability, workers=3, shards=3)
     with one_less(cluster) as node:
-        for done in server.run(slow_program, 6):
+        for done in server.run(SLOW, 6):
             if done.clock == 1:
                 before, places = server.actors(), {address: place for address, (place, _) in server.processes().items()}
                 lost = {address for address, place in places.items() if place == node.node_id}
@@ -347,7 +186,7 @@ def test_actors_that_are_only_thought_to_be_dead_change_nothing(cluster, durabil
     server, after = server_of(durability=durability, workers=3, shards=3), 0
     with one_less(cluster) as node:
         raylet = node.all_processes["raylet"][0].process.pid
-        for done in server.run(slow_program):
+        for done in server.run(SLOW):
             if done.clock == 1:
                 before, places = server.actors(), server.processes()
                 cut_off = {address: pid for address, (place, pid) in places.items() if place == node.node_id}
@@ -393,91 +232,31 @@ def test_the_default_model_on_three_raylets_ends_with_the_hash_of_training_in_pr
 
 # ── a clean end ───────────────────────────────────────────────────────────────────────────────────────
 
-def failing_program(client):
-    while client.clock():
-        parameters = client.pull()
-        for index in client.microbatches:
-            if (client.worker, client.step) == (1, 2):
-                raise ZeroDivisionError("by worker 1")
-            client.push(index, *gradient(parameters, client.step, index))
-
-
 @pytest.mark.slow
 def test_an_exception_in_a_worker_is_raised_in_the_caller_with_its_text(cluster):
-    server = server_of()
-    done = []
-    with pytest.raises(WorkFailed, match=r"(?s)ZeroDivisionError: by worker 1.*in failing_program"):
-        for committed in server.run(failing_program, clocks=5):
-            done.append(committed.clock)
-    assert done == [0, 1]
-    assert_same_bits(server.state(), expected(2))
-    list(server.run(program, clocks=2))
-    assert_same_bits(server.state(), expected(4))
-
-
-class Breaking(Momentum):
-    def apply(self, k, new_param, new_state, param, state, grad, step, *how):
-        if step == 3:
-            raise FloatingPointError("in the rule")
-        super().apply(k, new_param, new_state, param, state, grad, step, *how)
+    supervised.check_exception_in_a_worker(server_of())
 
 
 @pytest.mark.slow
 def test_an_exception_in_a_rule_is_raised_and_what_it_left_is_not_mistaken_for_a_state(cluster, monkeypatch):
     monkeypatch.setattr("engine.sharder.drivers.supervisor.STANDING", 1.0)
-    server = server_of(rule=Breaking())
-    with pytest.raises(WorkFailed, match="FloatingPointError: in the rule"):
-        for _ in server.run(program, clocks=5):
-            saved = server.state()
-    with pytest.raises(RuntimeError, match=r"load\(\) a saved"):
-        server.state()
-    server.load(saved)
-    assert server.clock == 2
+    supervised.check_exception_in_a_rule(server_of(rule=Breaking()))
 
 
 @pytest.mark.slow
 def test_what_dies_again_and_again_is_no_accident(cluster, monkeypatch):
-    monkeypatch.setattr("engine.sharder.drivers.supervisor.DEATHS", 2)
-    with pytest.raises(WorkFailed, match=r"worker \d: its process died 2 times in clock 0, the last time as Ray says: "
-                                         r"The actor is dead because its worker process has died"):
-        list(server_of().run(lambda client: os.kill(os.getpid(), signal.SIGKILL), clocks=1))
+    supervised.check_what_dies_again_and_again(
+        server_of(), monkeypatch, 2, "as Ray says: The actor is dead because its worker process has died")
 
 
 @pytest.mark.slow
 def test_leaving_the_loop_ends_the_run_between_two_clocks_and_programs_clean_up(cluster, tmp_path):
-    def tidy(client):
-        try:
-            program(client)
-        finally:
-            (tmp_path / f"tidy {client.worker}").touch()
-
-    server = server_of()
-    for committed in server.run(tidy):
-        if committed.clock == 2:
-            break
-    assert_same_bits(server.state(), expected(3))
-    assert len(list(tmp_path.glob("tidy *"))) == 2
+    supervised.check_leaving_the_loop(server_of(), tmp_path)
 
 
 @pytest.mark.slow
 def test_an_interrupt_ends_the_run_at_the_end_of_its_clock(cluster):
-    caller = os.getpid()
-
-    def interrupting(client):
-        while client.clock():
-            parameters = client.pull()
-            for index in client.microbatches:
-                if (client.step, index) == (2, 0):
-                    os.kill(caller, signal.SIGINT)
-                    time.sleep(0.5)
-                client.push(index, *gradient(parameters, client.step, index))
-
-    server, done = server_of(), []
-    with pytest.raises(KeyboardInterrupt):
-        for committed in server.run(interrupting, clocks=6):
-            done.append(committed.clock)
-    assert done == [0, 1, 2]
-    assert_same_bits(server.state(), expected(3))
+    supervised.check_interrupt(server_of())
 
 
 @pytest.mark.slow
