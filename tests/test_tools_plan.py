@@ -229,6 +229,8 @@ def test_the_best_is_the_fewest_shards_that_are_fast_enough():
     ([*BASE, "--bandwidth", "fast"], "argument --bandwidth: got 'fast', expected a number and one of kbit/s"),
     ([*BASE, "--bandwidth", "0GB/s"], "--bandwidth is 0, expected more than 0"),
     ([*BASE, "--parameters", "1x"], "argument --parameters: got '1x', expected a number"),
+    ([*BASE, "--parameters", "1e999"], "argument --parameters: got '1e999', expected a number"),
+    ([*BASE, "--parameters", "1.2.3"], "argument --parameters: got '1.2.3', expected a number"),
     ([*BASE, "--shards", "0"], "--shards is 0, expected at least 1"),
     ([*BASE, "--shards", "2", "--scan", "1,2"], "expected --shards or --scan, not both"),
     ([*BASE, "--scan", "1,x"], "argument --scan: got '1,x', expected numbers of shards"),

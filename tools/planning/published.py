@@ -19,7 +19,6 @@ BACKWARD = 2 / 3  # the share of a step's work after which gradients begin to be
 
 @dataclass(frozen=True)
 class Comparison:
-    case: str
     what: str
     predicted: float
     published: float
@@ -32,16 +31,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Case:
-    """compare: simulates, and yields what is compared"""
-
     name: str
     source: str
     note: str
-    compare: Callable[[], Iterator[tuple[str, float, float, str]]]
-
-    def comparisons(self) -> Iterator[Comparison]:
-        for what, predicted, published, unit in self.compare():
-            yield Comparison(self.name, what, predicted, published, unit)
+    comparisons: Callable[[], Iterator[Comparison]]  # simulates
 
 
 def images(parameters: float, instances: int, servers: int, batch: int, alone: float, gigabits: float,
@@ -60,26 +53,26 @@ EC2 = {  # model: parameters, images of 8 GPUs a step, images/s of 8 GPUs, and b
 }
 
 
-def tensorflow_ec2() -> Iterator[tuple[str, float, float, str]]:
+def tensorflow_ec2() -> Iterator[Comparison]:
     for model, (parameters, batch, alone, measured) in EC2.items():
         for gpus, (servers, rate) in measured.items():
-            yield (f"{model}, {gpus} GPUs on {gpus // 8} machines, {servers} servers",
-                   images(parameters, gpus // 8, servers, batch, alone, 10), rate, "images/s")
+            yield Comparison(f"{model}, {gpus} GPUs on {gpus // 8} machines, {servers} servers",
+                             images(parameters, gpus // 8, servers, batch, alone, 10), rate, "images/s")
 
 
 NULL_STEPS = {100e6: (0.147, 0.613), 1e9: (1.01, 7.16)}  # bytes: seconds of 1 and of 100 workers
 
 
-def tensorflow_null() -> Iterator[tuple[str, float, float, str]]:
+def tensorflow_null() -> Iterator[Comparison]:
     (small, (t1, _)), (large, (t2, _)) = NULL_STEPS.items()
     bandwidth = 2 * (large - small) / (t2 - t1)  # there and back
     fixed = t1 - 2 * small / bandwidth
     for size, (_, measured) in NULL_STEPS.items():
         plan = Plan(size / 4, 100, fixed, shards=16, bandwidth=bandwidth)
-        yield f"{size / 1e6:,.0f} MB, 100 workers, 16 servers", predict(plan, clocks=3).step, measured, "s"
+        yield Comparison(f"{size / 1e6:,.0f} MB, 100 workers, 16 servers", predict(plan, clocks=3).step, measured, "s")
 
 
-def stragglers() -> Iterator[tuple[str, float, float, str]]:
+def stragglers() -> Iterator[Comparison]:
     """When the 98th of 100 gradients is in, from when all are."""
     usual, limit, all_in, clocks = 1.5, 2.0, 0.30, 120
     late = 1 - all_in ** (1 / 100)  # of one worker
@@ -90,19 +83,20 @@ def stragglers() -> Iterator[tuple[str, float, float, str]]:
             arrivals.setdefault(event.clock, []).append(time)
     began = [0.0, *history.committed_at]
     within = sum(arrivals[clock][97] - began[clock] < limit for clock in range(clocks))
-    yield f"steps whose 98th of 100 gradients is in within {limit:g} s", 100 * within / clocks, 80, "%"
+    yield Comparison(f"steps whose 98th of 100 gradients is in within {limit:g} s", 100 * within / clocks, 80, "%")
 
 
-def byteps_analysis() -> Iterator[tuple[str, float, float, str]]:
+def byteps_analysis() -> Iterator[Comparison]:
     size, n, bandwidth = 2.0**30, 8, 100 * GIGABIT
     for placement, published in (("shared", 2 * (n - 1) / n * size / bandwidth), ("dedicated", size / bandwidth)):
         plan = Plan(size / 4, n, 0.0, shards=n, placement=placement, bandwidth=bandwidth)
-        yield f"1 GiB, {n} workers, {n} {placement} servers, 100 Gbit/s", predict(plan, clocks=3).step, published, "s"
+        yield Comparison(f"1 GiB, {n} workers, {n} {placement} servers, 100 Gbit/s", predict(plan, clocks=3).step,
+                         published, "s")
 
 
-def byteps_measured() -> Iterator[tuple[str, float, float, str]]:
-    yield ("ResNet-50, 2 machines of one V100, 2 servers, 21.1 Gbit/s",
-           images(25.6e6, 2, 2, 32, 335.1, 21.1, placement="dedicated"), 389, "images/s")
+def byteps_measured() -> Iterator[Comparison]:
+    yield Comparison("ResNet-50, 2 machines of one V100, 2 servers, 21.1 Gbit/s",
+                     images(25.6e6, 2, 2, 32, 335.1, 21.1, placement="dedicated"), 389, "images/s")
 
 
 CASES = (

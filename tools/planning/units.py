@@ -4,42 +4,39 @@ from __future__ import annotations
 
 import argparse
 import re
-from math import inf
+from collections.abc import Mapping
+from math import inf, isfinite
 
+PREFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-RATES = {prefix + unit: scale * size for prefix, scale in (("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12))
+RATES = {prefix + unit: scale * size for prefix, scale in PREFIXES.items()
          for unit, size in (("bit/s", 0.125), ("B/s", 1.0))}
 
 
 def seconds(text: str) -> float:
     """ "50us" → 5e-05 """
-    return _with_unit(text, SECONDS, "50us")
+    return _with_unit(text, SECONDS, f"a number and one of {', '.join(SECONDS)}, as in 50us")
 
 
 def rate(text: str) -> float:
     """Bytes a second: "10Gbit/s" → 1.25e9; "inf"."""
-    return inf if text == "inf" else _with_unit(text, RATES, "10Gbit/s")
-
-
-def _with_unit(text: str, units: dict[str, float], example: str) -> float:
-    parts = re.fullmatch(r"([\d.]+(?:e[-+]?\d+)?)\s*([a-zA-Z/]+)", text)
-    try:
-        value = float(parts[1]) * units[parts[2]] if parts else None
-    except (ValueError, KeyError):
-        value = None
-    if value is None:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number and one of {', '.join(units)}, "
-                                         f"as in {example}")
-    return value
+    return inf if text == "inf" else _with_unit(text, RATES, f"a number and one of {', '.join(RATES)}, as in 10Gbit/s")
 
 
 def number(text: str) -> float:
     """ "124M" → 124e6 """
-    parts = re.fullmatch(r"([\d.]+(?:e\+?\d+)?)([kMGT]?)", text)
+    return _with_unit(text, {"": 1.0, **PREFIXES}, "a number, as in 124M or 6.7e9")
+
+
+def _with_unit(text: str, units: Mapping[str, float], expected: str) -> float:
+    parts = re.fullmatch(r"([\d.]+(?:e[-+]?\d+)?)\s*([a-zA-Z/]*)", text)
     try:
-        return float(parts[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[parts[2]]  # type: ignore[index]
-    except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number, as in 124M or 6.7e9") from None
+        value = float(parts[1]) * units[parts[2]] if parts else inf
+    except (ValueError, KeyError):
+        value = inf
+    if not isfinite(value):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+    return value
 
 
 def show_seconds(value: float) -> str:
