@@ -84,6 +84,13 @@ def test_ssp_hides_stalls_and_a_backup_worker_a_slow_one():
     assert predict(slow).mean == 6.0 and predict(slow.with_(backups=1)).mean < 2.0
 
 
+def test_one_slow_step_in_fifty_is_in_the_mean_alone():
+    found = predict(Plan(1e3, 1, 1.0, straggler="stall:0.02:9"), 100)
+    assert found.step == found.p90 == 1.0 < found.mean < 2.0
+    found = predict(Plan(1e3, 1, 1.0, straggler="stall:0.2:9"), 100)
+    assert found.step == 1.0 < found.mean < found.p90 == 9.0
+
+
 def test_compression_and_overlap_save_what_they_should():
     network = CLUSTER.with_(memory=inf, latency=0.0)
     assert predict(network).pushed / predict(network.with_(compress="int8")).pushed == pytest.approx(3.94, rel=0.01)

@@ -14,6 +14,7 @@ from engine.sharder import Consistency
 from engine.sharder.drivers.faults import Weather
 from engine.sharder.drivers.network import Flow, Network, fair_rates
 from engine.sharder.drivers.priced import PATIENT, Costs, PricedSimulation, stand_in
+from engine.sharder.messages import Push
 
 SIZE, BANDWIDTH, LATENCY, WORK, SUM, UPDATE = 2.0**30, 2.0**30, 2.0**-10, 0.25, 2.0**-3, 2.0**-4
 
@@ -164,3 +165,28 @@ def test_the_invariants_hold_when_nodes_die(consistency, durability, kind):
     history, simulation = run(((calm.committed_at[2] + 0.5, 2 * KINDS.index(kind)),))
     assert history.faults == {kind: 1} and len(history.committed) >= 6 and simulation.clock == 6
     assert history.time > calm.time
+
+
+def test_a_worker_that_dies_before_its_gradients_leave_takes_no_bandwidth_for_them():
+    """Both have pulled at 2 s, and their gradients would leave from 2.125 s on: 1 s for one, 2 for both."""
+    simulation = priced(2, 1, sum=(), update=(), latency=0.0, overlap=0.5, failures=((2 + WORK / 4, 1),),
+                        node=lambda address: 2 * KINDS.index(address[0]) + address[1])
+    history = simulation.run(stand_in, 1, 0, Weather(latency=(0, 0), timeout=inf, absence=8.0), limit=inf)
+    arrived = [time for _, time, source, _, message in history.carried
+               if isinstance(message, Push) and source == ("worker", 0)]
+    assert arrived[0] == 2 + WORK / 2 + SIZE / BANDWIDTH
+
+
+@pytest.mark.parametrize(("seconds", "moment", "repeated"), [
+    (1 / 8, 2 * WORK + 1 / 16, 1), (1 / 8, 2 * WORK + 3 / 16, 0), (2 * WORK, 4 * WORK + 1 / 16, 3)])
+def test_a_snapshot_counts_once_it_is_written_and_is_read_at_the_same_rate(seconds, moment, repeated):
+    """A shard dies after two or four clocks: what its disk has not finished, one after the other, is computed again."""
+    def end(disk):
+        simulation = priced(1, 1, sum=(), update=(), latency=0.0, bandwidth=inf, durability="snapshot", save_every=1,
+                            snapshot=(SIZE,), disk=disk, failures=((moment, 2),),
+                            node=lambda address: 2 * KINDS.index(address[0]) + address[1])
+        history = simulation.run(stand_in, 6, 0, Weather(latency=(0, 0), timeout=4.0, absence=2.0), limit=inf)
+        assert history.faults == {"shard": 1}
+        return history.committed_at[-1]
+
+    assert end(SIZE / seconds) - end(inf) == seconds + repeated * WORK
