@@ -81,7 +81,8 @@ def test_ssp_hides_stalls_and_a_backup_worker_a_slow_one():
     stalls = Plan(1e3, 8, 1.0, straggler="stall:0.1:4")
     assert predict(stalls, 150).mean > 1.6 * predict(stalls.with_(consistency="ssp:3"), 150).mean
     slow = Plan(1e3, 8, 1.0, straggler="slow:1:6")
-    assert predict(slow).mean == 6.0 and predict(slow.with_(backups=1)).mean < 2.0
+    backup = predict(slow.with_(backups=1))
+    assert predict(slow).mean == 6.0 and backup.mean < 2.0 and backup.rate == 7 / backup.mean  # one in 8 is not applied
 
 
 def test_one_slow_step_in_fifty_is_in_the_mean_alone():
@@ -128,6 +129,19 @@ def test_snapshots_further_apart_lose_half_the_interval_more():
     near, far = predict(plan, 6), predict(plan.with_(snapshot_every=104), 6)
     assert far.lost["shard"] - near.lost["shard"] == pytest.approx(2 / 30 * 50 * near.mean, rel=1e-9)
     assert far.lost["worker"] == near.lost["worker"]
+
+
+def test_a_longer_log_is_read_and_summed_again():
+    plan, n = CLUSTER.with_(mtbf=30 * DAY, snapshot_every=4, consistency="ssp:1", disk=2.0**28), 2**21
+    near, far = predict(plan, 6), predict(plan.with_(snapshot_every=104), 6)
+    clock = 4 * (4 * n / plan.disk + 12 * n / plan.memory) + 4 * n * (3 + 2 * 2) / plan.memory
+    assert far.lost["shard"] - near.lost["shard"] == pytest.approx(2 / 30 * 50 * clock, rel=1e-9)
+    assert far.lost["worker"] == near.lost["worker"]
+
+
+@pytest.mark.parametrize(("optimizer", "numbers"), [("sgd", 1), ("momentum", 2), ("adam", 3)])
+def test_a_snapshot_has_the_parameters_and_what_the_optimizer_keeps(optimizer, numbers):
+    assert CLUSTER.with_(optimizer=optimizer).costs(0).snapshot == (numbers * 4 * 2**21,) * 2
 
 
 def test_which_nodes_can_die():
