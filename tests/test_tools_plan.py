@@ -234,6 +234,12 @@ def test_a_scan_as_table_json_and_picture(monkeypatch, capsys, tmp_path):
     assert found["predictions"][0]["plan"]["memory"] is None  # infinite
 
 
+def test_work_follows_from_flops_by_six_a_parameter_and_token(monkeypatch, capsys):
+    arguments = ["--parameters", "1M", "--workers", "1", "--tokens", "2k", "--flops", "6G", "--clocks", "3"]
+    assert run(monkeypatch, *arguments, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["predictions"][0]["step"] == 2.0
+
+
 def test_the_best_is_the_fewest_shards_that_are_fast_enough():
     """With work of an hour and a network of 8 workers' worth, further shards save less than one percent."""
     found = scan(Plan(1e6, 8, 3600.0, bandwidth=1e9, latency=1e-4), [1, 2, 4, 8], 4)
