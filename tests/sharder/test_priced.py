@@ -167,14 +167,17 @@ def test_the_invariants_hold_when_nodes_die(consistency, durability, kind):
     assert history.time > calm.time
 
 
-def test_a_worker_that_dies_before_its_gradients_leave_takes_no_bandwidth_for_them():
-    """Both have pulled at 2 s, and their gradients would leave from 2.125 s on: 1 s for one, 2 for both."""
-    simulation = priced(2, 1, sum=(), update=(), latency=0.0, overlap=0.5, failures=((2 + WORK / 4, 1),),
+@pytest.mark.parametrize(("dies", "arrives"), [
+    (2 + WORK / 4, 2 + WORK / 2 + SIZE / BANDWIDTH), (2 + 3 * WORK / 4, 2 + 3 * WORK / 4 + 31 / 32)])
+def test_a_worker_that_dies_takes_no_bandwidth_for_its_gradients(dies, arrives):
+    """Both have pulled at 2 s, and their gradients leave from 2.125 s on: 1 s for one, 2 for both. When one dies 1/16 s
+    later, 31/32 of the other's are still to come, and have the link to themselves."""
+    simulation = priced(2, 1, sum=(), update=(), latency=0.0, overlap=0.5, failures=((dies, 1),),
                         node=lambda address: 2 * KINDS.index(address[0]) + address[1])
     history = simulation.run(stand_in, 1, 0, Weather(latency=(0, 0), timeout=inf, absence=8.0), limit=inf)
     arrived = [time for _, time, source, _, message in history.carried
                if isinstance(message, Push) and source == ("worker", 0)]
-    assert arrived[0] == 2 + WORK / 2 + SIZE / BANDWIDTH
+    assert arrived[0] == arrives
 
 
 @pytest.mark.parametrize(("seconds", "moment", "repeated"), [

@@ -48,6 +48,11 @@ class Network:
         self._advance(time)
         flow.limit = inf
 
+    def drop(self, time: float, flow: Flow) -> None:
+        """The flow is no more, if it was still under way."""
+        self._advance(time)
+        self.flows = [other for other in self.flows if other is not flow]
+
     def ended(self, time: float) -> list[Flow]:
         """The flows whose end has come, in the order in which they began; they are gone."""
         found = [flow for flow in self.flows if flow.end <= time]

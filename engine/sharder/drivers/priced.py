@@ -165,6 +165,10 @@ class PricedRun(Run):
         elif isinstance(event, _Fails):
             for address in [a for a, node in self.nodes.items() if node is not None and self.node(a) == event.node]:
                 self.faults.crash(address)
+            for key, flow in [(key, flow) for key, flow in self.streams.items() if flow.source == event.node]:
+                del self.streams[key]
+                self.network.drop(now, flow)
+            self._tick(now)
         elif event.epoch == self.incarnations[worker_address(event.worker)]:
             here = self.node(worker_address(event.worker))
             for shard, rate in enumerate(event.rates):
