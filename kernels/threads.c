@@ -51,20 +51,20 @@ struct team {
     pthread_t workers[];
 };
 
-/* What belongs to one thread and ends with it. On the heap, because thread-local variables may be gone
- * when the destructor of a pthread key runs. */
+/* What belongs to one thread and ends with it, under a pthread key. Not in thread-local variables: those may be gone
+ * when a key's destructor runs, and where the C library hands their memory to the next thread no sanitizer sees how. */
 struct thread_state {
     struct team *team;
-    int wanted; /* size asked for by threads_set; 0: the default */
+    int wanted;     /* size asked for by threads_set; 0: the default */
+    int inside_job; /* a parallel_for from inside a body runs inline */
     struct { void *memory; size_t bytes; } scratch[SCRATCH_USES];
 };
 
-static _Thread_local struct thread_state *thread_state;
-static _Thread_local int inside_job; /* a parallel_for from inside a body runs inline */
-static _Atomic int team_members;     /* over all teams of the process */
+static _Atomic int team_members; /* over all teams of the process */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static pthread_key_t state_key;
 static int processors;
+static struct thread_state *state_here(void);
 
 /* ── processors ──────────────────────────────────────────────────────────────────────────────────── */
 
@@ -202,7 +202,7 @@ static void take_pieces(struct team *team) {
 static void *worker(void *argument) {
     struct team *team = argument;
     uint32_t served = 0;
-    inside_job = 1;
+    state_here()->inside_job = 1;
     for (;;) {
         wait_for_job(team, served);
         if (!enter_job(team, &served))
@@ -260,16 +260,17 @@ static void state_end(void *argument) {
         if (state->scratch[i].memory)
             memory_release(state->scratch[i].memory, state->scratch[i].bytes);
     free(state);
-    thread_state = NULL;
 }
 
 /* Only the forking thread lives on in the child: no team has workers there. The memory of the teams is
  * left alone, since the locks in it may have been held by threads that are gone. */
 static void after_fork_in_child(void) {
     atomic_store(&team_members, 0);
-    inside_job = 0;
-    if (thread_state)
-        thread_state->team = NULL;
+    struct thread_state *state = pthread_getspecific(state_key);
+    if (state) {
+        state->team = NULL;
+        state->inside_job = 0;
+    }
 }
 
 static void initialize(void) {
@@ -284,14 +285,14 @@ static void fail(const char *what, size_t bytes) {
 }
 
 static struct thread_state *state_here(void) {
-    if (!thread_state) {
-        pthread_once(&once, initialize);
-        thread_state = calloc(1, sizeof *thread_state);
-        if (!thread_state)
-            fail("a thread's state", sizeof *thread_state);
-        pthread_setspecific(state_key, thread_state);
+    pthread_once(&once, initialize);
+    struct thread_state *state = pthread_getspecific(state_key);
+    if (!state) {
+        state = calloc(1, sizeof *state);
+        if (!state || pthread_setspecific(state_key, state))
+            fail("a thread's state", sizeof *state);
     }
-    return thread_state;
+    return state;
 }
 
 /* ── what the kernels and Python call ────────────────────────────────────────────────────────────── */
@@ -314,12 +315,13 @@ void threads_set(int n) {
 void parallel_for(int64_t n, int64_t grain, void (*body)(void *context, int64_t begin, int64_t end), void *context) {
     if (n <= 0)
         return;
-    if (n <= grain || inside_job || threads_get() == 1) {
+    struct thread_state *state = state_here();
+    int size = state->wanted ? state->wanted : processors;
+    if (n <= grain || state->inside_job || size == 1) {
         body(context, 0, n);
         return;
     }
-    struct thread_state *state = state_here();
-    if (!state->team && !(state->team = team_begin(threads_get()))) {
+    if (!state->team && !(state->team = team_begin(size))) {
         body(context, 0, n);
         return;
     }
@@ -330,12 +332,12 @@ void parallel_for(int64_t n, int64_t grain, void (*body)(void *context, int64_t 
     team->body = body;
     team->context = context;
     atomic_store_explicit(&team->next, 0, memory_order_relaxed);
-    inside_job = 1;
+    state->inside_job = 1;
     open_job(team);
     take_pieces(team);
     atomic_fetch_or(&team->gate, CLOSED);
     wait_until_empty(team);
-    inside_job = 0;
+    state->inside_job = 0;
 }
 
 void *thread_scratch(enum scratch_use use, size_t bytes) {
