@@ -72,9 +72,11 @@ test-ubsan: $(READY) ## the same with the undefined-behaviour sanitizer
 	@$(BUILD_SANITIZED) "-fsanitize=undefined -fno-sanitize-recover=all -g"
 	@$(SANITIZED)
 
+# What it cannot see into keeps to one thread (OpenBLAS, in NumPy), and children that were forked may start threads.
 test-tsan: $(READY) ## the same with the thread sanitizer
 	@$(BUILD_SANITIZED) "-fsanitize=thread -g"
-	@LD_PRELOAD="$$($(CC) -print-file-name=libtsan.so) $$($(CC) -print-file-name=libstdc++.so)" TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 $(SANITIZED)
+	@LD_PRELOAD="$$($(CC) -print-file-name=libtsan.so) $$($(CC) -print-file-name=libstdc++.so)" \
+	    OPENBLAS_NUM_THREADS=1 TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 $(SANITIZED)
 
 test-peers: build $(VENV)/peers ## hold ops, layers, optimizers and models against PyTorch and transformers
 	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q tests/peers $(ARGS)

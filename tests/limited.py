@@ -1,8 +1,11 @@
-"""For tests that limit the address space of a process."""
+"""For tests that cannot run under a sanitizer (libasan.so, libtsan.so are loaded first then)."""
 
 import os
 
 import pytest
 
-limited_memory = pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason=(
-    "a sanitizer (libasan.so, libtsan.so) reserves terabytes of addresses for itself and cannot begin within a limit"))
+_SANITIZED = "san.so" in os.environ.get("LD_PRELOAD", "")
+
+limited_memory = pytest.mark.skipif(_SANITIZED, reason=(
+    "a sanitizer reserves terabytes of addresses for itself and cannot begin within a limit"))
+measured = pytest.mark.skipif(_SANITIZED, reason="a sanitizer takes time and memory pages of its own")

@@ -21,6 +21,7 @@ import build_kernels
 import cffi
 import lines
 import pytest
+from limited import measured
 
 from engine.backend.cpu import built_levels
 
@@ -205,6 +206,7 @@ def test_source_distribution_holds_what_a_wheel_is_built_from(tree: Path) -> Non
 
 # ── what an installation shows ────────────────────────────────────────────────────────────────────────
 
+@measured
 def test_import_is_quick_and_loads_no_extra() -> None:
     """`import engine` may take 150 ms, of which NumPy's own import takes about 100: so 50 are the engine's.
 
