@@ -133,7 +133,7 @@ def test_killed_at_any_step_and_resumed_it_ends_with_the_same_bits(finished: tup
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc to find the processes of a run")
 def test_processes_of_a_run_may_be_killed(finished: tuple[Path, str], text: Path, tmp_path: Path) -> None:
-    run = start(*flags(tmp_path, text, *SMALL, "--driver", "processes"))
+    run = start(*flags(tmp_path, text, *SMALL, "--driver", "processes", "--trace", str(tmp_path / "trace.json")))
     for step, which in ((2, 0), (4, 1), (6, -1)):  # a coordinator, a shard, a worker: the order of their birth
         wait_for_step(tmp_path, step, run)
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
@@ -141,6 +141,8 @@ def test_processes_of_a_run_may_be_killed(finished: tuple[Path, str], text: Path
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
     assert result(tmp_path) == result(finished[0])
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [event["name"] for event in events if event.get("cat") == "death"] == 3 * ["dies by signal 9"]
 
 
 def test_interrupt_saves_and_says_how_to_go_on(text: Path, tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run, if any")
     parser.add_argument("--minutes", type=float, metavar="X",
                         help="stop the training after so many minutes, with a checkpoint, and report")
+    parser.add_argument("--trace", type=Path, metavar="FILE",
+                        help="record what workers and shards do, as a Chrome trace for https://ui.perfetto.dev")
     add_flags(parser)
     return parser.parse_args()
 
@@ -144,7 +146,7 @@ def train(session: Session, arguments: argparse.Namespace) -> tuple[float, bool]
     folder, saved_step = arguments.run / "checkpoints", session.step
     seconds = session.seconds
     with Interrupts() as interrupts:
-        for done in session.steps():
+        for done in session.steps(arguments.trace):
             step, seconds = done.clock + 1, session.seconds + time.monotonic() - start
             if not isfinite(done.mean_loss):
                 raise ProgramError(f"the loss of step {step} is {done.mean_loss}; the last checkpoint is of step "

@@ -15,6 +15,7 @@ from engine.sharder.versions import Version
 
 Address = tuple[str, int]
 COORDINATOR: Address = ("coordinator", 0)
+RUN: Address = ("run", 0)  # whoever wants the training: grants clocks, and bears machines where they can die
 
 
 def shard_address(number: int) -> Address:

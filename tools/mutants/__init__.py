@@ -1,11 +1,13 @@
 """The bugs that tools/mutate.py plants: in C (kernels.py), in Python (engine.py), on the GPU (cuda.py), in the
 breadth of the ops (surface.py), in what is sparse or compressed (sparse.py), in matrices that are only read
-(stored.py), in what the array API standard asks for (standard.py), and data races (races.py). automatic.py has those
-that a library makes by itself, equivalent.py which of them change nothing."""
+(stored.py), in what the array API standard asks for (standard.py), in what runs the parameter server (drivers.py), and
+data races (races.py). automatic.py has those that a library makes by itself, equivalent.py which of them change
+nothing."""
 
 from __future__ import annotations
 
 from tools.mutants.cuda import CUDA
+from tools.mutants.drivers import DRIVERS
 from tools.mutants.engine import ENGINE
 from tools.mutants.kernels import KERNELS
 from tools.mutants.races import RACES
@@ -15,6 +17,6 @@ from tools.mutants.standard import STANDARD
 from tools.mutants.stored import STORED
 from tools.mutants.surface import SURFACE
 
-MUTANTS: list[Mutant] = [*KERNELS, *ENGINE, *CUDA, *SURFACE, *SPARSE, *STORED, *STANDARD, *RACES]
+MUTANTS: list[Mutant] = [*KERNELS, *ENGINE, *CUDA, *SURFACE, *SPARSE, *STORED, *STANDARD, *DRIVERS, *RACES]
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -93,10 +93,11 @@ class Session:
 
     # ── training ────────────────────────────────────────────────────────────────────────────────────
 
-    def steps(self) -> Iterator[eg.sharder.Committed]:
-        """Train to the end of the run, one item a finished step."""
+    def steps(self, trace: Path | None = None) -> Iterator[eg.sharder.Committed]:
+        """Train to the end of the run, one item a finished step; trace: a file for the timeline."""
         work = Work(self.config, self.loader, self.settings.seed)
-        done: Iterator[eg.sharder.Committed] = self.server.run(work, clocks=self.settings.steps - self.step)
+        left = self.settings.steps - self.step
+        done: Iterator[eg.sharder.Committed] = self.server.run(work, clocks=left, trace=trace)
         return done
 
     # ── looking at the model ────────────────────────────────────────────────────────────────────────

@@ -27,9 +27,11 @@ from engine.sharder.coordinator import Coordinator
 from engine.sharder.drivers.files import Library, Replaced, Store
 from engine.sharder.drivers.frozen import Frozen, freeze
 from engine.sharder.drivers.post import Post
+from engine.sharder.drivers.tape import UNTAPED, Tape, TapedClient, tape_path
 from engine.sharder.encoding import WireError, declare
 from engine.sharder.events import (
     COORDINATOR,
+    RUN,
     Address,
     Append,
     Load,
@@ -50,7 +52,6 @@ from engine.sharder.versions import Counter, Traffic
 from engine.sharder.wire import Hello, arithmetic
 from engine.sharder.worker import Worker
 
-RUN: Address = ("run", 0)  # the process that bore all others
 PATIENCE = (0.5, 8.0)  # seconds until somebody who hears nothing asks again: at first, and at most
 
 
@@ -128,6 +129,7 @@ class Order:
     incarnation: how often its address had another child before
     last:        the clock before which training ends, None if that is open
     program:     of a worker
+    traced:      whether it records what it does, in the folder
     """
 
     address: Address
@@ -141,6 +143,7 @@ class Order:
     durability: str
     program: Any
     threads: int
+    traced: bool = False
 
 
 class Mail(Protocol):
@@ -148,10 +151,12 @@ class Mail(Protocol):
 
     met: whether somebody is there, since somebody last looked, who has not heard what was said before
     stirred: the monotonic time at which anything has last come or gone; sending: whether something is still on its way
+    tape: where messages that leave are recorded, None: nowhere
     """
 
     met: bool
     stirred: float
+    tape: Tape | None
 
     @property
     def sending(self) -> bool: ...
@@ -163,6 +168,8 @@ class Mail(Protocol):
 def be(order: Order, setup: Setup, mail: Mail) -> None:
     """Be the machine that the order says. Raises Stopped when the run is over, Replaced when another is it now."""
     set_num_threads(order.threads)
+    if order.traced:
+        mail.tape = Tape(order.address, order.incarnation, tape_path(order.folder, order.address, order.incarnation))
     if order.address[0] == "worker":
         _work(order, setup, mail)
     else:
@@ -237,7 +244,7 @@ class _Server:
     """A machine with its storage."""
 
     def __init__(self, order: Order, setup: Setup, mail: Mail):
-        self.mail, self.library = mail, Library(order.folder, setup)
+        self.mail, self.tape, self.library = mail, mail.tape, Library(order.folder, setup)
         self.library.expect_origin()
         self.store = Store(order.folder, order.address, setup, order.incarnation)
         kind, number = order.address
@@ -262,16 +269,26 @@ class _Server:
         while True:
             messages = self.mail.receive(patience.wait)
             for message in messages:
-                if isinstance(message, Inspect):
-                    self.asked = message
-                else:
-                    self._perform(self.node.step(message))
+                self._take(message)
             if patience.is_over(messages):
-                self._perform(self.node.step(Timeout()))
-            while (number := self.store.synchronise()) is not None:
-                self._perform(self.node.step(Written(number)))
+                self._react(Timeout())
+            while self.store.pending:
+                with self.tape.span("log") if self.tape else UNTAPED:
+                    self.store.synchronise()
+                self._react(Written(self.store.number))
             if self.asked and self.machine.active and self.machine.clock >= self.asked.clocks:
                 self._report()
+
+    def _take(self, message: Any) -> None:
+        with self.tape.answer(message) if self.tape else UNTAPED:
+            if isinstance(message, Inspect):
+                self.asked = message
+            else:
+                self._perform(self.node.step(message))
+
+    def _react(self, event: Any) -> None:
+        with self.tape.reaction(event) if self.tape else UNTAPED:
+            self._perform(self.node.step(event))
 
     def _perform(self, actions: list[Any]) -> None:
         for action in actions:
@@ -288,7 +305,8 @@ class _Server:
                 self.mail.send(RUN, action)
 
     def _save(self, save: Save) -> None:
-        self.store.save(save.snapshot, save.number)
+        with self.tape.span("snapshot") if self.tape else UNTAPED:
+            self.store.save(save.snapshot, save.number)
         if isinstance(self.node, Journal):
             self._perform(self.node.step(Written(save.number)))
         self._perform(self.node.step(Stored(save.snapshot.term.number, save.snapshot.clock)))
@@ -298,7 +316,8 @@ class _Server:
         shard, memory, self.asked = self.machine, self.machine.memory, None
         state = Snapshot(shard.term, shard.incarnation, True, shard.clock, memory.version,
                          (memory.versions.current,), memory.slots)
-        self.mail.send(RUN, Standing(shard.number, freeze(state)))
+        with self.tape.span("state") if self.tape else UNTAPED:
+            self.mail.send(RUN, Standing(shard.number, freeze(state)))
 
 
 # ── a worker ──────────────────────────────────────────────────────────────────────────────────────────
@@ -330,6 +349,9 @@ class _Port:
     def receive(self) -> Any:
         while not self.messages and not self.stopped:
             found = self.mail.receive(self.patience.wait)
+            if self.mail.tape:
+                for message in found:
+                    self.mail.tape.heard(message)
             self.messages += found
             if self.patience.is_over(found):
                 self.messages.append(Timeout())
@@ -344,8 +366,13 @@ def _work(order: Order, setup: Setup, mail: Mail) -> None:
     number = order.address[1]
     machine = Worker(number, order.epoch, setup, order.term)
     desk = _Desk(setup.k, setup.dtype, Counter(), Traffic())
-    run_to_end(order.program, Client(desk, machine, _Port(mail, machine, desk.pushed)))
+    port = _Port(mail, machine, desk.pushed)
+    client = TapedClient(mail.tape, desk, machine, port) if mail.tape else Client(desk, machine, port)
+    run_to_end(order.program, client)
     while True:  # said again until the run has heard it, and ends this process
         mail.send(RUN, Returned(number))
-        if any(isinstance(message, Stop) for message in mail.receive(PATIENCE[0])):
-            return
+        for message in mail.receive(PATIENCE[0]):
+            if mail.tape:
+                mail.tape.heard(message)
+            if isinstance(message, Stop):
+                return

@@ -172,6 +172,11 @@ class Store:
         self._pending += record_bytes(number, event)
         self.number = number
 
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to be written."""
+        return bool(self._pending)
+
     def synchronise(self) -> int | None:
         """Write what was appended: the number of the last record, or None if there is nothing new. Raises Replaced if
         it does not count any more."""

@@ -21,17 +21,16 @@ from __future__ import annotations
 
 import multiprocessing
 import secrets
-import shutil
 import signal
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from engine.sharder.client import Program
-from engine.sharder.drivers.child import RUN, Order, live
+from engine.sharder.drivers.child import Order, live
 from engine.sharder.drivers.post import Post
 from engine.sharder.drivers.supervisor import SupervisedServer, Team
-from engine.sharder.events import Address
+from engine.sharder.events import RUN, Address
 from engine.sharder.memory import Checkpoint
 from engine.sharder.wire import Hello, arithmetic
 
@@ -106,5 +105,5 @@ class _Processes(Team):
         self.mail.close()
         self.end.close()
         self.lifeline.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.clear()
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.sharder.drivers.child import RUN
 from engine.sharder.drivers.segments import Segments
+from engine.sharder.drivers.tape import Tape
 from engine.sharder.encoding import FAR_ALIGNMENT, WireError, decode, encode
-from engine.sharder.events import Address
+from engine.sharder.events import RUN, Address
 
 Letter = tuple[bytes, Sequence[np.ndarray]]  # an encoded message, and its large arrays
 PAUSE = 0.05  # seconds until an actor that was out of reach is asked again
@@ -92,7 +92,10 @@ def in_turn(method: Any) -> Callable[..., Any]:
 
 
 class ActorMail:
-    """An actor's: as child.Mail has it for the machine, and for the calls that come. See Mail for met and stirred."""
+    """An actor's: as child.Mail has it for the machine, and for the calls that come.
+
+    Mail says what met, stirred and tape are.
+    """
 
     sending = False
 
@@ -103,10 +106,13 @@ class ActorMail:
         self.outbox: SimpleQueue[Letter | None] = SimpleQueue()  # to the run; None: nothing more will come
         self.met = False
         self.stirred = 0.0
+        self.tape: Tape | None = None
 
     # ── the machine ─────────────────────────────────────────────────────────────────────────────────
 
     def send(self, to: Address, message: Any) -> None:
+        if self.tape:
+            self.tape.sent(to, message)
         if to == RUN:
             self.outbox.put(write(message))
         else:
@@ -164,6 +170,7 @@ class RunMail:
         self.fallen: list[tuple[Address, Any]] = []
         self.met = False
         self.stirred = 0.0
+        self.tape: Tape | None = None
 
     def add(self, address: Address, actor: Any) -> None:
         """There is a new actor; the others are told."""
@@ -175,6 +182,8 @@ class RunMail:
         self.met = True
 
     def send(self, to: Address, message: Any) -> None:
+        if self.tape:
+            self.tape.sent(to, message)
         self.sender.send(to, message)
 
     def _ask(self, address: Address) -> None:

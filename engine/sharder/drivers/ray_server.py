@@ -24,7 +24,6 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
-import shutil
 import signal
 import socket
 import sys
@@ -38,11 +37,11 @@ from typing import Any
 
 from engine.backend import get_num_threads
 from engine.sharder.client import Program, Stopped
-from engine.sharder.drivers.child import RUN, Order, be, failure
+from engine.sharder.drivers.child import Order, be, failure
 from engine.sharder.drivers.files import Replaced
 from engine.sharder.drivers.ray_mail import ActorMail, RunMail
 from engine.sharder.drivers.supervisor import SupervisedServer, Team
-from engine.sharder.events import Address, worker_address
+from engine.sharder.events import RUN, Address, worker_address
 from engine.sharder.memory import Checkpoint
 from engine.sharder.wire import Foreign, arithmetic
 
@@ -195,7 +194,7 @@ class _Actors(Team):
     def close(self) -> None:
         with _undisturbed():
             self.mail.kill(DYING)
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.clear()
             self._disconnect()
 
     def _disconnect(self) -> None:

@@ -22,6 +22,7 @@ from engine.sharder.drivers.plain import Gradient
 from engine.sharder.drivers.program import Program
 from engine.sharder.events import (
     COORDINATOR,
+    RUN,
     Address,
     Append,
     ClockRequested,
@@ -46,8 +47,6 @@ from engine.sharder.worker import Worker
 
 if TYPE_CHECKING:
     from engine.sharder.drivers.simulator import Simulation
-
-RUN: Address = ("run", 0)  # whoever wants the training: grants clocks, watches over workers
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,16 @@ from engine.sharder.drivers.child import (
 )
 from engine.sharder.drivers.files import Library, join
 from engine.sharder.drivers.frozen import Frozen
-from engine.sharder.events import COORDINATOR, Address, Committed, Finish, Proceed, shard_address, worker_address
+from engine.sharder.drivers.playback import Recording
+from engine.sharder.events import (
+    COORDINATOR,
+    Address,
+    Committed,
+    Finish,
+    Proceed,
+    shard_address,
+    worker_address,
+)
 from engine.sharder.memory import Checkpoint
 
 DURABILITIES = ("snapshot", "log")
@@ -81,6 +90,7 @@ class SupervisedServer(Cluster, ABC):
         known = {field.name: getattr(self.setup, field.name) for field in fields(self.setup)
                  if field.name not in ("k", "hyper", "_partitions")}
         self.recipe = Recipe(known, self.device, hyper)
+        self.recording: Recording | None = None  # of the present run
         self._team: Team | None = None
         self._stale = False  # whether the shards are ahead of what this process has
 
@@ -114,11 +124,13 @@ class SupervisedServer(Cluster, ABC):
 
     # ── running ─────────────────────────────────────────────────────────────────────────────────────
 
-    def run(self, program: Program, clocks: int | None = None, stride: int = 1) -> Iterator[Committed]:
+    def run(self, program: Program, clocks: int | None = None, stride: int = 1,
+            trace: str | Path | None = None) -> Iterator[Committed]:
         """Train, as ParameterServer.run does, with program(client) in a process for each worker."""
         origin = self.checkpoint()
         coordinator, _, workers = self.start(clocks)
         try:
+            self.recording = Recording(trace) if trace else None
             self._team = team = self._make_team(program, origin, coordinator.last, workers[0].epoch)
             atexit.register(team.stop)  # for a caller that ends without leaving the loop
             try:
@@ -196,6 +208,7 @@ class Team(ABC):
             if isinstance(error, OSError) and not isinstance(error, ConnectionError):
                 raise ValueError(f"{server.name}: folder is {server.folder!r}, where no run can be: {error}") from error
             raise
+        self.tape = self.mail.tape = server.recording.caller() if server.recording else None
         self.patience = Patience(self.mail)
 
     # ── what a driver does ──────────────────────────────────────────────────────────────────────────
@@ -218,7 +231,15 @@ class Team(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End all machines as they stand, and let go of everything."""
+        """End all machines as they stand, and let go of everything, the folder by clear()."""
+
+    def clear(self) -> None:
+        """Remove the run's folder; the trace that is wanted is made of it first."""
+        try:
+            if self.server.recording:
+                self.server.recording.write(self.folder)
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def threads(self, address: Address) -> int:
         """How many threads a machine's kernels have: its share of this computer."""
@@ -235,7 +256,9 @@ class Team(ABC):
         server, incarnation = self.server, self.incarnations[address]
         self.bear(Order(address, incarnation, self.folder, server.recipe, server.term, self.epoch + incarnation,
                         server.workers, self.last, server.durability,
-                        self.program if address[0] == "worker" else None, self.threads(address)))
+                        self.program if address[0] == "worker" else None, self.threads(address), bool(self.tape)))
+        if self.tape:
+            self.tape.birth(address, f"incarnation {incarnation}")
         self.incarnations[address] += 1
 
     def fail(self, why: str) -> WorkFailed:
@@ -247,6 +270,8 @@ class Team(ABC):
         for address, why in self.lost():
             if address[0] == "worker" and address[1] in self.returned:
                 continue
+            if self.tape:
+                self.tape.death(address, f"dies {why}")
             self.deaths[address] += 1
             if self.deaths[address] > DEATHS:
                 raise self.fail(f"{address[0]} {address[1]}: its process died {DEATHS} times in clock {self.clock}, "
@@ -260,6 +285,8 @@ class Team(ABC):
         """Wait for a while, take what comes, and ask again when it is time."""
         messages = self.mail.receive(min(0.05, self.patience.wait))
         for message in messages:
+            if self.tape:
+                self.tape.heard(message)
             if isinstance(message, Committed):
                 if message.clock >= self.heard:
                     self.news.append(message)
@@ -283,8 +310,10 @@ class Team(ABC):
             self.sent[new.worker, new.epoch] = new
             self.server.pushed.add(new.sent - known.sent, new.dense - known.dense, new.again - known.again)
 
-    def _until(self, ready: Callable[[], bool], ask: Callable[[], None], end: float = float("inf")) -> None:
-        """Ask, and wait until it is so. Raises KeyboardInterrupt at the second one."""
+    def _until(self, what: str, ready: Callable[[], bool], ask: Callable[[], None], end: float = float("inf")) -> None:
+        """Ask, and wait until it is so. Raises KeyboardInterrupt at the second one. what: it is called on a tape"""
+        if self.tape:
+            self.tape.turn(what)
         if not self.over:
             ask()
         while not ready():
@@ -297,6 +326,8 @@ class Team(ABC):
                 if self.interrupted:
                     raise
                 self.interrupted = True
+        if self.tape:
+            self.tape.turn("caller")
 
     def grant(self, clock: int) -> None:
         """Let the clocks before `clock` be applied."""
@@ -307,9 +338,11 @@ class Team(ABC):
 
     def next_clock(self) -> Committed:
         """Wait for the end of the next clock."""
-        self._until(lambda: bool(self.news), self._proceed)
+        self._until(f"clock {self.clock}", lambda: bool(self.news), self._proceed)
         committed = self.news.popleft()
         self.clock = committed.clock + 1
+        if self.tape:
+            self.tape.count(self.clock)
         self.deaths.clear()
         return committed
 
@@ -332,13 +365,13 @@ class Team(ABC):
                 ask()
             return len(self.parts) == len(shards)
 
-        self._until(ready, ask, time.monotonic() + seconds)
+        self._until("state", ready, ask, time.monotonic() + seconds)
         return [self.parts[shard] for shard in shards]
 
     def finish(self) -> None:
         """Tell the workers that it is over and wait for their programs to return."""
         self.finishing = True
-        self._until(lambda: len(self.returned) == len(self.workers), self._proceed)
+        self._until("finish", lambda: len(self.returned) == len(self.workers), self._proceed)
 
     def heed_interrupt(self) -> None:
         """Between two clocks: raise the KeyboardInterrupt that came during the last one."""
@@ -350,6 +383,8 @@ class Team(ABC):
         if self.over:
             return
         self.over = True
+        if self.tape:
+            self.tape.turn("stop")
         end = time.monotonic() + GRACE
         try:
             while any(map(self.alive, self.workers)) and time.monotonic() < end:

@@ -22,6 +22,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -29,7 +30,19 @@ from engine.backend import get_num_threads, set_num_threads
 from engine.sharder.client import Client, Program, Stopped, run_to_end
 from engine.sharder.cluster import Cluster
 from engine.sharder.coordinator import Coordinator
-from engine.sharder.events import COORDINATOR, Address, Committed, Finish, Proceed, Send, shard_address, worker_address
+from engine.sharder.drivers.playback import Recording
+from engine.sharder.drivers.tape import UNTAPED, Tape, TapedClient
+from engine.sharder.events import (
+    COORDINATOR,
+    RUN,
+    Address,
+    Committed,
+    Finish,
+    Proceed,
+    Send,
+    shard_address,
+    worker_address,
+)
 from engine.sharder.messages import Parameters, Pull
 from engine.sharder.shard import Shard
 from engine.sharder.worker import Worker
@@ -52,16 +65,19 @@ class _Returned:
 class ParameterServer(Cluster):
     """A parameter server in this process; the arguments are Cluster's."""
 
-    def run(self, program: Program, clocks: int | None = None, stride: int = 1) -> Iterator[Committed]:
+    def run(self, program: Program, clocks: int | None = None, stride: int = 1,
+            trace: str | Path | None = None) -> Iterator[Committed]:
         """Train: `program(client)` on a thread for each worker, for `clocks` clocks or until the caller stops.
 
         Yields a Committed for each clock done. With a stride, parameters stand still only after so many clocks (and
         state() can be asked for then), not after each: ASP needs one to run ahead at all. Raises what a program, a
-        shard or the rule raises; KeyboardInterrupt is raised at the end of the stride in which it came.
+        shard or the rule raises; KeyboardInterrupt is raised at the end of the stride in which it came. trace: a file
+        for a Chrome trace of what all machines did (playback.py).
         """
+        recording = Recording(trace) if trace else None
         machines = self.start(clocks)
         try:
-            team = _Team(self, program, *machines)
+            team = _Team(self, program, recording, *machines)
             last = None if clocks is None else team.clock + clocks
             try:
                 while last is None or team.clock < last:
@@ -78,6 +94,8 @@ class ParameterServer(Cluster):
                 raise
             finally:
                 team.stop()
+                if recording:
+                    recording.write()
         finally:
             self.active = self.busy = False
 
@@ -85,9 +103,10 @@ class ParameterServer(Cluster):
 class _Team:
     """The threads of one run."""
 
-    def __init__(self, server: ParameterServer, program: Program, coordinator: Coordinator, shards: list[Shard],
-                 workers: list[Worker]):
-        self.server, self.program = server, program
+    def __init__(self, server: ParameterServer, program: Program, recording: Recording | None,
+                 coordinator: Coordinator, shards: list[Shard], workers: list[Worker]):
+        self.server, self.program, self.recording = server, program, recording
+        self.tape = recording.caller() if recording else None
         self.clock = self.granted = server.clock  # committed; may be applied
         self.interrupted = False
         self.news: deque[Any] = deque()  # to the caller: Committed, _Returned, _Failed
@@ -124,19 +143,35 @@ class _Team:
         self.news.append(news)
         self.arrived.release()
 
+    def send(self, to: Address, message: Any, tape: Tape | None) -> None:
+        """tape: of the machine that sends it"""
+        if tape:
+            tape.sent(to, message)
+        if to == RUN:
+            self.tell(message)
+        else:
+            self.inboxes[to].put(message)
+
+    def _tape(self, address: Address) -> Tape | None:
+        return self.recording.tape(address) if self.recording else None
+
     def _serve(self, machine: Any, address: Address) -> None:
         """Run a shard or the coordinator."""
-        inbox = self.inboxes[address]
+        inbox, tape = self.inboxes[address], self._tape(address)
         while not isinstance(message := inbox.get(), _Stop):
-            for action in machine.step(message):
-                if isinstance(action, Send):
-                    self.inboxes[action.to].put(action.message)
-                else:
-                    self.tell(action)
+            with tape.answer(message) if tape else UNTAPED:
+                for action in machine.step(message):
+                    if isinstance(action, Send):
+                        self.send(action.to, action.message, tape)
+                    else:
+                        self.send(RUN, action, tape)
 
     def _work(self, machine: Worker) -> None:
         """Run a worker's program."""
-        run_to_end(self.program, Client(self.server, machine, _Port(self, machine)))
+        tape = self._tape(worker_address(machine.number))
+        port = _Port(self, machine, tape)
+        client = TapedClient(tape, self.server, machine, port) if tape else Client(self.server, machine, port)
+        run_to_end(self.program, client)
         self.tell(_Returned(machine.number))
 
     # ── in the caller ───────────────────────────────────────────────────────────────────────────────
@@ -144,18 +179,26 @@ class _Team:
     def grant(self, clock: int) -> None:
         """Let the clocks before `clock` be applied."""
         self.granted, self.server.busy = clock, True
-        self.inboxes[COORDINATOR].put(Proceed(clock - 1))
+        self.send(COORDINATOR, Proceed(clock - 1), self.tape)
 
     def next_clock(self) -> Committed:
         """Wait for the end of the next clock."""
+        if self.tape:
+            self.tape.turn(f"clock {self.clock}")
         committed = self._next_news()
         self.clock += 1
+        if self.tape:
+            self.tape.heard(committed)
+            self.tape.turn("caller")
+            self.tape.count(self.clock)
         self.server.busy = self.clock < self.granted
         return committed
 
     def finish(self) -> None:
         """Tell the workers that it is over and wait for their programs to return."""
-        self.inboxes[COORDINATOR].put(Finish())
+        if self.tape:
+            self.tape.turn("finish")
+        self.send(COORDINATOR, Finish(), self.tape)
         for _ in self.workers:
             self._next_news()
 
@@ -192,8 +235,8 @@ class _Team:
 class _Port:
     """A worker's queues. A pull is answered on the spot: the shards' memory is shared, and reading needs no shard."""
 
-    def __init__(self, team: _Team, machine: Worker):
-        self.team, self.inbox = team, team.inboxes[worker_address(machine.number)]
+    def __init__(self, team: _Team, machine: Worker, tape: Tape | None):
+        self.team, self.inbox, self.tape = team, team.inboxes[worker_address(machine.number)], tape
 
     def send(self, send: Send) -> None:
         if isinstance(send.message, Pull):
@@ -201,11 +244,13 @@ class _Port:
             values = self.team.server.memories[shard].versions.at(pull.version)
             self.inbox.put(Parameters(pull.worker, pull.epoch, shard, pull.term, pull.version, values))
         else:
-            self.team.inboxes[send.to].put(send.message)
+            self.team.send(send.to, send.message, self.tape)
 
     def receive(self) -> Any:
         message = self.inbox.get()
         if isinstance(message, _Stop):
             self.inbox.put(message)  # for a program that calls again while it cleans up
             raise Stopped
+        if self.tape and not isinstance(message, Parameters):
+            self.tape.heard(message)
         return message

@@ -9,6 +9,7 @@ virtual time is a millisecond.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from engine.sharder.drivers.history import History, describe
@@ -25,19 +26,35 @@ Trace = dict[str, Any]
 
 def timeline(history: History) -> Trace:
     """The trace, ready for json.dump."""
-    rows = {address: row for row, address in enumerate(sorted(
-        {*(to for _, to, _, _ in history.events), *(source for _, _, source, _, _ in history.carried)},
-        key=lambda address: (ROWS.index(address[0]), address[1])), 1)}
-    events = [_event("M", 0, 0, "process_name", args={"name": "simulated training"})]
-    for (kind, number), row in rows.items():
-        events.append(_event("M", row, 0, "thread_name", args={"name": f"{kind} {number}"}))
-        events.append(_event("M", row, 0, "thread_sort_index", args={"sort_index": row}))
+    rows = rows_of({*(to for _, to, _, _ in history.events), *(source for _, _, source, _, _ in history.carried)})
     return {"displayTimeUnit": "ms",
-            "traceEvents": [*events, *_reactions(history, rows), *_messages(history, rows), *_clocks(history)]}
+            "traceEvents": [*names(rows, "simulated training"), *_reactions(history, rows), *_messages(history, rows),
+                            *_clocks(history)]}
+
+
+def rows_of(addresses: Iterable[Address]) -> dict[Address, int]:
+    """The row of each machine."""
+    ordered = sorted(addresses, key=lambda address: (ROWS.index(address[0]), address[1]))
+    return {address: row for row, address in enumerate(ordered, 1)}
+
+
+def names(rows: Mapping[Address, int], title: str) -> list[Trace]:
+    """What stands beside the rows."""
+    events = [drawn("M", 0, 0, "process_name", args={"name": title})]
+    for (kind, number), row in rows.items():
+        events.append(drawn("M", row, 0, "thread_name", args={"name": f"{kind} {number}"}))
+        events.append(drawn("M", row, 0, "thread_sort_index", args={"sort_index": row}))
+    return events
+
+
+def drawn(phase: str, row: int, microseconds: float, name: str, **more: Any) -> Trace:
+    """One event of a trace."""
+    return {"ph": phase, "pid": 1, "tid": row, "ts": microseconds, "name": name, **more}
 
 
 def _event(phase: str, row: int, time: float, name: str, **more: Any) -> Trace:
-    return {"ph": phase, "pid": 1, "tid": row, "ts": time * UNIT, "name": name, **more}
+    """At a virtual time."""
+    return drawn(phase, row, time * UNIT, name, **more)
 
 
 def _reactions(history: History, rows: dict[Address, int]) -> list[Trace]:
