@@ -60,8 +60,8 @@ test-isa: build ## run the tests of the ops at every instruction-set level of th
 
 # The whole suite on kernels built with a sanitizer, every buffer between guard zones, in every process that the tests start.
 # The C++ library is loaded at once too, for the sanitizers want to see the exceptions of extension modules.
-SANITIZED = ENGINE_KERNELS=$(CURDIR)/build/$@ ENGINE_NUM_THREADS=2 PYTHONPATH=$(CURDIR)/tests PYTEST_PLUGINS=guarded \
-            $(RUN) -m pytest -q -n $(JOBS) $(ARGS)
+SANITIZED = ENGINE_KERNELS=$(CURDIR)/build/$@ PYTHONPATH=$(CURDIR)/tests PYTEST_PLUGINS=guarded \
+            ENGINE_NUM_THREADS=2 $(RUN) -m pytest -q -n $(JOBS) $(ARGS)
 BUILD_SANITIZED = $(RUN) tools/build_kernels.py --into build/$@ --work build/$@-objects --flags
 
 test-asan: $(READY) ## all tests on kernels built with the address sanitizer, buffers between guard zones
@@ -72,11 +72,15 @@ test-ubsan: $(READY) ## the same with the undefined-behaviour sanitizer
 	@$(BUILD_SANITIZED) "-fsanitize=undefined -fno-sanitize-recover=all -g"
 	@$(SANITIZED)
 
-# What it cannot see into keeps to one thread (OpenBLAS, in NumPy), and children that were forked may start threads.
+# OpenBLAS, in NumPy, which was not compiled for it, keeps to one thread. It cannot follow a process with a team of threads
+# into a forked child that starts threads, so what forks servers comes by itself, with kernels of one thread.
+test-tsan: export OPENBLAS_NUM_THREADS = 1
+test-tsan: export TSAN_OPTIONS = halt_on_error=1:die_after_fork=0
+test-tsan: TSAN_PRELOAD = LD_PRELOAD="$$($(CC) -print-file-name=libtsan.so) $$($(CC) -print-file-name=libstdc++.so)"
 test-tsan: $(READY) ## the same with the thread sanitizer
 	@$(BUILD_SANITIZED) "-fsanitize=thread -g"
-	@LD_PRELOAD="$$($(CC) -print-file-name=libtsan.so) $$($(CC) -print-file-name=libstdc++.so)" \
-	    OPENBLAS_NUM_THREADS=1 TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 $(SANITIZED)
+	@$(TSAN_PRELOAD) $(SANITIZED) -k "not processes"
+	@$(TSAN_PRELOAD) $(subst THREADS=2,THREADS=1,$(SANITIZED)) -k processes
 
 test-peers: build $(VENV)/peers ## hold ops, layers, optimizers and models against PyTorch and transformers
 	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q tests/peers $(ARGS)

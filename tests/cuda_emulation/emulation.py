@@ -145,7 +145,8 @@ def compile_program(text: str, bits: int, library: Path) -> None:
     source, unfinished = library.with_suffix(".cpp"), library.with_suffix(".part")
     source.write_text(f'#include "cuda_emulation.h"\n{text}\n{launchers(text, bits)}\n', "utf-8")
     run(COMPILER, *KERNEL_FLAGS, f"-DREAL_BITS={bits}", f"-I{HERE}", "-c", str(source), "-o", f"{unfinished}.o")
-    run(COMPILER, "-shared", f"{unfinished}.o", *map(str, runtime()), "-o", str(unfinished))
+    # Symbolic: these calls go to the watch, also in a process that the thread sanitizer itself has been loaded into.
+    run(COMPILER, "-shared", "-Wl,-Bsymbolic", f"{unfinished}.o", *map(str, runtime()), "-o", str(unfinished))
     unfinished.rename(library)
     Path(f"{unfinished}.o").unlink()
 
