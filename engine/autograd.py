@@ -193,6 +193,12 @@ def _walk(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph:
         if waiting[id(edge)] == 0:
             heapq.heappush(ready, (-edge.order if isinstance(edge, Node) else -math.inf, next(arrival), edge))
 
+    def spread(edges: Sequence[Any], grads: Sequence[Gradient | None], shapes: Sequence[tuple[int, ...]]) -> None:
+        for target, grad, shape in zip(edges, grads, shapes):
+            if target is not None and id(target) in waiting:
+                waiting[id(target)] -= 1
+                arrive(target, None if grad is None else _fit(grad, shape))
+
     roots = [edge_of(out) for out in outputs]
     waiting = _consumers(roots, targets)
     given = [(root, cotangent) for root, cotangent in zip(roots, cotangents) if id(root) in waiting]
@@ -224,11 +230,8 @@ def _walk(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph:
                 grads = edge.op.gradients(edge, dense(gradient), create_graph)
             if not (retain_graph or create_graph):
                 edge.release()
-            for target, grad, shape in zip(edges, grads, edge.shapes):
-                if target is None or id(target) not in waiting:
-                    continue
-                waiting[id(target)] -= 1
-                arrive(target, None if grad is None else _fit(grad, shape))
+            spread(edges, grads, edge.shapes)
+            del grads  # what is delivered is its receiver's alone, who may free it while the walk goes on
 
 
 def _fit(gradient: Gradient, shape: tuple[int, ...]) -> Gradient:
@@ -285,8 +288,12 @@ def _unaliased(cotangents: Sequence[Tensor], create_graph: bool) -> Callable[[Gr
 # ── what users call ───────────────────────────────────────────────────────────────────────────────────
 
 def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor | None], *, retain_graph: bool = False,
-             create_graph: bool = False) -> None:
-    """Accumulate Σ gᵢ · d outputᵢ / d leaf into every leaf's `.grad`."""
+             create_graph: bool = False, completed: Callable[[Tensor], None] | None = None) -> None:
+    """Accumulate Σ gᵢ · d outputᵢ / d leaf into every leaf's `.grad`.
+
+    completed(leaf) is called when no node that leads to this leaf is left, so its `.grad` is final, while the walk goes
+    on towards others.
+    """
     cotangents = _cotangents("backward", outputs, grads)
     own = _unaliased(cotangents, create_graph)
 
@@ -296,6 +303,8 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor | None], *, retai
             target = edge.keeper() if edge.keeper is not None else None
         if target is not None:
             target.grad = own(gradient) if target.grad is None else add_gradients(target.grad, gradient)
+        if completed is not None and not isinstance(edge, Node):
+            completed(edge)
 
     _walk(outputs, cotangents, retain_graph, create_graph, deliver)
 

@@ -5,7 +5,7 @@ A replica is anything with named_parameters() (an nn.Module), or a mapping name 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from engine.backend import Array, get_backend
 from engine.dtypes import DType, as_dtype
 from engine.rowsparse import RowSparse
-from engine.sharder.partition import Partition
+from engine.sharder.partition import Parameter, Partition
 from engine.sharder.versions import Counter
 from engine.tensor import Tensor
 
@@ -55,23 +55,32 @@ def flat_gradients(partition: Partition, dtype: DType, gradients: Mapping[str, A
 
     Raises ValueError with one line for a missing or unknown name, or another shape or dtype.
     """
-    unknown = gradients.keys() - partition.parameters.keys()
+    refuse_unknown(partition, gradients)
+    return {name: flat_gradient(parameter, dtype, gradients.get(name), counter)
+            for name, parameter in partition.parameters.items()}
+
+
+def refuse_unknown(partition: Partition, names: Iterable[str]) -> None:
+    """Raise ValueError for a name that the server does not have."""
+    unknown = set(names) - partition.parameters.keys()
     if unknown:
         raise ValueError(f"push: the server has no parameter {min(unknown)!r}; "
                          f"it has {', '.join(partition.parameters)}")
-    flat: dict[str, Array | RowSparse] = {}
-    for name, parameter in partition.parameters.items():
-        gradient = gradients.get(name)
-        if gradient is None:
-            raise ValueError(f"push: {name!r} has no gradient; every parameter of the server needs one in every "
-                             "microbatch (leave frozen parameters out of the server)")
-        sparse = isinstance(gradient, RowSparse)
-        data = gradient.data if isinstance(gradient, Array) else \
-            gradient if sparse else np.asarray(gradient)  # from a GPU: a copy
-        if data.shape != parameter.shape or as_dtype(data.dtype) is not dtype:
-            raise ValueError(f"push: the gradient of {name!r} is {data.dtype} {data.shape}, "
-                             f"expected {dtype} {parameter.shape}")
-        if not sparse and not data.flags.c_contiguous:
-            counter.copied(data.nbytes)
-        flat[name] = gradient if sparse else Array(data.reshape(-1), dtype)
-    return flat
+
+
+def flat_gradient(parameter: Parameter, dtype: DType, gradient: Any, counter: Counter) -> Array | RowSparse:
+    """The gradient of one parameter, as flat_gradients has it."""
+    if gradient is None:
+        raise ValueError(f"push: {parameter.name!r} has no gradient; every parameter of the server needs one in every "
+                         "microbatch (leave frozen parameters out of the server)")
+    sparse = isinstance(gradient, RowSparse)
+    data = gradient.data if isinstance(gradient, Array) else \
+        gradient if sparse else np.asarray(gradient)  # from a GPU: a copy
+    if data.shape != parameter.shape or as_dtype(data.dtype) is not dtype:
+        raise ValueError(f"push: the gradient of {parameter.name!r} is {data.dtype} {data.shape}, "
+                         f"expected {dtype} {parameter.shape}")
+    if sparse:
+        return gradient
+    if not data.flags.c_contiguous:
+        counter.copied(data.nbytes)
+    return Array(data.reshape(-1), dtype)

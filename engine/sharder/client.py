@@ -6,8 +6,9 @@
             client.pull(model)                     # its parameters are now views of the server's
             for index in client.microbatches:      # of this clock, this worker's share
                 loss, tokens = loss_sum(model, batch(client.step, index))
-                loss.backward()
-                client.push(index, model, loss.item(), tokens)
+                client.backward(index, model, loss, tokens)  # and push the gradients
+
+A program that has gradients from elsewhere gives them to client.push().
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from engine.backend import Backend
+from engine.backend import Array, Backend
 from engine.dtypes import DType
+from engine.rowsparse import RowSparse
 from engine.sharder.binding import bind, flat_gradients, take_gradients
 from engine.sharder.events import Began, ClockRequested, Ended, Pulled, PullRequested, PushRequested, Send
+from engine.sharder.overlap import Departure
+from engine.sharder.partition import Partition
 from engine.sharder.versions import Counter, Traffic, assemble
 from engine.sharder.worker import Worker
+from engine.tensor import Tensor
 
 
 class Stopped(BaseException):
@@ -35,8 +40,9 @@ class Port(Protocol):
     def send(self, send: Send) -> None:
         """Deliver it, now or later."""
 
-    def receive(self) -> Any:
-        """The next message for this worker; waits for one. Raises Stopped once there is to be none."""
+    def receive(self, wait: bool = True) -> Any:
+        """The next message for this worker; waits for one, or gives None if there is none and it is not to wait. Raises
+        Stopped once there is to be none."""
 
 
 class Desk(Protocol):
@@ -102,12 +108,44 @@ class Client:
         """
         if hasattr(gradients, "named_parameters"):
             gradients = take_gradients(gradients)
-        flat = flat_gradients(self._machine.partition, self._cluster.dtype, gradients, self._cluster.copied)
-        actions = self._machine.step(PushRequested(index, flat, float(loss), tokens))
+        self.send_gradients(index, flat_gradients(self.partition, self.dtype, gradients, self.copied), loss, tokens)
+
+    def backward(self, index: int, replica: Any, loss: Tensor, tokens: float = 1) -> None:
+        """loss.backward() and push(index, replica, loss.item(), tokens): the gradients of a loss *sum*.
+
+        With zero=2, the default, gradients leave for their shards while others are computed, and a worker never holds
+        all of them (overlap.py); with zero=1 they leave when all are there. If it ends by an exception, the replica has
+        no gradients, and microbatch `index` is still due: compute it again. Raises what push and backward raise.
+        """
+        Departure(self, index, replica, loss.item(), tokens).backward(loss, self._machine.setup.zero > 1)
+
+    # ── for what sends gradients while others are computed ──────────────────────────────────────────
+
+    @property
+    def partition(self) -> Partition:
+        return self._machine.partition
+
+    @property
+    def dtype(self) -> DType:
+        return self._cluster.dtype
+
+    @property
+    def copied(self) -> Counter:
+        return self._cluster.copied
+
+    def send_gradients(self, index: int, flat: dict[str, Array | RowSparse], loss: float, tokens: float,
+                       shard: int | None = None) -> None:
+        """Give a shard its part of these flat gradients; None: give all shards what they do not have yet."""
+        actions = self._machine.step(PushRequested(index, flat, loss, tokens, shard))
         for send in actions:
-            pieces = self._machine.partition.pieces[send.to[1]]
-            self._cluster.pushed.count(pieces, send.message.gradients, self._cluster.dtype.itemsize)
+            pieces = self.partition.pieces[send.to[1]]
+            self._cluster.pushed.count(pieces, send.message.gradients, self.dtype.itemsize)
         self._perform(actions)
+
+    def settle(self, waiting: int) -> None:
+        """Hear what has come, and wait until at most so many pushes are unacknowledged."""
+        while (message := self._port.receive(len(self._machine.pushes) > waiting)) is not None:
+            self._perform(self._machine.step(message))
 
     def _until(self, request: Any) -> Any:
         """Make a request and exchange messages until it has its outcome."""

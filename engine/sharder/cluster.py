@@ -43,6 +43,8 @@ class Cluster:
     compress:     how gradients travel, with error feedback: "fp16", "bf16", "int8", "topk:0.01", "1bit" (codecs.py);
                   None: as they are
     save_every:   so many clocks lie between two snapshots, in drivers that keep any; 0: there are none
+    zero:         the stage of ZeRO: what workers do not hold. 1: the optimizer's state, which is always the shards';
+                  2: nor all gradients, which client.backward() sends as soon as they are final
     """
 
     shared = True  # whether all shards write into one buffer
@@ -50,7 +52,7 @@ class Cluster:
     def __init__(self, parameters: Any, rule: Any, *, microbatches: int, shards: int = 1, workers: int = 1,
                  clip_norm: float | None = None, hyper: Mapping[str, Any] | Hyper | None = None,
                  consistency: Consistency | str = "bsp", damping: Damping | None = None, placement: str = "ranges",
-                 compress: str | None = None, save_every: int = 0, device: str = "cpu"):
+                 compress: str | None = None, save_every: int = 0, zero: int = 2, device: str = "cpu"):
         for name, value in (("microbatches", microbatches), ("shards", shards), ("workers", workers)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"ParameterServer: {name} is {value!r}, expected a whole number of at least 1")
@@ -65,6 +67,8 @@ class Cluster:
                              f"{microbatches} microbatches of a clock")
         if placement not in ("ranges", "hashing"):
             raise ValueError(f"ParameterServer: placement is {placement!r}, expected ranges or hashing")
+        if zero not in (1, 2):
+            raise ValueError(f"ParameterServer: zero is {zero!r}, expected 1 or 2")
         self.rule, self.workers = rule, workers
         self.k, self.device = get_backend(device), device
         self.copied, self.pushed = Counter(), Traffic()
@@ -77,7 +81,7 @@ class Cluster:
         self.setup = Setup(
             shapes={name: value.shape for name, value in values.items()}, dtype=self.dtype, k=self.k, rule=rule,
             hyper=as_hyper(hyper), microbatches=microbatches, clip_norm=clip_norm, consistency=consistency,
-            damping=damping, placement=placement, save_every=save_every)
+            damping=damping, placement=placement, save_every=save_every, zero=zero)
         self.compression: Compression | None = None
         if compress is not None:
             self.compression = Compression(self.k, codec_for(compress, rule), self.dtype, consistency.staleness)

@@ -99,12 +99,17 @@ class PullRequested:
 
 @dataclass(frozen=True)
 class PushRequested:
-    """To a worker: its program has the gradients of a microbatch: name -> flat Array, or RowSparse."""
+    """To a worker: its program has gradients of a microbatch: name -> flat Array, or RowSparse.
+
+    shard: they are all that this shard owns, and may leave for it while others are computed; None: the microbatch is
+    done, and they are all that has not left
+    """
 
     microbatch: int
     gradients: dict[str, Array | RowSparse] = field(repr=False)
     loss: float
     tokens: float
+    shard: int | None = None
 
 
 @dataclass(frozen=True)

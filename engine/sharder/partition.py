@@ -75,6 +75,7 @@ class Partition:
 
     parameters: all of them, in order        pieces[s]: what shard s owns, in order
     size:       elements of the flat buffer  sizes[s]:  elements of the buffer of shard s alone
+    owners:     by parameter name, the shards that own any of it, ascending
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], shards: int, placement: str = "ranges"):
@@ -94,6 +95,11 @@ class Partition:
         owners = _by_range(ends, elements, shards) if placement == "ranges" else _by_hash(keys, shards)
         pieces, self.sizes = self._pieces(owners)
         self.pieces = tuple(map(tuple, pieces))
+        owning: dict[str, dict[int, None]] = {name: {} for name in self.parameters}
+        for s, own in enumerate(pieces):
+            for piece in own:
+                owning[piece.parameter.name][s] = None
+        self.owners = {name: tuple(of_parameter) for name, of_parameter in owning.items()}
 
     def _pieces(self, owners: Sequence[int]) -> tuple[list[list[Piece]], list[int]]:
         """The runs of blocks with one owner, and how much memory they need."""

@@ -4,16 +4,19 @@
                                            |                    ^                                      |
                                            '--End--> ended      '------- Parameters of every shard ----'
 
-Pushes go out while it computes and need no waiting: each is kept until every shard has acknowledged it. The program
-may ask for the next clock while acknowledgements are still on their way. When it learns of a new term, by a Begin or
-because a shard has Moved, all that it was doing in the old one is void: the program finishes it and nobody listens.
+Pushes go out while it computes and need no waiting: each is kept until its shard has acknowledged it. The gradients
+of a microbatch are one push, which leaves for each shard as soon as all that this shard owns is there. If the program
+gives up half-way and computes the microbatch again, shards that have their part keep it: it would be the same. The
+program may ask for the next clock while acknowledgements are still on their way. When it learns of a new term, by a
+Begin or because a shard has Moved, all that it was doing in the old one is void: the program finishes it and nobody
+listens.
 
 The state machine is pure: step(event) -> actions, with no thread, clock, socket or random source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from engine.backend import Array
@@ -70,6 +73,7 @@ class Worker:
         self.pulls: dict[int, Pull] = {}  # by shard: unanswered
         self.values: dict[int, Version] = {}  # by shard: answered
         self.pushes: dict[tuple[int, int], Push] = {}  # by shard and sequence: unacknowledged
+        self.leaving: dict[int, tuple[Identity, set[int]]] = {}  # by microbatch: its push, and shards that were sent it
         self.again = 0  # pulls and pushes that were sent more than once
         self.ended = False
 
@@ -129,13 +133,17 @@ class Worker:
         if request.microbatch not in self.due:
             raise ValueError(f"worker {self.number}: push of microbatch {request.microbatch} in clock {self.clock}, "
                              f"expected one of {sorted(self.due)}, each once")
-        self.due.remove(request.microbatch)
+        shards: Iterable[int] = range(self.term.shards) if request.shard is None else (request.shard,)
+        if request.shard is None:
+            self.due.remove(request.microbatch)
         if begun.term != self.term:
             return []  # void
-        identity = Identity(self.number, self.epoch, self.sequence)
-        self.sequence += 1
+        identity, have = self.leaving.get(request.microbatch) or self._new_push(request.microbatch)
         sends = []
-        for shard in range(self.term.shards):
+        for shard in shards:
+            if shard in have:
+                continue
+            have.add(shard)
             version = begun.version
             if self.setup.consistency.asynchronous and shard in self.values:
                 version = self.values[shard].number
@@ -143,7 +151,15 @@ class Worker:
                         request.tokens, self._share(shard, request))
             self.pushes[shard, identity.sequence] = push
             sends.append(Send(shard_address(shard), push))
+        if request.shard is None:
+            del self.leaving[request.microbatch]
         return sends
+
+    def _new_push(self, microbatch: int) -> tuple[Identity, set[int]]:
+        """One identity for the gradients of a microbatch, which leave for each shard in their time."""
+        self.leaving[microbatch] = Identity(self.number, self.epoch, self.sequence), set()
+        self.sequence += 1
+        return self.leaving[microbatch]
 
     def _share(self, shard: int, request: PushRequested) -> tuple[Any, ...]:
         """The part of each gradient that a shard owns: views, or what they are encoded as; of row-sparse ones, rows."""
@@ -204,4 +220,4 @@ class Worker:
     def _enter(self, term: Term) -> None:
         """Forget what belongs to older terms."""
         if term != self.term:
-            self.term, self.values, self.pulls, self.pushes = term, {}, {}, {}
+            self.term, self.values, self.pulls, self.pushes, self.leaving = term, {}, {}, {}, {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sharder_problems import make
+from sharder_problems import Momentum, make, start
 
 import engine as eg
 from engine.backend import get_backend
@@ -13,8 +13,11 @@ K = get_backend("reference")
 TERM = Term(1, 2, 0)
 
 
-def machines(**arguments):
-    cluster = make(Simulation, **{"shards": 2, "workers": 2, "microbatches": 2, "save_every": 0, **arguments})
+def machines(parameters_of=None, **arguments):
+    """parameters_of: other shapes than those of the suite's problem."""
+    arguments = {"shards": 2, "workers": 2, "microbatches": 2, "save_every": 0, **arguments}
+    cluster = (make(Simulation, **arguments) if parameters_of is None
+               else Simulation(start(parameters_of), Momentum(), device="reference", **arguments))
     coordinator, shards, workers = cluster.start()
     return cluster, coordinator, shards, workers
 

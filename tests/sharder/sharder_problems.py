@@ -78,7 +78,7 @@ WEATHERS = [
     Weather(latency=(1, 50), duplication=0.3, timeout=150),
     Weather(latency=(1, 20), loss=0.1, duplication=0.2),
     Weather(stalling=0.3),
-    Weather(crashing=0.004, absence=25),
+    Weather(crashing=0.004, absence=25, giving_up=0.2),
 ]
 HISTORIES = 10_000  # drawn in every test run
 STRIKES = (*FAULTS, "reshard:1", "reshard:2", "reshard:3")
@@ -130,7 +130,7 @@ def tiny_drawn(mode, seed, workers, shards, faults):
     clip_norm = 1.0 if seed % 2 and "asp" not in mode else None
     clocks = 3 if "ssp" in mode or seed % 8 == 0 else 2
     return tiny(mode, workers, shards, (2, 3, 3, 4, 2)[seed // 5 % 5], clip_norm, seed, faults, clocks=clocks,
-                stride=3 if seed % 7 == 0 else 1, save_every=1 + (seed % 8 < 5))
+                stride=3 if seed % 7 == 0 else 1, save_every=1 + (seed % 8 < 5), zero=1 + seed // 2 % 2)
 
 
 def arrays(values, k):

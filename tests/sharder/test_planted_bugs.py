@@ -18,6 +18,7 @@ from engine.sharder.consistency import Consistency
 from engine.sharder.events import COORDINATOR, Pulled, Send
 from engine.sharder.messages import Applied, Begin, Held, Push, Reduced
 
+BSP = tuple(mode for mode in MODES if mode.startswith("bsp"))
 SSP = tuple(mode for mode in MODES if mode.startswith("ssp"))
 ASP = tuple(mode for mode in MODES if mode.startswith("asp"))
 BACKUP_WORKERS = tuple(mode for mode in MODES if "backup workers" in mode)
@@ -119,6 +120,23 @@ def drops_unacknowledged_pushes_when_it_begins_anew(plant):
             self.pushes.clear()
         return actions
     plant(worker.Worker, "_begin", begin)
+
+
+def takes_a_push_for_sent_when_one_shard_was_sent_it(plant):
+    def push(self, request, original=worker.Worker._push):
+        sends = original(self, request)
+        for _, have in self.leaving.values():
+            have.update(range(self.term.shards))
+        return sends
+    plant(worker.Worker, "_push", push)
+
+
+def takes_what_left_in_an_older_term_for_sent(plant, modes=BSP):
+    def enter(self, term, original=worker.Worker._enter):
+        leaving = self.leaving
+        original(self, term)
+        self.leaving = leaving
+    plant(worker.Worker, "_enter", enter)
 
 
 def mixes_versions_in_a_pull(plant):

@@ -108,9 +108,7 @@ def step_time(driver: str, config: Any, workers: int, steps: int) -> float:
         while client.clock():
             client.pull(replica)
             for index in client.microbatches:
-                total = loss(replica, index)
-                total.backward()
-                client.push(index, replica, total.item(), ROWS * config.context_length)
+                client.backward(index, replica, loss(replica, index), ROWS * config.context_length)
 
     server = DRIVERS[driver](eg.models.Transformer(config), eg.optim.AdamWRule(lr=1e-3), workers=workers, shards=1,
                              microbatches=MICROBATCHES)

@@ -46,7 +46,7 @@ def schedule(settings: Settings) -> Callable[[int, str], Mapping[str, float]]:
 
 @dataclass(frozen=True)
 class Work:
-    """A worker's program: pull the parameters, compute the gradients of its microbatches, push them."""
+    """A worker's program: pull the parameters, compute the gradients of its microbatches and push them meanwhile."""
 
     config: eg.models.TransformerConfig
     loader: Loader
@@ -61,8 +61,7 @@ class Work:
                 tokens, targets = self.loader.microbatch(client.step, index)
                 with eg.seed(generator.at(client.step + 1, index)):  # step 0 drew the initial weights
                     loss = replica.loss(eg.tensor(tokens), eg.tensor(targets), reduction="sum")
-                loss.backward()
-                client.push(index, replica, loss.item(), targets.size)
+                client.backward(index, replica, loss, targets.size)
 
 
 class Session:
@@ -84,7 +83,8 @@ class Session:
             self.model, rule, workers=settings.workers, shards=settings.shards,
             compress=None if settings.compress == "none" else settings.compress,
             microbatches=settings.microbatches, clip_norm=settings.clip, hyper=self.hyper,
-            consistency=eg.sharder.Consistency.parse(settings.consistency, settings.backups), **own)
+            consistency=eg.sharder.Consistency.parse(settings.consistency, settings.backups),
+            zero=settings.zero, **own)
         self.seconds = 0.0  # of training in earlier sessions of this run
 
     @property

@@ -56,6 +56,8 @@ class Settings:
                        "actors on the nodes of the cluster at RAY_ADDRESS, which see --run's folder", free=True)
     workers: int = flag(2, "threads, processes or actors that compute gradients", free=True)
     shards: int = flag(2, "threads, processes or actors that hold and update parameters", free=True)
+    zero: int = flag(2, "stage of ZeRO, what workers do not hold: 1: the optimizer's state; 2: nor all gradients",
+                     free=True)
     validate_every: int | None = flag(None, "steps between quick validations (default: a tenth of --steps)", free=True)
     validate_windows: int = flag(64, "windows of a quick validation", free=True)
     checkpoint_every: int | None = flag(None, "steps between checkpoints (default: a tenth of --steps)", free=True)
@@ -94,6 +96,8 @@ class Settings:
         if self.driver != "threads" and self.compress != "none":
             raise ProgramError(f"--compress is {self.compress}, expected none with --driver {self.driver}: what a "
                                "codec has left to say would be lost with a worker's process")
+        if self.zero not in (1, 2):
+            raise ProgramError(f"--zero is {self.zero}, expected 1 or 2")
         if self.width % (2 * self.heads):
             raise ProgramError(f"--width is {self.width}, expected a multiple of twice --heads ({2 * self.heads}): "
                                "each head has an even number of features, which rotary positions turn in pairs")

@@ -346,15 +346,19 @@ class _Port:
             self.mail.send(RUN, Sent(machine.number, machine.epoch, pushed.sent, pushed.dense, machine.again))
         self.mail.send(send.to, send.message)
 
-    def receive(self) -> Any:
+    def receive(self, wait: bool = True) -> Any:
         while not self.messages and not self.stopped:
-            found = self.mail.receive(self.patience.wait)
+            found = self.mail.receive(self.patience.wait if wait else 0)
             if self.mail.tape:
                 for message in found:
                     self.mail.tape.heard(message)
             self.messages += found
             if self.patience.is_over(found):
                 self.messages.append(Timeout())
+            if not wait:
+                break
+        if not self.messages and not self.stopped:
+            return None
         if self.stopped or isinstance(self.messages[0], Stop):
             self.stopped = True  # for a program that calls again while it cleans up
             raise Stopped

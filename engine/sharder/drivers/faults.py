@@ -26,6 +26,7 @@ class Weather:
     loss, duplication: the probability that a message gets lost, and that it arrives twice
     work:      a microbatch takes this long, and `stall` times as long with probability `stalling`
     slow:      by worker: the factor by which it is slower than the others
+    giving_up: the probability that a program gives up a microbatch after it has sent some shard its part of it
     crashing:  the probability, at each event, that the machine it is for dies; it comes back after `absence`
     disk:      the longest time until a record or snapshot is on disk
     timeout:   who waits asks again this often
@@ -38,6 +39,7 @@ class Weather:
     stalling: float = 0.0
     stall: int = 20
     slow: Mapping[int, float] = field(default_factory=dict)
+    giving_up: float = 0.0
     crashing: float = 0.0
     absence: float = 40
     disk: int = 3

@@ -31,6 +31,7 @@ DURABILITIES = ("snapshot", "log", "backup")
 class Simulation(Cluster):
     """A cluster whose shards share nothing; the arguments are Cluster's, and
 
+    zero:       as Cluster's, of the programs; they push when a microbatch is done, unless it is 2
     durability: what a shard that dies comes back with. "snapshot": nothing; all go back to their last snapshot and
                 compute again what came after (BSP only); "log": its snapshot and log; "backup": another machine has
                 followed it and stands in for it.
@@ -38,10 +39,11 @@ class Simulation(Cluster):
 
     shared = False
 
-    def __init__(self, parameters: Any, rule: Any, *, durability: str = "log", save_every: int = 2, **arguments: Any):
+    def __init__(self, parameters: Any, rule: Any, *, durability: str = "log", save_every: int = 2, zero: int = 1,
+                 **arguments: Any):
         if durability not in DURABILITIES:
             raise ValueError(f"Simulation: durability is {durability!r}, expected one of {', '.join(DURABILITIES)}")
-        super().__init__(parameters, rule, save_every=save_every, **arguments)
+        super().__init__(parameters, rule, save_every=save_every, zero=zero, **arguments)
         if durability == "snapshot" and not self.setup.consistency.replays:
             raise ValueError('Simulation: durability "snapshot" is for BSP without backups, whose clocks can be '
                              "computed again; the other modes need a log or a backup")

@@ -137,9 +137,9 @@ class TapedClient(Client):
         self._compute()
         return values
 
-    def push(self, *arguments: Any, **named: Any) -> None:
+    def send_gradients(self, *arguments: Any, **named: Any) -> None:
         self._tape.turn("push", clock=self.step)
-        super().push(*arguments, **named)
+        super().send_gradients(*arguments, **named)
         self._compute()
 
 

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from engine.backend import get_num_threads, set_num_threads
@@ -246,8 +246,11 @@ class _Port:
         else:
             self.team.send(send.to, send.message, self.tape)
 
-    def receive(self) -> Any:
-        message = self.inbox.get()
+    def receive(self, wait: bool = True) -> Any:
+        try:
+            message = self.inbox.get(wait)
+        except Empty:
+            return None
         if isinstance(message, _Stop):
             self.inbox.put(message)  # for a program that calls again while it cleans up
             raise Stopped
