@@ -108,7 +108,7 @@ def test_a_compressed_run_goes_on_with_what_it_had_left_to_say(finished: tuple[P
     (tmp_path / "report.json").unlink()
     for step in (STEPS, STEPS - 1):
         shutil.rmtree(next((tmp_path / "checkpoints").glob(f"*{step}")))
-    more = ["--resume", "--workers", "1", "--shards", "3"]
+    more = ["--resume", "--workers", "3", "--shards", "1", "--driver", "processes"]
     assert call(train, *flags(tmp_path, text, *more), monkeypatch=monkeypatch) == 0
     assert result(tmp_path) == whole
 
@@ -209,8 +209,7 @@ def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, monkeypa
     (["--lr", "-1"], "--lr is -1.0, expected a positive number"),
     (["--dropout", "1"], "--dropout is 1.0, expected a number from 0 to below 1"),
     (["--driver", "mpi"], "--driver is mpi, expected threads, processes or ray"),
-    (["--driver", "ray", "--compress", "fp16"], "--compress is fp16, expected none with --driver ray"),
-    (["--driver", "processes", "--compress", "int8"], "--compress is int8, expected none with --driver processes"),
+    (["--driver", "ray", "--compress", "int8", "--backups", "1"], "--compress is int8 and --backups 1, expected 0"),
     (["--workers", "5"], "--workers is 5, expected at most --microbatches (4)"),
     (["--compress", "zip"], "--compress is 'zip', expected fp16, bf16, int8"),
     (["--compress", "1bit"], "--compress is '1bit' and the rule AdamWRule"),

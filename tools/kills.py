@@ -4,9 +4,10 @@
     python tools/kills.py --kills 1000      until so many were
     python tools/kills.py --seed 17         one run, and what happened in it
 
-A run is drawn from its seed: 1..8 workers, 1..7 shards, microbatches, clipping, snapshots or logs, how often a snapshot
-is made, and when which machine is killed: at its birth, in the middle of a clock, while it comes back, at the end. The
-expected state is that of a plain loop (engine/sharder/drivers/plain.py), hashed with the optimizer state.
+A run is drawn from its seed: 1..8 workers, 1..7 shards, microbatches, clipping, compression, snapshots or logs, how
+often a snapshot is made, and when which machine is killed: at its birth, in the middle of a clock, while it comes back,
+at the end. The expected state is that of a plain loop (engine/sharder/drivers/plain.py), hashed with the optimizer
+state.
 
 The ledger (build/kills.jsonl) has one line a run: seed, who was killed, both hashes, commit, seconds.
 """
@@ -109,14 +110,14 @@ def run(seed: int) -> dict[str, Any]:
     """One run, as the ledger's line."""
     draw = Random(seed)
     workers, shards, microbatches = draw.randint(1, 8), draw.randint(1, 7), draw.choice((2, 3, 4, 6))
-    clip_norm, durability = draw.choice((None, 1.0)), draw.choice(("snapshot", "log"))
+    clip_norm, durability, compress = (draw.choice(of) for of in ((None, 1.0), ("snapshot", "log"), (None, "int8")))
     save_every, clocks = draw.choice((0, 1, 3)), draw.randint(4, 8)
     plan = [(draw.choice((0.0, draw.uniform(0, 0.01), draw.uniform(0, 0.1))), draw.choice(KINDS))
             for _ in range(draw.randint(1, 8))]
     random = np.random.default_rng(0)
     parameters = {name: random.standard_normal(shape).astype("float32") for name, shape in SHAPES.items()}
     server = ProcessServer(parameters, AdamWRule(lr=0.01), workers=workers, shards=shards, microbatches=microbatches,
-                           clip_norm=clip_norm, durability=durability, save_every=save_every)
+                           clip_norm=clip_norm, durability=durability, save_every=save_every, compress=compress)
     origin, start = server.checkpoint(), time.monotonic()
     right = Plain(server.setup, origin, gradient).after(tuple((c, tuple(range(microbatches))) for c in range(clocks)))
     with Killer(server, plan, draw) as killer:
@@ -124,8 +125,9 @@ def run(seed: int) -> dict[str, Any]:
     found = server.checkpoint()
     hashes = digest(found), digest(right)
     return {"seed": seed, "workers": workers, "shards": shards, "microbatches": microbatches, "clip_norm": clip_norm,
-            "durability": durability, "save_every": save_every, "clocks": clocks, "killed": killer.killed,
-            "found": hashes[0], "expected": hashes[1], "seconds": round(time.monotonic() - start, 2),
+            "compress": compress, "durability": durability, "save_every": save_every, "clocks": clocks,
+            "killed": killer.killed, "found": hashes[0], "expected": hashes[1],
+            "seconds": round(time.monotonic() - start, 2),
             "equal": hashes[0] == hashes[1] and committed == list(range(clocks))}
 
 

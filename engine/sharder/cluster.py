@@ -81,7 +81,7 @@ class Cluster:
         self.setup = Setup(
             shapes={name: value.shape for name, value in values.items()}, dtype=self.dtype, k=self.k, rule=rule,
             hyper=as_hyper(hyper), microbatches=microbatches, clip_norm=clip_norm, consistency=consistency,
-            damping=damping, placement=placement, save_every=save_every, zero=zero)
+            damping=damping, placement=placement, save_every=save_every, compress=compress, zero=zero)
         self.compression: Compression | None = None
         if compress is not None:
             self.compression = Compression(self.k, codec_for(compress, rule), self.dtype, consistency.staleness)
@@ -138,7 +138,7 @@ class Cluster:
         kinds = {"parameters": saved.parameters, **saved.slots}
         return {"clock": saved.clock, **{f"{kind}/{name}": array for kind, values in kinds.items()
                                          for name, array in (values or {}).items()},
-                **(self.compression.state(saved.clock) if self.compression else {})}
+                **(self.compression.state(self.partition.parameters, saved.clock) if self.compression else {})}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a state(). Raises ValueError with one line, and changes nothing, if it does not fit."""

@@ -12,7 +12,18 @@ own number type (for 1bit to half an ulp of e), since codecs send numbers that m
 
 The residual e belongs to a microbatch of a parameter, not to a worker or a shard, so results have the same bits for any
 number of either; a microbatch that is computed again, in a clock that is not settled yet, is sent as it was; and e is
-part of a checkpoint. It is also what this costs: two numbers a parameter and microbatch.
+part of a checkpoint. It is also what this costs: two numbers a parameter and microbatch, and more where training may go
+back.
+
+Residuals lie on a Shelf, which lasts as long as the run does: in memory where workers are threads, in files where they
+may die (drivers/residual_files.py). Each is marked by the clock after which it is what is left, and by the term in
+which that clock was computed. For clock c the one of the newest clock before c counts, and of those the one of the
+newest term:
+
+    it is whole    c begins once every shard has all pushes of this microbatch before (in SSP the coordinator sees to
+                   that), and what a push leaves is on the shelf before the push is sent
+    it is right    gradients are a function of clock and microbatch, so whoever computes a clock again, in this term or
+                   a later one, by chance or because all went back, puts the same bits in the same place
 
 An element that is not finite is sent as one that is not (1bit: all of its sign in its block), and leaves no residual:
 the server sees that training has failed, and nothing of it stays behind.
@@ -23,8 +34,8 @@ arXiv:1901.09847, algorithm 1 and why it converges.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -45,49 +56,108 @@ def codec_for(text: str, rule: Rule) -> Codec:
     return codec
 
 
+Mark = tuple[int, int]  # the clock after which it is left, and the term of that clock
+
+
+class Shelf(Protocol):
+    """Where residuals are kept: by microbatch and parameter, and by mark."""
+
+    def all(self) -> Iterable[tuple[int, str]]:
+        """Every microbatch and parameter name of which there are any."""
+
+    def marks(self, microbatch: int, parameter: Parameter) -> Iterable[Mark]: ...
+    def read(self, microbatch: int, piece: Piece, mark: Mark) -> Array | None:
+        """None: it was removed, since later clocks are running."""
+
+    def write(self, microbatch: int, piece: Piece, mark: Mark, left: Array) -> None:
+        """It is there, whatever happens to this process, when this returns."""
+
+    def remove(self, microbatch: int, parameter: Parameter, mark: Mark) -> None:
+        """One that there may be."""
+
+
+class InMemory:
+    """The shelf of a process that everything ends with."""
+
+    def __init__(self, k: Backend, dtype: DType):
+        self.k, self.dtype = k, dtype
+        self.left: dict[tuple[int, str], dict[Mark, Array]] = {}  # whole parameters, flat
+
+    def all(self) -> list[tuple[int, str]]:
+        return [key for key, own in tuple(self.left.items()) if own]
+
+    def marks(self, microbatch: int, parameter: Parameter) -> tuple[Mark, ...]:
+        return tuple(self.left.get((microbatch, parameter.name), ()))
+
+    def read(self, microbatch: int, piece: Piece, mark: Mark) -> Array:
+        whole = self.left[microbatch, piece.parameter.name][mark]
+        return whole.view(whole.data[piece.start:piece.stop])
+
+    def write(self, microbatch: int, piece: Piece, mark: Mark, left: Array) -> None:
+        own = self.left.setdefault((microbatch, piece.parameter.name), {})
+        if mark not in own:
+            own[mark] = self.k.empty((piece.parameter.size,), self.dtype)
+        self.k.cast(self.read(microbatch, piece, mark), left)
+
+    def remove(self, microbatch: int, parameter: Parameter, mark: Mark) -> None:
+        del self.left[microbatch, parameter.name][mark]
+
+
 class Compression:
     """A codec, and what it has left to say of each microbatch of each parameter.
 
     staleness: of clocks in which a microbatch may still be computed again, so that what was left before them is kept
+    every:     so many clocks lie between the versions that all may go back to; 0: there is but the term's first;
+               None: nobody goes back
     """
 
-    def __init__(self, k: Backend, codec: Codec, dtype: DType, staleness: int = 0):
-        self.k, self.codec, self.dtype, self.kept = k, codec, dtype, staleness + 2
-        self.left: dict[tuple[int, str], dict[int, Array]] = {}  # by microbatch and parameter: e after each clock, flat
+    def __init__(self, k: Backend, codec: Codec, dtype: DType, staleness: int = 0, every: int | None = None,
+                 shelf: Shelf | None = None):
+        self.k, self.codec, self.dtype, self.staleness, self.every = k, codec, dtype, staleness, every
+        self.shelf: Shelf = shelf or InMemory(k, dtype)
 
-    def encode(self, clock: int, microbatch: int, piece: Piece, gradient: Array) -> Payload:
-        """What to send of the gradient, flat, of a piece of a parameter."""
+    def encode(self, clock: int, microbatch: int, piece: Piece, gradient: Array, term: int = 0,
+               floor: int = 0) -> Payload:
+        """What to send of the gradient, flat, of a piece of a parameter. floor: no term will begin before this version.
+        """
         k = self.k
-        before, after = (whole.view(whole.data[piece.start:piece.stop])
-                         for whole in self._around(clock, microbatch, piece.parameter))
-        x = k.map("add", gradient, before)
+        marks = tuple(self.shelf.marks(microbatch, piece.parameter))
+        before = _newest(marks, clock)
+        e = k.zeros((piece.size,), self.dtype) if before is None else self.shelf.read(microbatch, piece, before)
+        x = gradient if e is None else k.map("add", gradient, e)
         payload = self.codec.write(k, x)
         left = k.map("subtract", x, payload.decode(k, x.size, x.dtype))
         finite, zero = k.map("isfinite", left, dtype=bool_), k.constant(0.0, x.dtype)
-        k.where(after, finite, left, zero, k.layout(after, finite, left, zero))
+        kept = k.empty_like(left)
+        k.where(kept, finite, left, zero, k.layout(kept, finite, left, zero))
+        if e is not None and not any(mark[::-1] > (term, clock) for mark in marks):  # else there is, or was, no need
+            self.shelf.write(microbatch, piece, (clock, term), kept)
+            needed = self._needed(clock, floor)
+            for mark in marks:
+                if mark[0] not in needed:
+                    self.shelf.remove(microbatch, piece.parameter, mark)
         return payload
 
-    def _around(self, clock: int, microbatch: int, parameter: Parameter) -> tuple[Array, Array]:
-        """e before a clock, and where to write e after it."""
-        clocks = self.left.setdefault((microbatch, parameter.name), {})
-        if clock not in clocks:
-            for later in [c for c in clocks if c > clock]:  # training went back, and these will not have been
-                del clocks[later]
-            if not clocks:
-                clocks[clock - 1] = self.k.zeros((parameter.size,), self.dtype)
-            clocks[clock] = self.k.empty((parameter.size,), self.dtype)
-            for old in sorted(clocks)[:-self.kept]:
-                del clocks[old]
-        return clocks[max(c for c in clocks if c < clock)], clocks[clock]
+    def _needed(self, clock: int, floor: int) -> set[int]:
+        """The clocks after which what is left may be asked for again, by whoever computes this clock or goes back."""
+        needed = set(range(clock - 1 - self.staleness, clock + 1))
+        if self.every is not None:
+            needed.add(floor - 1)
+        if self.every:
+            needed |= {version - 1 for version in range(floor - floor % self.every + self.every, clock + 1, self.every)}
+        return needed
 
     # ── saving ──────────────────────────────────────────────────────────────────────────────────────
 
-    def state(self, clock: int) -> dict[str, np.ndarray]:
+    def state(self, parameters: Mapping[str, Parameter], clock: int) -> dict[str, np.ndarray]:
         """"residual.<microbatch>/<parameter>" -> e, flat, as it is before a clock; copies."""
-        settled = {key: max((c for c in tuple(clocks) if c < clock), default=None)  # workers may be ahead, and add some
-                   for key, clocks in sorted(self.left.items())}
-        return {f"residual.{microbatch}/{name}": np.array(self.k.to_numpy(self.left[microbatch, name][last]))
-                for (microbatch, name), last in settled.items() if last is not None}
+        found = {}
+        for microbatch, name in sorted(self.shelf.all()):
+            mark = _newest(self.shelf.marks(microbatch, parameters[name]), clock)  # workers may be ahead, and add some
+            left = None if mark is None else self.shelf.read(microbatch, _whole(parameters[name]), mark)
+            if left is not None:
+                found[f"residual.{microbatch}/{name}"] = np.array(self.k.to_numpy(left))
+        return found
 
     def load(self, parameters: Mapping[str, Parameter], state: Mapping[str, Any], clock: int) -> None:
         """Go on with a clock from a state(). Raises ValueError with one line, changing nothing, if it does not fit."""
@@ -100,5 +170,19 @@ class Compression:
             if np.shape(value) != expected or np.asarray(value).dtype != self.dtype.numpy:
                 raise ValueError(f"load: {key!r} is {np.asarray(value).dtype} {np.shape(value)}, "
                                  f"expected {self.dtype} {expected}")
-            left[int(microbatch), name] = {clock - 1: self.k.array(value, self.dtype)}
-        self.left = left
+            left[int(microbatch), name] = self.k.array(value, self.dtype)
+        for index, name in self.shelf.all():
+            for mark in self.shelf.marks(index, parameters[name]):
+                self.shelf.remove(index, parameters[name], mark)
+        for (index, name), value in left.items():
+            self.shelf.write(index, _whole(parameters[name]), (clock - 1, 0), value)
+
+
+def _newest(marks: Iterable[Mark], clock: int) -> Mark | None:
+    """The mark of what is left before a clock."""
+    return max((mark for mark in marks if mark[0] < clock), default=None)
+
+
+def _whole(parameter: Parameter) -> Piece:
+    """A parameter as one piece."""
+    return Piece(parameter, 0, parameter.size, 0)

@@ -206,7 +206,8 @@ class Coordinator:
             for microbatch in share:
                 clock.owners[microbatch] = worker
             clock.due.difference_update(share)
-            begin = Begin(worker, ready.epoch, ready.taken + 1, self.term, clock.number, clock.version, share)
+            begin = Begin(worker, ready.epoch, ready.taken + 1, self.term, clock.number, clock.version, share,
+                          min(self.saved.values()))
             self.answers[worker] = begin
             del self.waiting[worker]
             sends.append(Send(worker_address(worker), begin))
@@ -217,13 +218,21 @@ class Coordinator:
         if self.restoring:
             return None, ()
         for clock in self.clocks.values():
-            share = tuple(sorted(i for i in clock.due if clock.owners[i] in (worker, None)))
+            share = tuple(i for i in self._share(clock, worker) if clock.owners[i] in (worker, None))
             if share and not self._settled(clock):
                 return clock, share
         if sorted(self.members).index(worker) >= self.setup.microbatches or not self._may_begin():
             return None, ()
         clock = self._begin()
-        return clock, tuple(i for i, owner in clock.owners.items() if owner == worker)
+        share = tuple(i for i in self._share(clock, worker) if clock.owners[i] == worker)
+        return (clock, share) if share else (None, ())
+
+    def _share(self, clock: Clock, worker: int) -> list[int]:
+        """What is due of a clock and can be computed by a worker now. With compression that needs what the microbatch
+        had left to say in the clock before: this worker computed it, or every shard has it."""
+        running = [c for c in self.clocks.values() if self.setup.compress and c.number < clock.number]
+        return [i for i in sorted(clock.due)
+                if all(c.owners[i] == worker or self._settled(c) for c in running)]
 
     def _settled(self, clock: Clock) -> bool:
         """Whether every shard has all it needs."""

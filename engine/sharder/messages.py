@@ -22,7 +22,7 @@ from engine.backend import Array
 from engine.sharder.codecs import Payload
 from engine.sharder.versions import Version
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class Message:
@@ -66,7 +66,7 @@ class Ready(Message):
 @dataclass(frozen=True)
 class Begin(Message):
     """Coordinator: compute these microbatches of `clock` on parameters of `version` (ASP: on any). number: of the
-    Begins to this incarnation, from 1."""
+    Begins to this incarnation, from 1. floor: no term will begin before this version."""
 
     worker: int
     epoch: int
@@ -75,6 +75,7 @@ class Begin(Message):
     clock: int
     version: int
     microbatches: tuple[int, ...]
+    floor: int = 0
 
 
 @dataclass(frozen=True)

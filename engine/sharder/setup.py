@@ -31,6 +31,7 @@ class Setup:
     """shapes: of the parameters, by name   rule: engine.optim.rules    microbatches: in a clock
     clip_norm: the mean gradient of a clock is clipped to it       damping: of the learning rate, by staleness
     save_every: so many clocks lie between two consistent snapshots; 0: none are made
+    compress: the codec by which gradients travel, None: as they are
     zero: what a worker holds only while it needs it: 1: nothing; 2: gradients; 3: gradients and parameters
     """
 
@@ -45,6 +46,7 @@ class Setup:
     damping: Damping | None = None
     placement: str = "ranges"
     save_every: int = 0
+    compress: str | None = None
     zero: int = 2
     _partitions: dict[int, Partition] = field(default_factory=dict)
 

@@ -52,8 +52,8 @@ from engine.sharder.partition import Partition, Piece
 from engine.sharder.setup import Setup
 from engine.sharder.versions import Version
 
-Encode = Callable[[int, int, Piece, Array], Any]
-"""encode(clock, microbatch, piece, its gradient, flat) -> what travels, with decode(k, size, dtype) -> Array."""
+Encode = Callable[[int, int, Piece, Array, int, int], Any]
+"""encode(clock, microbatch, piece, its gradient, flat, term, floor) -> what travels, with decode(k, size, dtype)."""
 
 
 class Worker:
@@ -136,8 +136,8 @@ class Worker:
         shards: Iterable[int] = range(self.term.shards) if request.shard is None else (request.shard,)
         if request.shard is None:
             self.due.remove(request.microbatch)
-        if begun.term != self.term:
-            return []  # void
+        if self._void(begun):
+            return []
         identity, have = self.leaving.get(request.microbatch) or self._new_push(request.microbatch)
         sends = []
         for shard in shards:
@@ -155,6 +155,12 @@ class Worker:
             del self.leaving[request.microbatch]
         return sends
 
+    def _void(self, begun: Begin) -> bool:
+        """Whether nobody waits for what it computes: its term is over, or its clock, so that it was given parameters of
+        a later version. (Of those the gradients would be other ones, and so would what compression leaves.)"""
+        synchronous = not self.setup.consistency.asynchronous
+        return begun.term != self.term or (synchronous and any(v.number > begun.version for v in self.values.values()))
+
     def _new_push(self, microbatch: int) -> tuple[Identity, set[int]]:
         """One identity for the gradients of a microbatch, which leave for each shard in their time."""
         self.leaving[microbatch] = Identity(self.number, self.epoch, self.sequence), set()
@@ -170,8 +176,12 @@ class Worker:
                 share.append(Rows.of(whole, piece.start, piece.size))
                 continue
             part = whole.view(whole.data[piece.start:piece.stop])
-            share.append(self.encode(self.clock, request.microbatch, piece, part) if self.encode else part)
+            share.append(self._encoded(request.microbatch, piece, part) if self.encode else part)
         return tuple(share)
+
+    def _encoded(self, microbatch: int, piece: Piece, part: Array) -> Any:
+        assert self.encode is not None and self.begun is not None
+        return self.encode(self.clock, microbatch, piece, part, self.term.number, self.begun.floor)
 
     # ── answers ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -183,6 +193,8 @@ class Worker:
             return self._next_clock(ClockRequested())  # void before it began
         self._enter(begin.term)
         self.ready, self.begun, self.due = None, begin, set(begin.microbatches)
+        if not self.setup.consistency.asynchronous:
+            self.values = {}  # in ASP, what it has read bounds what it may read
         return [Began(begin.clock, begin.microbatches)]
 
     def _end(self, answer: End | Refused) -> list[Any]:

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
+from random import Random
+
 import numpy as np
 import pytest
-from sharder_problems import TINY, WIDE, assert_same_bits, gradient, program, start, tiny_gradient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kills import Killer
+from sharder_problems import (
+    MODES,
+    TINY,
+    WIDE,
+    assert_same_bits,
+    gradient,
+    program,
+    start,
+    strikes,
+    tiny_gradient,
+)
+from sharder_supervised import slow_program
 
 import engine as eg
 from engine import nn, optim
@@ -12,10 +29,12 @@ from engine.backend import get_backend
 from engine.sharder import ParameterServer, ProcessServer
 from engine.sharder.codecs import codec_of
 from engine.sharder.compression import Compression
+from engine.sharder.consistency import Consistency
 from engine.sharder.drivers.faults import Weather
 from engine.sharder.drivers.plain import Plain
+from engine.sharder.drivers.residual_files import InFiles
 from engine.sharder.drivers.simulator import Simulation
-from engine.sharder.partition import Partition
+from engine.sharder.partition import Partition, Piece
 
 CODECS = ["fp16", "bf16", "int8", "topk:0.05", "1bit"]
 K = get_backend("cpu")
@@ -33,21 +52,6 @@ def run(cluster, clocks):
     return cluster.state()
 
 
-def compressed(codec, shapes, gradient):
-    """The gradients as they arrive: a plain loop's own error feedback, parameter by parameter."""
-    feedback = Compression(K, codec_of(codec), eg.float32, 9)
-    pieces = {piece.parameter.name: piece for piece in Partition(shapes, 1).pieces[0]}
-
-    def arriving(parameters, clock, microbatch):
-        gradients, loss, tokens = gradient(parameters, clock, microbatch)
-        for name, piece in pieces.items():
-            payload = feedback.encode(clock, microbatch, piece, K.array(gradients[name].reshape(-1)))
-            gradients[name] = payload.decode(K, piece.size, eg.float32).data.reshape(shapes[name])
-        return gradients, loss, tokens
-
-    return arriving
-
-
 def parameters_of(state):
     return {key: value for key, value in state.items() if not key.startswith("residual.")}
 
@@ -55,7 +59,7 @@ def parameters_of(state):
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_bits_are_those_of_a_plain_loop_with_error_feedback(codec):
     one = server(codec, workers=1, shards=1)
-    plain = Plain(one.setup, one.checkpoint(), compressed(codec, WIDE, gradient))
+    plain = Plain(one.setup, one.checkpoint(), gradient)
     expected = plain.after(tuple((version, (0, 1, 2)) for version in range(4)))
     states = [run(server(codec, workers=workers, shards=shards, placement=placement), 4)
               for workers, shards, placement in ((1, 1, "ranges"), (3, 5, "ranges"), (2, 4, "hashing"))]
@@ -84,7 +88,7 @@ def test_ssp_states_have_no_residual_of_later_clocks():
     for _ in cluster.run(program, 6):
         found.append(cluster.state())
     for clock, state in enumerate(found, 1):
-        expected = cluster.compression.state(clock) if clock >= 3 else None
+        expected = cluster.compression.state(cluster.partition.parameters, clock) if clock >= 3 else None
         own = {key: value for key, value in state.items() if key.startswith("residual.")}
         assert len(own) == 3 * len(WIDE)
         assert expected is None or all(np.array_equal(own[key], expected[key]) for key in own)
@@ -115,18 +119,107 @@ def test_bytes_are_counted():
         assert cluster.pushed.dense >= least * cluster.pushed.sent and (codec or cluster.pushed.sent == 6 * size)
 
 
-@pytest.mark.parametrize("consistency", ["bsp", "ssp:1"])
-@pytest.mark.parametrize("seed", range(4))
-def test_whatever_is_lost_repeated_or_computed_again(consistency, seed):
-    """Workers die and their microbatches are computed by others; shards come back by their logs. The residuals are the
-    cluster's: as in one process, they are not lost."""
-    weather = [Weather(latency=(1, 50), duplication=0.3, timeout=150), Weather(latency=(1, 20), loss=0.1),
-               Weather(crashing=0.004, absence=25), Weather(stalling=0.3)][seed]
-    simulation = Simulation(TINY, RULE, durability="log", consistency=consistency, workers=2, shards=2,
-                            microbatches=3, compress="topk:0.5")
-    shapes = {name: value.shape for name, value in TINY.items()}
-    plain = Plain(simulation.setup, simulation.checkpoint(), compressed("topk:0.5", shapes, tiny_gradient))
-    simulation.run(tiny_gradient, 4, seed, weather, (), 6_000, 1, plain)  # every version is held against it
+HISTORIES = ["bsp, snapshots", "bsp, logs", "bsp, replicas", "ssp, logs", "ssp, replicas"]
+STORMY = Weather(latency=(1, 20), loss=0.05, duplication=0.1, stalling=0.2, crashing=0.002)
+
+
+@pytest.mark.parametrize("mode", HISTORIES)
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**20), faults=strikes)
+def test_whatever_dies_comes_late_or_goes_back(mode, seed, faults):
+    """Workers die and others compute their microbatches, some are overtaken, shards are added, all go back to a
+    snapshot: what was left to say is always what it was."""
+    durability, consistency = MODES[mode]
+    simulation = Simulation(TINY, RULE, durability=durability, consistency=consistency, workers=3, shards=2,
+                            microbatches=3, compress="topk:0.5", save_every=seed % 4)
+    weather = (STORMY, Weather(), Weather(latency=(1, 50), duplication=0.3, timeout=150))[seed % 3]
+    simulation.run(tiny_gradient, 5, seed, weather, faults, 20_000)  # every version is held against plain training
+
+
+# ── in processes ──────────────────────────────────────────────────────────────────────────────────────
+
+def processes(compress, **arguments):
+    return ProcessServer(start(WIDE), RULE, compress=compress,
+                         **{"workers": 2, "shards": 2, "microbatches": 3, "clip_norm": 1.0, **arguments})
+
+
+def killing(cluster, kinds, seed):
+    draw = Random(seed)
+    return Killer(cluster, [(draw.uniform(0.001, 0.03), kind) for kind in kinds], draw)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_processes_have_the_bits_of_threads(codec):
+    threads, cluster = server(codec), processes(codec, workers=3, save_every=2)
+    for states in zip(told(threads, 3), told(cluster, 3)):
+        assert_same_bits(*states)
+    resumed = processes(codec, shards=1)
+    resumed.load(cluster.state())
+    assert_same_bits(run(resumed, 2), run(threads, 2))
+    assert_same_bits(run(cluster, 2), threads.state())  # and without loading
+    assert cluster.pushed.sent == threads.pushed.sent and cluster.pushed.dense == threads.pushed.dense
+
+
+def told(cluster, clocks):
+    """The states that the caller sees: between the clocks, and after them."""
+    return [*(cluster.state() for _ in cluster.run(program, clocks)), cluster.state()]
+
+
+@pytest.mark.parametrize(("durability", "save_every"), [("snapshot", 2), ("snapshot", 0), ("log", 3)])
+def test_processes_that_are_killed_have_the_bits_of_threads(durability, save_every):
+    cluster = processes("int8", durability=durability, save_every=save_every, workers=3)
+    kinds = ("worker", "shard", "worker", "coordinator", "worker")
+    with killing(cluster, kinds, save_every) as killer:
+        list(cluster.run(partial(slow_program, seconds=0.01), 6))
+    assert killer.killed
+    assert_same_bits(cluster.state(), run(server("int8"), 6))
+
+
+def test_ssp_in_processes_is_a_plain_loop_along_its_course():
+    cluster = processes("int8", consistency="ssp:2", clip_norm=None)
+    origin = cluster.checkpoint()
+    with killing(cluster, ("worker", "shard", "worker"), 0) as killer:
+        done = list(cluster.run(partial(slow_program, seconds=0.01), 6))
+    right = Plain(cluster.setup, origin, gradient).after(tuple((c.version, (0, 1, 2)) for c in done))
+    assert killer.killed
+    assert_same_bits(cluster.checkpoint().parameters, right.parameters)
+
+
+@pytest.mark.parametrize(("consistency", "which"), [("asp", "asp"), (Consistency(backups=1), "has backups")])
+def test_what_is_computed_again_to_other_bits_is_refused_where_workers_may_die(consistency, which):
+    with pytest.raises(ValueError, match=f"^ProcessServer: compress is 'int8' and consistency {which}: .*expected bsp "
+                                         "or ssp, without backups$"):
+        processes("int8", consistency=consistency, clip_norm=None)
+
+
+# ── the shelf of files ────────────────────────────────────────────────────────────────────────────────
+
+def test_pieces_written_by_several_workers_are_one_residual(tmp_path):
+    partition = Partition({"a": (3,), "deep/w": (10_000,)}, 3)
+    parameter = partition.parameters["deep/w"]
+    own = [piece for pieces in partition.pieces for piece in pieces if piece.parameter is parameter]
+    values = np.random.default_rng(0).standard_normal(10_000).astype("float32")
+    shelves = [InFiles(tmp_path / "shelf", list(partition.parameters), K, eg.float32, bool(n)) for n in range(2)]
+    assert len(own) == 3 and shelves[0].all() == shelves[0].marks(5, parameter) == []
+    for number, piece in enumerate((*own, own[0])):
+        shelves[number % 2].write(5, piece, (-1, 2), K.array(values[piece.start:piece.stop]))
+    assert shelves[0].all() == [(5, "deep/w")] and shelves[1].marks(5, parameter) == [(-1, 2)]
+    for piece in (*own, Piece(parameter, 4096, 10_000, 0)):
+        assert shelves[0].read(5, piece, (-1, 2)).data.tobytes() == values[piece.start:piece.stop].tobytes()
+    for shelf in shelves:  # who comes second finds it removed
+        shelf.remove(5, parameter, (-1, 2))
+    assert shelves[0].read(5, own[0], (-1, 2)) is None and shelves[1].marks(5, parameter) == []
+
+
+def test_who_finds_that_a_residual_was_removed_leaves_nothing_behind(tmp_path):
+    partition = Partition({"w": (100,)}, 1)
+    piece, shelf = partition.pieces[0][0], InFiles(tmp_path, ["w"], K, eg.float32)
+    compression = Compression(K, codec_of("int8"), eg.float32, shelf=shelf)
+    compression.encode(0, 0, piece, K.full((100,), 1.0, eg.float32))
+    shelf.marks = lambda *_: [(0, 0), (-1, 0)]  # as it was when it looked
+    shelf.remove(0, piece.parameter, (0, 0))
+    compression.encode(1, 0, piece, K.full((100,), 1.0, eg.float32))
+    assert not list((tmp_path / "0-0").iterdir())
 
 
 # ── row-sparse pushes ─────────────────────────────────────────────────────────────────────────────────

@@ -121,7 +121,7 @@ def test_error_feedback_step_by_step(name: str, data: st.DataObject) -> None:
         arrived = np.concatenate([compression.encode(clock, 0, p, K.array(g[p.start:p.stop])).decode(
             K, p.size, eg.float32).data for p in pieces])
         left = x - arrived
-        assert compression.state(clock + 1)["residual.0/w"].tobytes() == left.tobytes()
+        assert compression.state(partition.parameters, clock + 1)["residual.0/w"].tobytes() == left.tobytes()
         assert arrived.tobytes() == sent(codec_of(name), x).tobytes()  # in pieces as in one
 
 
@@ -135,7 +135,7 @@ def test_the_sum_of_what_is_sent_follows_the_sum_of_the_gradients(name: str) -> 
     g[0] = 1.0
     for clock in range(400):
         total += compression.encode(clock, 0, partition.pieces[0][0], K.array(g)).decode(K, n, eg.float32).data
-    left = compression.state(400)["residual.0/w"]
+    left = compression.state(partition.parameters, 400)["residual.0/w"]
     np.testing.assert_allclose(total + left, 400 * g.astype(np.float64), rtol=1e-3)
     assert (np.abs(left) < 5).all() and total[1] > 0
 
@@ -225,7 +225,7 @@ def test_what_is_not_finite_arrives_and_leaves_nothing(name: str, data: st.DataO
     for piece in partition.pieces[0]:
         with np.errstate(all="ignore"):
             y = compression.encode(0, 0, piece, K.array(x)).decode(K, x.size, eg.float32).data
-        left = compression.state(1)["residual.0/w"]
+        left = compression.state(partition.parameters, 1)["residual.0/w"]
         assert np.isfinite(left).all()
         bad = ~np.isfinite(x)
         assert not left[bad].any()
@@ -354,13 +354,19 @@ def some(seed: int, size: int = 5000) -> Any:
     return K.array(np.random.default_rng(seed).standard_normal(size).astype(np.float32))
 
 
+def left(compression: Compression, piece: Any, clock: int) -> bytes:
+    """What is left to say before a clock of microbatch 0 of the only parameter."""
+    (value,) = compression.state({piece.parameter.name: piece.parameter}, clock).values()
+    return value.tobytes()
+
+
 def test_a_microbatch_computed_again_is_sent_as_it_was() -> None:
     piece = Partition({"w": (5000,)}, 1).pieces[0][0]
     once, twice = (Compression(K, codec_of("topk:0.01"), eg.float32) for _ in range(2))
     for clock in range(3):
         first = once.encode(clock, 0, piece, some(clock))
         assert twice.encode(clock, 0, piece, some(clock)) == twice.encode(clock, 0, piece, some(clock)) == first
-    assert once.state(3)["residual.0/w"].tobytes() == twice.state(3)["residual.0/w"].tobytes()
+    assert left(once, piece, 3) == left(twice, piece, 3)
 
 
 def test_clocks_that_are_not_settled_may_be_computed_again() -> None:
@@ -368,23 +374,45 @@ def test_clocks_that_are_not_settled_may_be_computed_again() -> None:
     piece, compression = Partition({"w": (5000,)}, 1).pieces[0][0], Compression(K, codec_of("int8"), eg.float32, 2)
 
     def states() -> list[bytes]:
-        return [compression.state(clock)["residual.0/w"].tobytes() for clock in (3, 4, 5)]
+        return [left(compression, piece, clock) for clock in (3, 4, 5)]
 
     first = [compression.encode(clock, 0, piece, some(clock)) for clock in range(5)]
     before = states()
     for clock in (4, 3, 4, 3):
         assert compression.encode(clock, 0, piece, some(clock)) == first[clock]
     assert states() == before and len(set(before)) == 3
-    assert len(compression.left[0, "w"]) == 4  # and no more are kept
+    assert len(list(compression.shelf.marks(0, piece.parameter))) == 4  # and no more are kept
 
 
-def test_going_back_further_begins_with_nothing_left() -> None:
+@pytest.mark.parametrize("every", [0, 1, 3, 4])
+def test_all_may_go_back_to_any_version_that_a_term_may_begin_with(every: int) -> None:
+    """The origin, the version 2, which a reshard seals, and every multiple of `every` that is not below these. What was
+    computed of later clocks in older terms is not taken for what was left."""
+    piece = Partition({"w": (5000,)}, 1).pieces[0][0]
+    right = Compression(K, codec_of("int8"), eg.float32)
+    payloads = [right.encode(clock, 0, piece, some(clock)) for clock in range(12)]
+    compression = Compression(K, codec_of("int8"), eg.float32, every=every)
+    points = [version for version in range(3, 10) if every and version % every == 0]
+    courses = [(0, 0, 6), (0, 0, 2), *((version, 2, 11) for version in (2, *points))]
+    for term, (version, floor, end) in enumerate(courses):
+        for clock in range(version, end):
+            assert compression.encode(clock, 0, piece, some(clock), term, floor) == payloads[clock], (version, clock)
+    kept = {clock for clock, _ in compression.shelf.marks(0, piece.parameter)}
+    assert kept == {9, 10, 1} | ({v - 1 for v in range(2, 11) if v % every == 0} if every else set())
+
+
+def test_who_comes_late_leaves_nothing_behind() -> None:
+    """What was left before its clock is gone, so what it computes is something else; nobody will hear it."""
     piece, compression = Partition({"w": (5000,)}, 1).pieces[0][0], Compression(K, codec_of("int8"), eg.float32)
-    fresh = Compression(K, codec_of("int8"), eg.float32)
-    for clock in range(6):
-        compression.encode(clock, 0, piece, some(clock))
-    assert compression.encode(2, 0, piece, some(2)) == fresh.encode(2, 0, piece, some(2))
-    assert compression.encode(3, 0, piece, some(3)) == fresh.encode(3, 0, piece, some(3))
+    right = Compression(K, codec_of("int8"), eg.float32)
+    for clock in range(4):
+        assert compression.encode(clock, 0, piece, some(clock)) == right.encode(clock, 0, piece, some(clock))
+    for clock, term in ((1, 0), (2, 0), (3, -1), (9, -1)):
+        compression.encode(clock, 0, piece, some(10 + clock), term)
+    assert sorted(compression.shelf.marks(0, piece.parameter)) == [(2, 0), (3, 0)]
+    assert compression.encode(3, 0, piece, some(3)) == right.encode(3, 0, piece, some(3))
+    assert compression.encode(4, 0, piece, some(4)) == right.encode(4, 0, piece, some(4))
+    assert left(compression, piece, 5) == left(right, piece, 5)
 
 
 def test_a_residual_belongs_to_a_microbatch_of_a_parameter() -> None:
@@ -404,7 +432,7 @@ def test_going_on_from_a_state() -> None:
     piece, saved = partition.pieces[0][0], Compression(K, codec_of("int8"), eg.float32)
     for clock in range(3):
         saved.encode(clock, 1, piece, some(clock))
-    resumed, state = Compression(K, codec_of("int8"), eg.float32), saved.state(3)
+    resumed, state = Compression(K, codec_of("int8"), eg.float32), saved.state(partition.parameters, 3)
     expected = saved.encode(3, 1, piece, some(3))
     assert list(state) == ["residual.1/w"]
     resumed.load(partition.parameters, state, 3)
@@ -420,7 +448,7 @@ def test_going_on_from_a_state() -> None:
 def test_a_state_that_does_not_fit_changes_nothing(state: dict[str, Any], message: str) -> None:
     partition, compression = Partition({"w": (5000,)}, 1), Compression(K, codec_of("int8"), eg.float32)
     compression.encode(0, 1, partition.pieces[0][0], some(0))
-    before = compression.state(1)["residual.1/w"]
+    before = compression.state(partition.parameters, 1)["residual.1/w"]
     with pytest.raises(ValueError, match=f"load: .*{message}"):
         compression.load(partition.parameters, state, 1)
-    assert compression.state(1)["residual.1/w"].tobytes() == before.tobytes()
+    assert compression.state(partition.parameters, 1)["residual.1/w"].tobytes() == before.tobytes()

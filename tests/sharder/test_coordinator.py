@@ -161,6 +161,16 @@ def test_a_snapshot_of_a_version_says_that_its_clock_is_applied():
     assert coordinator.step(Applied(1, 1, 0)) == []
 
 
+def test_workers_hear_which_version_all_may_yet_go_back_to():
+    _, coordinator, _, _ = machines(durability="snapshot", save_every=1)
+    coordinator.step(Ready(0, 0, 0))
+    for message in (Proceed(1), reduced(0), reduced(1), Applied(0, 1, 0), Applied(1, 1, 0), Saved(0, 1, 1)):
+        coordinator.step(message)
+    (first,), saved, (second,) = (coordinator.step(m) for m in (Ready(0, 0, 1), Saved(1, 1, 1), Ready(1, 0, 0)))
+    assert saved == [] and (first.message.clock, first.message.floor) == (1, 0)
+    assert (second.message.clock, second.message.floor) == (1, 1)
+
+
 def test_only_bsp_can_go_back():
     coordinator = running(consistency="ssp:1")
     with pytest.raises(ProtocolError, match="shard 1 lost its memory; only BSP can compute it again"):
@@ -221,7 +231,7 @@ def test_the_end_reaches_who_waits_and_who_comes_later():
 
 
 @pytest.mark.parametrize(("ready", "reason"), [
-    (Ready(0, 0, 0, protocol=99), "worker 0 speaks protocol 99, the coordinator 2"),
+    (Ready(0, 0, 0, protocol=99), "worker 0 speaks protocol 99, the coordinator 3"),
     (Ready(1, 2, 0), "worker 1 of epoch 2 was replaced by epoch 3"),
 ])
 def test_strangers_are_refused_with_a_reason(ready, reason):

@@ -251,7 +251,6 @@ def test_strangers_at_the_socket_change_nothing(caplog, monkeypatch):
 
 
 @pytest.mark.parametrize(("arguments", "error"), [
-    ({"compress": "int8"}, "compress is 'int8'.*expected None"),
     ({"durability": "backup"}, "durability is 'backup', expected snapshot or log"),
     ({"durability": "snapshot", "consistency": "asp"}, "durability is 'snapshot', expected log, the only one"),
     ({"start": "thread"}, "start is 'thread', expected fork or spawn"),

@@ -22,6 +22,7 @@ from sharder_supervised import Breaking, expected, slow_program
 
 from engine.sharder.consistency import Consistency
 from engine.sharder.drivers import ray_server
+from engine.sharder.drivers.plain import Plain
 from engine.sharder.drivers.ray_server import RayServer
 from engine.sharder.drivers.supervisor import WorkFailed
 
@@ -151,6 +152,17 @@ def test_killed_at_any_moment_and_still_the_same_bits(cluster, durability, worke
     killer = Killer(server, plan, draw)
     supervised.check_bits_when_machines_are_lost(server, SLOW, killer)
     assert len(killer.killed) >= 3
+
+
+@pytest.mark.slow
+def test_what_workers_had_left_to_say_outlives_them(cluster):
+    server = server_of(wide=True, microbatches=4, clip_norm=1.0, compress="int8")
+    origin = server.checkpoint()
+    with Killer(server, [(2.0, "worker"), (0.5, "shard"), (0.5, "worker")], Random(0)) as killer:
+        list(server.run(SLOW, 6))
+    right = Plain(server.setup, origin, gradient).after(tuple((clock, (0, 1, 2, 3)) for clock in range(6)))
+    assert killer.killed
+    assert_same_bits(server.checkpoint().parameters, right.parameters)
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ from tools.mutants.record import Mutant
 
 DRIVERS_AT = "engine/sharder/drivers"
 PLAYBACK = "tests/sharder/test_playback.py"
+RESIDUALS, COMPRESSED = "tests/sharder/test_compression.py", "tests/sharder/test_compressed_training.py"
+HISTORIES = f"{COMPRESSED}::test_whatever_dies_comes_late_or_goes_back"
 
 DRIVERS = [
     Mutant("time of another computer", f"{DRIVERS_AT}/playback.py",
@@ -38,4 +40,39 @@ DRIVERS = [
            "values = super().pull(*arguments, **named)",
            "what is computed after a pull counts as pulling",
            f"{PLAYBACK}::test_computing_is_where_the_time_goes"),
+    Mutant("clocks of a microbatch side by side", "engine/sharder/coordinator.py",
+           "if all(c.owners[i] == worker or self._settled(c) for c in running)]",
+           "]",
+           "in SSP a microbatch is handed out before it is there what it had left to say in the clock before",
+           HISTORIES),
+    Mutant("gradients of a later version", "engine/sharder/worker.py",
+           "any(v.number > begun.version for v in self.values.values())",
+           "False",
+           "an overtaken worker, which was given later parameters, leaves what they left",
+           HISTORIES),
+    Mutant("a floor that moves too far", "engine/sharder/coordinator.py",
+           "clock.version, share,\n                          min(self.saved.values()))",
+           "clock.version, share,\n                          max(self.saved.values()))",
+           "what all go back to has lost its residuals when one shard's snapshot is on record",
+           "tests/sharder/test_coordinator.py::test_workers_hear_which_version_all_may_yet_go_back_to"),
+    Mutant("latecomers write", "engine/sharder/compression.py",
+           "if e is not None and not any(mark[::-1] > (term, clock) for mark in marks):",
+           "if e is not None:",
+           "who computes a clock that was over long ago replaces what it left",
+           f"{RESIDUALS}::test_who_comes_late_leaves_nothing_behind"),
+    Mutant("residuals to go back to", "engine/sharder/compression.py",
+           "needed.add(floor - 1)",
+           "needed.add(floor)",
+           "what was left before the version that all go back to is gone",
+           f"{RESIDUALS}::test_all_may_go_back_to_any_version_that_a_term_may_begin_with"),
+    Mutant("residuals that die along", "engine/sharder/drivers/child.py",
+           "setup.consistency.staleness, every, shelf)",
+           "setup.consistency.staleness, every)",
+           "what a worker has left to say is lost with it",
+           f"{COMPRESSED}::test_processes_have_the_bits_of_threads"),
+    Mutant("a place in the file", "engine/sharder/drivers/residual_files.py",
+           "self.k.to_numpy(left).view(np.uint8).data, piece.start * self.dtype.itemsize",
+           "self.k.to_numpy(left).view(np.uint8).data, 0",
+           "every piece of a parameter is written to the beginning",
+           f"{COMPRESSED}::test_pieces_written_by_several_workers_are_one_residual"),
 ]

@@ -93,9 +93,9 @@ class Settings:
                 raise ProgramError(f"--{error}") from None
         if self.driver not in ("threads", "processes", "ray"):
             raise ProgramError(f"--driver is {self.driver}, expected threads, processes or ray")
-        if self.driver != "threads" and self.compress != "none":
-            raise ProgramError(f"--compress is {self.compress}, expected none with --driver {self.driver}: what a "
-                               "codec has left to say would be lost with a worker's process")
+        if self.driver != "threads" and self.compress != "none" and self.backups:
+            raise ProgramError(f"--compress is {self.compress} and --backups {self.backups}, expected 0 with --driver "
+                               f"{self.driver}: what a microbatch has left to say would depend on who had died when")
         if self.zero not in (1, 2):
             raise ProgramError(f"--zero is {self.zero}, expected 1 or 2")
         if self.width % (2 * self.heads):

@@ -23,10 +23,13 @@ from typing import Any, Protocol
 from engine.backend import Backend, get_backend, set_num_threads
 from engine.dtypes import DType
 from engine.sharder.client import Client, Stopped, run_to_end
+from engine.sharder.codecs import codec_of
+from engine.sharder.compression import Compression
 from engine.sharder.coordinator import Coordinator
 from engine.sharder.drivers.files import Library, Replaced, Store
 from engine.sharder.drivers.frozen import Frozen, freeze
 from engine.sharder.drivers.post import Post
+from engine.sharder.drivers.residual_files import InFiles
 from engine.sharder.drivers.tape import UNTAPED, Tape, TapedClient, tape_path
 from engine.sharder.encoding import WireError, declare
 from engine.sharder.events import (
@@ -52,6 +55,7 @@ from engine.sharder.versions import Counter, Traffic
 from engine.sharder.wire import Hello, arithmetic
 from engine.sharder.worker import Worker
 
+RESIDUALS = "residuals"  # of workers, in the run's folder
 PATIENCE = (0.5, 8.0)  # seconds until somebody who hears nothing asks again: at first, and at most
 
 
@@ -130,6 +134,7 @@ class Order:
     last:        the clock before which training ends, None if that is open
     program:     of a worker
     traced:      whether it records what it does, in the folder
+    computers:   whether there are several, one of which may be lost
     """
 
     address: Address
@@ -144,6 +149,7 @@ class Order:
     program: Any
     threads: int
     traced: bool = False
+    computers: bool = False
 
 
 class Mail(Protocol):
@@ -365,10 +371,20 @@ class _Port:
         return self.messages.popleft()
 
 
+def _compression(order: Order, setup: Setup) -> Compression | None:
+    """Of which the residuals are there for whoever does this worker's work after its death."""
+    if setup.compress is None:
+        return None
+    shelf = InFiles(order.folder / RESIDUALS, list(setup.shapes), setup.k, setup.dtype, order.computers)
+    every = setup.save_every if order.durability == "snapshot" else None
+    return Compression(setup.k, codec_of(setup.compress), setup.dtype, setup.consistency.staleness, every, shelf)
+
+
 def _work(order: Order, setup: Setup, mail: Mail) -> None:
     """Run the program."""
     number = order.address[1]
-    machine = Worker(number, order.epoch, setup, order.term)
+    compression = _compression(order, setup)
+    machine = Worker(number, order.epoch, setup, order.term, compression.encode if compression else None)
     desk = _Desk(setup.k, setup.dtype, Counter(), Traffic())
     port = _Port(mail, machine, desk.pushed)
     client = TapedClient(mail.tape, desk, machine, port) if mail.tape else Client(desk, machine, port)

@@ -1,7 +1,8 @@
 """Training in one loop, without the protocol: what every version must be, bit for bit.
 
 A run in BSP or SSP is a function of its *course*: for each clock, the version it was computed on and the microbatches
-that make it up. In BSP the course is always the same one.
+that make it up. In BSP the course is always the same one. With compression, what each microbatch has left to say is
+part of the state.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from engine.backend import Array
 from engine.optim.accumulator import Accumulator
 from engine.optim.clip import sums_of_squares
+from engine.sharder.codecs import codec_of
 from engine.sharder.memory import Checkpoint
 from engine.sharder.setup import Setup
 
@@ -27,7 +29,9 @@ class Plain:
 
     def __init__(self, setup: Setup, origin: Checkpoint, gradient: Gradient):
         self.setup, self.origin, self.gradient, self.k = setup, origin, gradient, setup.k
+        self.codec = codec_of(setup.compress) if setup.compress else None
         self.states: dict[Course, Checkpoint] = {(): origin}
+        self.left: dict[tuple[Course, int, str], Array] = {}  # to be said after a course, by microbatch and parameter
 
     def after(self, course: Course) -> Checkpoint:
         """The state after the clocks of this course."""
@@ -43,11 +47,22 @@ class Plain:
         accumulator = Accumulator(len(microbatches), k)
         for rank, index in enumerate(microbatches):
             gradients, loss, tokens = self.gradient(read, before.clock, index)
-            accumulator.add(rank, [self._array(gradients[name]) for name in setup.shapes], loss, tokens)
+            arriving = [self._arriving(course, index, name, self._array(gradients[name])) for name in setup.shapes]
+            accumulator.add(rank, arriving, loss, tokens)
         means, scale = accumulator.mean().gradients, 1.0
         if setup.clip_norm is not None:
             _, scale = setup.clip(np.concatenate([sums_of_squares(k, g).data for g in means]))
         return self.update(before, dict(zip(setup.shapes, means)), scale, before.clock - version)
+
+    def _arriving(self, course: Course, index: int, name: str, gradient: Array) -> Array:
+        """What arrives of a gradient: p of x = g + e, and e ← x − p."""
+        if self.codec is None:
+            return gradient
+        k, before = self.k, self.left.get((course[:-1], index, name))
+        x = gradient if before is None else k.map("add", gradient, before)
+        arriving = self.codec.write(k, x).decode(k, x.size, x.dtype)
+        self.left[course, index, name] = k.map("subtract", x, arriving)
+        return arriving
 
     def _array(self, values: Any) -> Array:
         return self.k.array(np.asarray(values).reshape(-1))

@@ -131,9 +131,9 @@ class _Actors(Team):
         self.ray = ray = self.server.ray
         self.connected = connect(ray, self.server.address)
         try:
-            self.computers = {node["NodeManagerAddress"] for node in self._nodes()}
-            if self.server.folder is None and len(self.computers) > 1:
-                raise ValueError(f"RayServer: folder is None, and the cluster has {len(self.computers)} computers; "
+            self.hosts = {node["NodeManagerAddress"] for node in self._nodes()}
+            if self.server.folder is None and len(self.hosts) > 1:
+                raise ValueError(f"RayServer: folder is None, and the cluster has {len(self.hosts)} computers; "
                                  "expected a folder that all of them see")
             self.places: dict[Address, str] = {}  # the node that each was meant for
             self.ended: dict[Address, float] = {}  # when each was seen to have come to its end
@@ -148,9 +148,13 @@ class _Actors(Team):
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self.ray.nodes() if node["Alive"]]
 
+    @property
+    def computers(self) -> bool:
+        return len(self.hosts) > 1
+
     def threads(self, address: Address) -> int:
         """Its share of all computers' cores, if they are as this one is."""
-        return min(get_num_threads(), max(1, len(self.computers) * get_num_threads() // len(
+        return min(get_num_threads(), max(1, len(self.hosts) * get_num_threads() // len(
             self.workers if address[0] == "worker" else self.servers[1:])))
 
     def bear(self, order: Order) -> None:

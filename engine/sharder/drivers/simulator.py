@@ -48,6 +48,8 @@ class Simulation(Cluster):
             raise ValueError('Simulation: durability "snapshot" is for BSP without backups, whose clocks can be '
                              "computed again; the other modes need a log or a backup")
         self.durability = durability
+        if self.compression and durability == "snapshot":
+            self.compression.every = save_every
 
     def run(self, gradient: Gradient, clocks: int, seed: int, weather: Weather = FAIR,
             faults: Iterable[tuple[int, str]] = (), limit: float = 100_000, stride: int = 1,

@@ -27,7 +27,9 @@ from typing import Any
 from engine.backend import get_num_threads
 from engine.sharder.client import Program
 from engine.sharder.cluster import Cluster
+from engine.sharder.compression import Compression
 from engine.sharder.drivers.child import (
+    RESIDUALS,
     Failed,
     Inspect,
     Mail,
@@ -42,6 +44,7 @@ from engine.sharder.drivers.child import (
 from engine.sharder.drivers.files import Library, join
 from engine.sharder.drivers.frozen import Frozen
 from engine.sharder.drivers.playback import Recording
+from engine.sharder.drivers.residual_files import InFiles
 from engine.sharder.events import (
     COORDINATOR,
     Address,
@@ -75,13 +78,15 @@ class SupervisedServer(Cluster, ABC):
     shared = False
 
     def __init__(self, parameters: Any, rule: Any, *, durability: str | None = None, save_every: int = 10,
-                 folder: str | Path | None = None, hyper: Any = None, compress: str | None = None, **arguments: Any):
+                 folder: str | Path | None = None, hyper: Any = None, **arguments: Any):
         self.name = type(self).__name__
-        if compress is not None:
-            raise ValueError(f"{self.name}: compress is {compress!r}, and what a codec has left to say would be lost "
-                             "with a worker's process; expected None")
         super().__init__(parameters, rule, save_every=save_every, hyper=hyper, **arguments)
-        replays = self.setup.consistency.replays
+        replays, consistency = self.setup.consistency.replays, self.setup.consistency
+        if self.compression and (consistency.asynchronous or consistency.backups):
+            which = "asp" if consistency.asynchronous else "has backups"
+            raise ValueError(f"{self.name}: compress is {self.setup.compress!r} and consistency {which}: what a "
+                             "microbatch has left to say would depend on who died when; expected bsp or ssp, "
+                             "without backups")
         self.durability = durability or ("snapshot" if replays else "log")
         if self.durability not in DURABILITIES or (self.durability == "snapshot" and not replays):
             raise ValueError(f"{self.name}: durability is {durability!r}, expected "
@@ -121,6 +126,18 @@ class SupervisedServer(Cluster, ABC):
             self._stale = False
             self._team.clock = parts[0].clock
             self._place(join(self.setup, parts))
+
+    def state(self) -> dict[str, Any]:
+        if not self.busy:
+            self._fetch()
+            self._fetch_residuals()
+        return super().state()
+
+    def _fetch_residuals(self) -> None:
+        """Bring what workers have left to say at this clock here, from their files."""
+        if self._team and self.compression:
+            parameters, clock = self.partition.parameters, self.clock
+            self.compression.load(parameters, self._team.compression.state(parameters, clock), clock)
 
     # ── running ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -173,6 +190,7 @@ class SupervisedServer(Cluster, ABC):
         self.busy = False
         try:
             self._fetch(STANDING)
+            self._fetch_residuals()
         except BaseException as error:
             for memory in self.memories:
                 memory.torn = True
@@ -184,6 +202,7 @@ class Team(ABC):
     """The machines of one run. mail: the supervisor's; folder: of the run, with its origin in it."""
 
     mail: Mail
+    compression: Compression  # over the residuals in the folder, if there are any
 
     def __init__(self, server: SupervisedServer, program: Program, origin: Checkpoint, last: int | None, epoch: int):
         self.server, self.program, self.last, self.epoch = server, program, last, epoch
@@ -202,6 +221,7 @@ class Team(ABC):
             made = tempfile.mkdtemp(prefix="shardgrad-", dir=server.folder)
             self.folder = Path(made)
             Library(self.folder, server.setup).keep_origin(origin)
+            self._keep_residuals(origin.clock)
             self.open()
         except BaseException as error:
             shutil.rmtree(made, ignore_errors=True)
@@ -210,6 +230,14 @@ class Team(ABC):
             raise
         self.tape = self.mail.tape = server.recording.caller() if server.recording else None
         self.patience = Patience(self.mail)
+
+    def _keep_residuals(self, clock: int) -> None:
+        """Put what is left to say where workers find it."""
+        k, here, partition = self.server.k, self.server.compression, self.server.partition
+        if here:
+            shelf = InFiles(self.folder / RESIDUALS, list(partition.parameters), k, here.dtype)
+            self.compression = Compression(k, here.codec, here.dtype, shelf=shelf)
+            self.compression.load(partition.parameters, here.state(partition.parameters, clock), clock)
 
     # ── what a driver does ──────────────────────────────────────────────────────────────────────────
 
@@ -241,6 +269,11 @@ class Team(ABC):
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    @property
+    def computers(self) -> bool:
+        """Whether machines are on several computers, one of which may be lost."""
+        return False
+
     def threads(self, address: Address) -> int:
         """How many threads a machine's kernels have: its share of this computer."""
         of_kind = {"coordinator": 1, "shard": len(self.servers) - 1, "worker": len(self.workers)}
@@ -256,7 +289,8 @@ class Team(ABC):
         server, incarnation = self.server, self.incarnations[address]
         self.bear(Order(address, incarnation, self.folder, server.recipe, server.term, self.epoch + incarnation,
                         server.workers, self.last, server.durability,
-                        self.program if address[0] == "worker" else None, self.threads(address), bool(self.tape)))
+                        self.program if address[0] == "worker" else None, self.threads(address), bool(self.tape),
+                        self.computers))
         if self.tape:
             self.tape.birth(address, f"incarnation {incarnation}")
         self.incarnations[address] += 1
