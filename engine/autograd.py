@@ -130,7 +130,13 @@ class Node:
 def save(array: Array) -> Any:
     """How a node keeps an array: as it is, or, inside eg.checkpoint, as a promise to compute it again."""
     recorder = _saving.get()
-    return Saved(array) if recorder is None else recorder.save(array)
+    return kept(array) if recorder is None else recorder.save(array)
+
+
+def kept(array: Array) -> Any:
+    """The array itself, or what fetches it again if its memory is not to be kept."""
+    again = array.storage.again
+    return Saved(array) if again is None else again(array)
 
 
 def edge_of(tensor: Tensor) -> Any:

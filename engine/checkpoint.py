@@ -42,14 +42,14 @@ class _Recomputation:
         self.generator = default_generator()
         self.cursor = self.generator.state_dict()
         self.count = 0
-        self.again: list[Saved] | None = None
+        self.again: list[Any] | None = None
         self.versions = [Saved(x.array) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
 
     def save(self, array: Array) -> _Promise:
         self.count += 1
         return _Promise(self, self.count - 1)
 
-    def saved(self, index: int) -> Saved:
+    def saved(self, index: int) -> Any:
         if self.again is None:
             for i, version in enumerate(self.versions):
                 version.get("checkpoint", f"input {i}")
@@ -76,10 +76,10 @@ def _as_it_is(x: Any) -> Any:
 
 class _Collector:
     def __init__(self) -> None:
-        self.arrays: list[Saved] = []
+        self.arrays: list[Any] = []
 
-    def save(self, array: Array) -> Saved:
-        self.arrays.append(Saved(array))
+    def save(self, array: Array) -> Any:
+        self.arrays.append(autograd.kept(array))
         return self.arrays[-1]
 
 

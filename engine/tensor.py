@@ -51,7 +51,7 @@ class Tensor:
     node:          the operation that made it, None for a leaf
     """
 
-    __slots__ = ("__weakref__", "array", "device", "grad", "hooks", "node", "requires_grad")
+    __slots__ = ("__weakref__", "array", "device", "grad", "hooks", "late", "node", "requires_grad")
     __array_priority__ = 1000  # numpy_array * tensor is the tensor's business
 
     def __init__(self, array: Array, device: str, requires_grad: bool = False, node: Node | None = None):
@@ -61,6 +61,22 @@ class Tensor:
         self.node = node
         self.grad: Tensor | RowSparse | None = None
         self.hooks: list[Callable[[Any], Gradient | None]] | None = None
+
+    # ── memory that comes late ──────────────────────────────────────────────────────────────────────
+
+    def release(self, late: Callable[[], Array]) -> None:
+        """Let go of the memory. When it is next needed, late() is asked for it."""
+        self.late = late
+        try:
+            del self.array
+        except AttributeError:  # it is gone already
+            pass
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "array":
+            raise AttributeError(f"Tensor has no attribute {name!r}")
+        self.array = self.late()
+        return self.array
 
     # ── what it is ──────────────────────────────────────────────────────────────────────────────────
 

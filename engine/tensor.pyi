@@ -25,13 +25,14 @@ def default_device() -> str:
     ...
 
 class Tensor:
-    __slots__ = ('__weakref__', 'array', 'device', 'grad', 'hooks', 'node', 'requires_grad')
+    __slots__ = ('__weakref__', 'array', 'device', 'grad', 'hooks', 'late', 'node', 'requires_grad')
     array: Array
     device: str
     grad: Tensor | RowSparse | None
     requires_grad: bool
     node: Node | None
     hooks: list[Callable[[Any], Gradient | None]] | None
+    late: Callable[[], Array]
     def __add__(self, b: Tensor | np.ndarray | bool | int | float) -> Tensor: ...
     def __sub__(self, b: Tensor | np.ndarray | bool | int | float) -> Tensor: ...
     def __mul__(self, b: Tensor | np.ndarray | bool | int | float) -> Tensor: ...
@@ -136,6 +137,9 @@ class Tensor:
     __array_priority__ = 1000
 
     def __init__(self, array: Array, device: str, requires_grad: bool=False, node: Node | None=None):
+        ...
+
+    def release(self, late: Callable[[], Array]) -> None:
         ...
 
     @property

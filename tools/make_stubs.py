@@ -58,9 +58,11 @@ def stub() -> str:
     tree.body = [n for n in tree.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
     cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Tensor")
     written = {n.name for n in cls.body if isinstance(n, ast.FunctionDef)}
-    cls.body = [n for n in cls.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+    cls.body = [n for n in cls.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
+                and not (isinstance(n, ast.FunctionDef) and n.name == "__getattr__")]  # it would vouch for every name
     lines = ["    array: Array", "    device: str", "    grad: Tensor | RowSparse | None", "    requires_grad: bool",
-             "    node: Node | None", "    hooks: list[Callable[[Any], Gradient | None]] | None"]
+             "    node: Node | None", "    hooks: list[Callable[[Any], Gradient | None]] | None",
+             "    late: Callable[[], Array]"]
     for name, value in Tensor.__dict__.items():
         if isinstance(value, property) and name not in written:
             lines += ["    @property", f"    def {name}(self) -> Tensor: ..."]

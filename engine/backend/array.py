@@ -5,6 +5,7 @@ An Array knows no gradients. It is the currency below the ops: the launch turns 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,26 @@ class Storage:
 
     version:   how often it was written in place         has_views: whether there are any
     postponed: the updates of rows that an optimizer makes when somebody looks (optim/postponed.py), or None
+    again:     None, or how to have an array once more instead of keeping it (LateStorage)
     """
 
     __slots__ = ("has_views", "postponed", "version")
+    again: Any = None
 
     def __init__(self) -> None:
         self.version = 0
         self.has_views = False
         self.postponed: Any = None
+
+
+class LateStorage(Storage):
+    """Of memory that is fetched when it is needed: a tape does not keep it, but what again(array) gives."""
+
+    __slots__ = ("again",)
+
+    def __init__(self, again: Callable[[Array], Any]) -> None:
+        super().__init__()
+        self.again = again
 
 
 class Array:

@@ -30,14 +30,19 @@ def bind(replica: Any, values: Mapping[str, np.ndarray]) -> None:
     Raises ValueError with one line for a missing name, or another shape or dtype.
     """
     for name, parameter in named(replica).items():
-        value = values.get(name)
-        if value is None:
+        if name not in values:
             raise ValueError(f"bind: the server has no parameter {name!r}; it has {', '.join(values)}")
-        if value.shape != parameter.shape or value.dtype != parameter.dtype.numpy:
-            raise ValueError(f"bind: {name!r} is {parameter.dtype} {parameter.shape} in the replica, "
-                             f"and {value.dtype} {value.shape} on the server")
+        value = values[name]
+        check_fits(name, parameter, value.shape, as_dtype(value.dtype))
         parameter.array = get_backend(parameter.device).from_numpy(value)
         parameter.grad = None
+
+
+def check_fits(name: str, parameter: Any, shape: tuple[int, ...], dtype: DType) -> None:
+    """Raise ValueError unless a replica's parameter has the server's shape and dtype."""
+    if shape != parameter.shape or dtype is not parameter.dtype:
+        raise ValueError(f"bind: {name!r} is {parameter.dtype} {parameter.shape} in the replica, "
+                         f"and {dtype} {shape} on the server")
 
 
 def take_gradients(replica: Any) -> dict[str, Tensor | None]:

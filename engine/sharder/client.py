@@ -13,7 +13,7 @@ A program that has gradients from elsewhere gives them to client.push().
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +22,8 @@ from engine.backend import Array, Backend
 from engine.dtypes import DType
 from engine.rowsparse import RowSparse
 from engine.sharder.binding import bind, flat_gradients, take_gradients
-from engine.sharder.events import Began, ClockRequested, Ended, Pulled, PullRequested, PushRequested, Send
+from engine.sharder.events import Began, ClockRequested, Ended, Pulled, PullRequested, PushRequested, Received, Send
+from engine.sharder.late import LateParameters
 from engine.sharder.overlap import Departure
 from engine.sharder.partition import Partition
 from engine.sharder.versions import Counter, Traffic, assemble
@@ -63,6 +64,7 @@ class Client:
 
     worker:       its number             step:   the clock that is running, from 0
     microbatches: its share of the clock ended:  whether training is over
+    most_held:    bytes of parameters that it had at a time, at most
     """
 
     def __init__(self, cluster: Desk, machine: Worker, port: Port):
@@ -71,6 +73,8 @@ class Client:
         self.step = -1
         self.microbatches: tuple[int, ...] = ()
         self.ended = False
+        self.most_held = 0
+        self._late: LateParameters | None = None
 
     def clock(self) -> bool:
         """Wait for the next work: True when there is some, False when training is over.
@@ -79,6 +83,7 @@ class Client:
 
         Raises RuntimeError if microbatches of the present clock were not pushed, or if the server refuses this worker.
         """
+        self._close()
         outcome = self._until(ClockRequested())
         if isinstance(outcome, Ended):
             self.ended = True
@@ -89,14 +94,34 @@ class Client:
         self.step, self.microbatches = outcome.clock, outcome.microbatches
         return True
 
-    def pull(self, replica: Any = None) -> dict[str, np.ndarray]:
-        """name -> the parameters of this clock, read-only; a replica (module or name -> Tensor) is bound to them."""
+    def pull(self, replica: Any = None, late: bool = False) -> Mapping[str, np.ndarray]:
+        """name -> the parameters of this clock, read-only; a replica (module or name -> Tensor) is bound to them.
+
+        late: return at once, and wait for a parameter when it is first used. With zero=3 that is always so, and those
+        that were not used lately are let go of, to be pulled again when they are used again (late.py).
+        """
+        self._close()
+        release = self._machine.setup.zero == 3
+        if late or release:
+            self._late = LateParameters(self, release)
+            if replica is not None:
+                self._late.bind(replica)
+            return self._late
         outcome = self._until(PullRequested())
         assert isinstance(outcome, Pulled)
-        values = assemble(self._machine.partition, outcome.values, self._cluster.k, self._cluster.copied)
+        values = assemble(self.partition, outcome.values, self.k, self.copied)
+        flats = {id(version.flat): version.flat.data.nbytes for version in outcome.values}
+        self.most_held = max(self.most_held, sum(flats.values()))
         if replica is not None:
             bind(replica, values)
         return values
+
+    def _close(self) -> None:
+        """What was pulled late has had its time."""
+        if self._late is not None:
+            self._late.close()
+            self.most_held = max(self.most_held, self._late.most)
+            self._late = None
 
     def push(self, index: int, gradients: Any, loss: float = 0.0, tokens: float = 1) -> None:
         """Give the gradients of the loss *sum* of microbatch `index`, that sum, and how many tokens it sums over.
@@ -119,7 +144,11 @@ class Client:
         """
         Departure(self, index, replica, loss.item(), tokens).backward(loss, self._machine.setup.zero > 1)
 
-    # ── for what sends gradients while others are computed ──────────────────────────────────────────
+    # ── for what sends gradients, and fetches parameters, while others are computed ─────────────────
+
+    @property
+    def k(self) -> Backend:
+        return self._cluster.k
 
     @property
     def partition(self) -> Partition:
@@ -147,6 +176,19 @@ class Client:
         while (message := self._port.receive(len(self._machine.pushes) > waiting)) is not None:
             self._perform(self._machine.step(message))
 
+    @property
+    def fetching(self) -> set[int]:
+        """Shards that have not answered a pull."""
+        return set(self._machine.pulls)
+
+    def fetch(self, names: tuple[str, ...]) -> None:
+        """Ask the shards that own these parameters."""
+        self._perform(self._machine.step(PullRequested(names)))
+
+    def hear(self) -> None:
+        """Wait for one message."""
+        self._perform(self._machine.step(self._port.receive()))
+
     def _until(self, request: Any) -> Any:
         """Make a request and exchange messages until it has its outcome."""
         outcome = self._perform(self._machine.step(request))
@@ -160,6 +202,9 @@ class Client:
         for action in actions:
             if isinstance(action, Send):
                 self._port.send(action)
+            elif isinstance(action, Received):
+                if self._late is not None:
+                    self._late.receive(action)
             else:
                 outcome = action
         return outcome

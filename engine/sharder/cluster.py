@@ -44,7 +44,8 @@ class Cluster:
                   None: as they are
     save_every:   so many clocks lie between two snapshots, in drivers that keep any; 0: there are none
     zero:         the stage of ZeRO: what workers do not hold. 1: the optimizer's state, which is always the shards';
-                  2: nor all gradients, which client.backward() sends as soon as they are final
+                  2: nor all gradients, which client.backward() sends as soon as they are final; 3: nor all parameters,
+                  which are pulled when they are used, and let go of (not in asp)
     """
 
     shared = True  # whether all shards write into one buffer
@@ -62,13 +63,16 @@ class Cluster:
             consistency = Consistency.parse(consistency)
         if consistency.asynchronous and clip_norm is not None:
             raise ValueError("ParameterServer: clip_norm needs the whole gradient of a clock, which asp never sees")
+        if consistency.asynchronous and zero == 3:
+            raise ValueError("ParameterServer: zero is 3, and what is pulled again for the backward pass must be what "
+                             "the forward pass had, which asp does not keep")
         if consistency.backups >= microbatches:
             raise ValueError(f"ParameterServer: backups is {consistency.backups}, expected fewer than the "
                              f"{microbatches} microbatches of a clock")
         if placement not in ("ranges", "hashing"):
             raise ValueError(f"ParameterServer: placement is {placement!r}, expected ranges or hashing")
-        if zero not in (1, 2):
-            raise ValueError(f"ParameterServer: zero is {zero!r}, expected 1 or 2")
+        if zero not in (1, 2, 3):
+            raise ValueError(f"ParameterServer: zero is {zero!r}, expected 1, 2 or 3")
         self.rule, self.workers = rule, workers
         self.k, self.device = get_backend(device), device
         self.copied, self.pushed = Counter(), Traffic()

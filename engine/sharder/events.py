@@ -94,7 +94,10 @@ class ClockRequested:
 
 @dataclass(frozen=True)
 class PullRequested:
-    """To a worker: its program wants the parameters of this clock. Ends in Pulled."""
+    """To a worker: its program wants parameters of this clock: all of them, which ends in Pulled, or those of these
+    names, which ends in a Received for each shard that owns any of them."""
+
+    names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,14 @@ class Pulled:
     """Action of a worker: the parameters, one read-only view a shard, all of one version (except in ASP)."""
 
     values: tuple[Version, ...]
+
+
+@dataclass(frozen=True)
+class Received:
+    """Action of a worker: a read-only view of the parameters of one shard."""
+
+    shard: int
+    values: Version
 
 
 @dataclass(frozen=True)

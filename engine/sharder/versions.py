@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,8 +147,6 @@ class Traffic:
 def assemble(partition: Partition, values: tuple[Version, ...], k: Backend, counter: Counter) -> dict[str, np.ndarray]:
     """Every parameter in its shape, read-only, of `values` (one a shard): a view where it lies in one place, or a copy.
     """
-    if values[0].shared:
-        return {name: values[0].whole(p) for name, p in partition.parameters.items()}
     parts: dict[str, list[tuple[Piece, Version]]] = {name: [] for name in partition.parameters}
     for pieces, version in zip(partition.pieces, values):
         for piece in pieces:
@@ -156,8 +154,18 @@ def assemble(partition: Partition, values: tuple[Version, ...], k: Backend, coun
     return {name: _join(p, parts[name], values[0].flat.dtype, k, counter) for name, p in partition.parameters.items()}
 
 
+def assemble_one(partition: Partition, name: str, values: Mapping[int, Version], dtype: DType, k: Backend,
+                 counter: Counter) -> np.ndarray:
+    """One parameter, as assemble() has it, of the `values` of at least the shards that own it."""
+    parameter = partition.parameters[name]
+    return _join(parameter, [(piece, values[s]) for s in partition.owners[name] for piece in partition.pieces[s]
+                             if piece.parameter is parameter], dtype, k, counter)
+
+
 def _join(parameter: Parameter, parts: list[tuple[Piece, Version]], dtype: DType, k: Backend,
           counter: Counter) -> np.ndarray:
+    if parts and parts[0][1].shared:
+        return parts[0][1].whole(parameter)
     if len(parts) == 1:
         piece, version = parts[0]
         return version.read(piece).reshape(parameter.shape)

@@ -30,6 +30,7 @@ from engine.sharder.events import (
     Pulled,
     PullRequested,
     PushRequested,
+    Received,
     Send,
     Timeout,
     shard_address,
@@ -71,7 +72,9 @@ class Worker:
         self.sequence = 0
         self.ready: Ready | None = None
         self.pulls: dict[int, Pull] = {}  # by shard: unanswered
-        self.values: dict[int, Version] = {}  # by shard: answered
+        self.wanted: tuple[str, ...] | None = None  # parameters that were asked for last; None: all
+        self.values: dict[int, Version] = {}  # by shard: answered, until all are
+        self.read: dict[int, int] = {}  # by shard: the version that it answered with last
         self.pushes: dict[tuple[int, int], Push] = {}  # by shard and sequence: unacknowledged
         self.leaving: dict[int, tuple[Identity, set[int]]] = {}  # by microbatch: its push, and shards that were sent it
         self.again = 0  # pulls and pushes that were sent more than once
@@ -109,6 +112,7 @@ class Worker:
         if self.due:
             raise RuntimeError(f"worker {self.number}: clock() before microbatches {sorted(self.due)} of clock "
                                f"{self.clock} were pushed")
+        self.pulls = {}  # what the program did without
         self.ready = Ready(self.number, self.epoch, self.taken)
         return [Send(COORDINATOR, self.ready)]
 
@@ -118,14 +122,17 @@ class Worker:
                                "call clock() first, and stop when it returns False")
         return self.begun
 
-    def _pull_requested(self, _: PullRequested) -> list[Any]:
+    def _pull_requested(self, request: PullRequested) -> list[Any]:
         begun = self._in_clock()
+        self.wanted, self.values = request.names, {}
         return self._pull(begun.version if begun.term == self.term else 0)
 
     def _pull(self, version: int) -> list[Any]:
-        seen = {s: v.number for s, v in self.values.items()} if self.setup.consistency.asynchronous else {}
-        self.pulls = {s: Pull(self.number, self.epoch, self.term.number, max(version, seen.get(s, 0)))
-                      for s in range(self.term.shards)}
+        seen = self.read if self.setup.consistency.asynchronous else {}
+        shards: Iterable[int] = range(self.term.shards)
+        if self.wanted is not None:
+            shards = sorted({s for name in self.wanted for s in self.partition.owners[name]})
+        self.pulls = {s: Pull(self.number, self.epoch, self.term.number, max(version, seen.get(s, 0))) for s in shards}
         return [Send(shard_address(s), pull) for s, pull in self.pulls.items()]
 
     def _push(self, request: PushRequested) -> list[Any]:
@@ -145,8 +152,8 @@ class Worker:
                 continue
             have.add(shard)
             version = begun.version
-            if self.setup.consistency.asynchronous and shard in self.values:
-                version = self.values[shard].number
+            if self.setup.consistency.asynchronous:
+                version = self.read.get(shard, version)
             push = Push(identity, self.term.number, begun.clock, version, request.microbatch, request.loss,
                         request.tokens, self._share(shard, request))
             self.pushes[shard, identity.sequence] = push
@@ -214,13 +221,17 @@ class Worker:
                 or (answer.term, answer.version) != (pull.term, pull.version)):
             return []
         del self.pulls[answer.shard]
+        self.read[answer.shard] = answer.values.number
+        if self.wanted is not None:
+            return [Received(answer.shard, answer.values)]
         self.values[answer.shard] = answer.values
         if self.pulls:
             return []
         newest = max(version.number for version in self.values.values())
         if not self.setup.consistency.asynchronous and any(v.number < newest for v in self.values.values()):
             return self._pull(newest)  # its clock is over, and it was overtaken: ask again, never mix
-        return [Pulled(tuple(self.values[s] for s in range(self.term.shards)))]
+        values, self.values = self.values, {}
+        return [Pulled(tuple(values[s] for s in range(self.term.shards)))]
 
     def _moved(self, moved: Moved) -> list[Any]:
         if not self._mine(moved.worker, moved.epoch) or moved.term.number <= self.term.number:
@@ -232,4 +243,4 @@ class Worker:
     def _enter(self, term: Term) -> None:
         """Forget what belongs to older terms."""
         if term != self.term:
-            self.term, self.values, self.pulls, self.pushes, self.leaving = term, {}, {}, {}, {}
+            self.term, self.values, self.read, self.pulls, self.pushes, self.leaving = term, {}, {}, {}, {}, {}

@@ -130,7 +130,8 @@ def tiny_drawn(mode, seed, workers, shards, faults):
     clip_norm = 1.0 if seed % 2 and "asp" not in mode else None
     clocks = 3 if "ssp" in mode or seed % 8 == 0 else 2
     return tiny(mode, workers, shards, (2, 3, 3, 4, 2)[seed // 5 % 5], clip_norm, seed, faults, clocks=clocks,
-                stride=3 if seed % 7 == 0 else 1, save_every=1 + (seed % 8 < 5), zero=1 + seed // 2 % 2)
+                stride=3 if seed % 7 == 0 else 1, save_every=1 + (seed % 8 < 5),
+                zero=1 + seed // 2 % (2 if "asp" in mode else 3))
 
 
 def arrays(values, k):

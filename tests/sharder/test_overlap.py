@@ -316,7 +316,7 @@ def test_the_bits_are_those_of_gradients_that_leave_at_the_end(kind, sparse, giv
 
 
 def test_a_stage_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="zero is 4, expected 1 or 2"):
+    with pytest.raises(ValueError, match="zero is 4, expected 1, 2 or 3"):
         Threads.make(microbatches=1, zero=4)
 
 

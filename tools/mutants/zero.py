@@ -1,10 +1,12 @@
-"""Bugs in what workers send and hold: gradients that leave during backward (ZeRO 2)."""
+"""Bugs in what workers send and hold: gradients that leave during backward (ZeRO 2), parameters that come late and are
+released (ZeRO 3)."""
 
 from __future__ import annotations
 
 from tools.mutants.record import Mutant
 
 OVERLAP = "tests/sharder/test_overlap.py"
+LATE = "tests/sharder/test_late.py"
 
 ZERO = [
     Mutant("delivered and kept", "engine/autograd.py",
@@ -14,7 +16,7 @@ ZERO = [
            f"{OVERLAP}::test_a_gradient_that_is_taken_and_dropped_is_freed_while_backward_goes_on"),
     Mutant("a part sent again", "engine/sharder/worker.py",
            "            have.add(shard)\n",
-           "",
+           "            have.add(-1)\n",
            "when a microbatch is computed again, a shard that has its part is sent it once more",
            f"{OVERLAP}::test_a_microbatch_that_is_given_up_is_due_and_what_left_is_not_sent_again"),
     Mutant("an identity for each part", "engine/sharder/worker.py",
@@ -37,4 +39,34 @@ ZERO = [
            "return (synchronous and",
            "after a new term, gradients leave for shards that own other parameters",
            f"{OVERLAP}::test_a_new_term_in_the_middle_of_a_backward_pass_makes_the_rest_void"),
+    Mutant("a tape that keeps", "engine/autograd.py",
+           "return Saved(array) if again is None else again(array)",
+           "return Saved(array)",
+           "the tape holds all parameters until backward, although they were released",
+           f"{LATE}::test_parameters_are_gathered_on_use_forward_and_again_in_backward"),
+    Mutant("a view from the beginning", "engine/sharder/late.py",
+           "offset = _address(array.data) - _address(base)",
+           "offset = 0",
+           "backward takes the first elements of a parameter for a part of it",
+           f"{LATE}::test_the_tape_keeps_names_in_place_of_arrays_and_of_their_views"),
+    Mutant("nothing is released", "engine/sharder/late.py",
+           "self._let_go(spare[:max(0, len(spare) + len(owners) - HELD)])",
+           "self._let_go(spare[:0])",
+           "a worker ends up with all parameters",
+           f"{LATE}::test_parameters_are_gathered_on_use_forward_and_again_in_backward"),
+    Mutant("tensors that keep", "engine/sharder/late.py",
+           "                tensor.release(tensor.late)\n",
+           "                pass\n",
+           "a shard is let go of, but the replica still has its memory",
+           f"{LATE}::test_what_is_released_is_held_by_nobody_not_even_by_the_tape"),
+    Mutant("answers of another clock", "engine/sharder/worker.py",
+           "        self.pulls = {}  # what the program did without\n",
+           "",
+           "an answer to a late pull comes between two clocks, to a program that waits for work",
+           f"{LATE}::test_an_answer_that_nobody_waited_for_is_not_taken_for_work"),
+    Mutant("shards of the term before", "engine/sharder/late.py",
+           "                self._let_go(tuple(self.shards))\n                self.partition = client.partition",
+           "                self.partition = client.partition",
+           "after a new term, what a shard of the old one held is taken for what one of the new one holds",
+           f"{LATE}::test_a_new_term_with_other_shards_is_gathered_anew"),
 ]

@@ -56,8 +56,8 @@ class Settings:
                        "actors on the nodes of the cluster at RAY_ADDRESS, which see --run's folder", free=True)
     workers: int = flag(2, "threads, processes or actors that compute gradients", free=True)
     shards: int = flag(2, "threads, processes or actors that hold and update parameters", free=True)
-    zero: int = flag(2, "stage of ZeRO, what workers do not hold: 1: the optimizer's state; 2: nor all gradients",
-                     free=True)
+    zero: int = flag(2, "stage of ZeRO, what workers do not hold: 1: the optimizer's state; 2: nor all gradients; "
+                     "3: nor all parameters", free=True)
     validate_every: int | None = flag(None, "steps between quick validations (default: a tenth of --steps)", free=True)
     validate_windows: int = flag(64, "windows of a quick validation", free=True)
     checkpoint_every: int | None = flag(None, "steps between checkpoints (default: a tenth of --steps)", free=True)
@@ -96,8 +96,8 @@ class Settings:
         if self.driver != "threads" and self.compress != "none" and self.backups:
             raise ProgramError(f"--compress is {self.compress} and --backups {self.backups}, expected 0 with --driver "
                                f"{self.driver}: what a microbatch has left to say would depend on who had died when")
-        if self.zero not in (1, 2):
-            raise ProgramError(f"--zero is {self.zero}, expected 1 or 2")
+        if self.zero not in (1, 2, 3):
+            raise ProgramError(f"--zero is {self.zero}, expected 1, 2 or 3")
         if self.width % (2 * self.heads):
             raise ProgramError(f"--width is {self.width}, expected a multiple of twice --heads ({2 * self.heads}): "
                                "each head has an even number of features, which rotary positions turn in pairs")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.sharder.drivers.history import History
 from engine.sharder.drivers.ledger import Ledger
-from engine.sharder.events import COORDINATOR, Address, Pulled, Send
+from engine.sharder.events import COORDINATOR, Address, Pulled, Received, Send
 from engine.sharder.memory import Checkpoint
 from engine.sharder.messages import Applied, Begin
 from engine.sharder.shard import Shard
@@ -38,7 +38,8 @@ class Violated(AssertionError):
 
 
 class Invariants:
-    """Watches one run: check() after each event, said() at each message of a shard, pulled() at each completed pull."""
+    """Watches one run: check() after each event, said() at each message of a shard, pulled() at each completed pull,
+    received() at each part of one that comes late."""
 
     def __init__(self, run: Run, plain: Plain):
         self.run, self.plain, self.setup = run, plain, run.cluster.setup
@@ -148,6 +149,14 @@ class Invariants:
         self.require(len(set(numbers)) == 1, "worker {} pulled a mixture of versions {}", worker.number, numbers)
         if begun.term == worker.term:
             self._check_version(worker, begun, numbers[0])
+
+    def received(self, worker: Worker, received: Received) -> None:
+        """One shard's part of the parameters: of the version of the clock, while that may count."""
+        begun, values = worker.begun, (received.values,)
+        assert begun is not None
+        self.held[worker.number] = values, _checksum(values)
+        if begun.term == worker.term:
+            self._check_version(worker, begun, received.values.number)
 
     def _check_version(self, worker: Worker, begun: Begin, number: int) -> None:
         term, clock, version = begun.term.number, begun.clock, begun.version

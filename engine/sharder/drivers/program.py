@@ -1,20 +1,29 @@
 """What the program of a simulated worker would do: clock, pull, compute and push each microbatch, clock ...
 
 From zero=2 on, gradients leave shard by shard, the last shard's first; and in some weather a program gives up a
-microbatch when some of them have left, and computes it again.
+microbatch when some of them have left, and computes it again. With zero=3 it pulls parameter by parameter, for each
+microbatch anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.sharder.binding import flat_gradients
-from engine.sharder.events import Began, ClockRequested, Pulled, PullRequested, PushRequested, Send, worker_address
-from engine.sharder.versions import assemble
+from engine.sharder.events import (
+    Began,
+    ClockRequested,
+    Pulled,
+    PullRequested,
+    PushRequested,
+    Received,
+    Send,
+    worker_address,
+)
+from engine.sharder.versions import Version, assemble, assemble_one
 from engine.sharder.worker import Worker
 
 if TYPE_CHECKING:
@@ -30,7 +39,8 @@ class Program:
     def __init__(self, run: Run, worker: Worker):
         self.run, self.worker = run, worker
         self.address = worker_address(worker.number)
-        self.parameters: Mapping[str, np.ndarray] = {}
+        self.parameters: dict[str, np.ndarray] = {}
+        self.term, self.received = worker.term, dict[int, Version]()  # shards of the parameter that is being pulled
         self.queue: list[int] = []
         self.ahead: list[int] = []  # shards that are sent their part of this microbatch before it is done
 
@@ -58,7 +68,9 @@ class Program:
                 self.run.send(self.address, action)
             elif isinstance(action, Began):
                 self.queue = list(action.microbatches)
-                self._perform(self.worker.step(PullRequested()))
+                self._pull_or_compute(True)
+            elif isinstance(action, Received):
+                self._receive(action)
             elif isinstance(action, Pulled):
                 if self.run.invariants:
                     self.run.invariants.pulled(self.worker, action)
@@ -66,9 +78,40 @@ class Program:
                 self.parameters = assemble(self.worker.partition, action.values, cluster.k, cluster.copied)
                 self._compute_or_go_on()
 
+    def _pull_or_compute(self, begins: bool = False) -> None:
+        """Pull, if this is the time for it, or begin to compute a microbatch."""
+        if self.run.cluster.setup.zero == 3:
+            self.parameters = {}
+            return self._pull_next()
+        return self._perform(self.worker.step(PullRequested())) if begins else self._begin_microbatch()
+
+    def _pull_next(self) -> None:
+        """The next parameter, if there is one; else all are here."""
+        missing = [name for name in self.worker.partition.parameters if name not in self.parameters]
+        if not missing:
+            return self._begin_microbatch()
+        self.term, self.received = self.worker.term, {}
+        return self._perform(self.worker.step(PullRequested((missing[0],))))
+
+    def _receive(self, action: Received) -> None:
+        worker, cluster = self.worker, self.run.cluster
+        if self.run.invariants:
+            self.run.invariants.received(worker, action)
+        if worker.term != self.term:  # the worker has asked again, the shards of the new term
+            self.term, self.received = worker.term, {}
+        self.received[action.shard] = action.values
+        name = next(name for name in worker.partition.parameters if name not in self.parameters)
+        if self.received.keys() >= set(worker.partition.owners[name]):
+            self.parameters[name] = assemble_one(worker.partition, name, self.received, cluster.dtype, cluster.k,
+                                                 cluster.copied)
+            self._pull_next()
+
     def _compute_or_go_on(self) -> None:
         if not self.queue:
             return self._perform(self.worker.step(ClockRequested()))
+        return self._pull_or_compute()
+
+    def _begin_microbatch(self) -> None:
         self.ahead = list(range(self.worker.term.shards)) if self.run.cluster.setup.zero > 1 else []
         return self._compute()
 

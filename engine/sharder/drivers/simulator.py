@@ -31,7 +31,7 @@ DURABILITIES = ("snapshot", "log", "backup")
 class Simulation(Cluster):
     """A cluster whose shards share nothing; the arguments are Cluster's, and
 
-    zero:       as Cluster's, of the programs; they push when a microbatch is done, unless it is 2
+    zero:       as Cluster's, of the programs; they push when a microbatch is done, unless it is 2 or 3
     durability: what a shard that dies comes back with. "snapshot": nothing; all go back to their last snapshot and
                 compute again what came after (BSP only); "log": its snapshot and log; "backup": another machine has
                 followed it and stands in for it.
