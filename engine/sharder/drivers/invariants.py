@@ -168,8 +168,8 @@ class Invariants:
         self.require(not earlier or max(earlier) <= version, "clock {} is computed on version {}, an earlier one on {}",
                      clock, version, max(earlier, default=0))
         coordinator = self.run.coordinator
-        over = coordinator.term != begun.term or any(
-            shard is not None and shard.term == begun.term and shard.clock > clock for shard in self.run.shards())
+        over = coordinator.term != begun.term or any(  # a shard that has applied it has said so, and may be dead by now
+            known > (term, clock) for known in self.promised.values())
         self.require(number == version or over, "worker {} pulled version {} for clock {}, which is computed on {}",
                      worker.number, number, clock, version)
 
