@@ -92,10 +92,11 @@ def test_a_run_leaves_everything_that_was_promised(finished: tuple[Path, str]) -
     assert any("validation_bits_per_byte" in r for r in records)
 
 
-@pytest.mark.parametrize("workers, shards", [(1, 1), (3, 5)])
-def test_workers_and_shards_do_not_change_a_bit(finished: tuple[Path, str], text: Path, tmp_path: Path, workers: int,
-                                                 shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    more = ["--workers", str(workers), "--shards", str(shards)]
+@pytest.mark.parametrize("workers, shards, zero", [(1, 1, 1), (3, 5, 3)])
+def test_workers_shards_and_stages_do_not_change_a_bit(finished: tuple[Path, str], text: Path, tmp_path: Path,
+                                                        workers: int, shards: int, zero: int,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ["--workers", str(workers), "--shards", str(shards), "--zero", str(zero)]
     assert call(train, *flags(tmp_path, text, *SMALL, *more), monkeypatch=monkeypatch) == 0
     assert result(tmp_path) == result(finished[0])
 
@@ -210,6 +211,7 @@ def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, monkeypa
     (["--dropout", "1"], "--dropout is 1.0, expected a number from 0 to below 1"),
     (["--driver", "mpi"], "--driver is mpi, expected threads, processes or ray"),
     (["--driver", "ray", "--compress", "int8", "--backups", "1"], "--compress is int8 and --backups 1, expected 0"),
+    (["--zero", "4"], "--zero is 4, expected 1, 2 or 3"),
     (["--workers", "5"], "--workers is 5, expected at most --microbatches (4)"),
     (["--compress", "zip"], "--compress is 'zip', expected fp16, bf16, int8"),
     (["--compress", "1bit"], "--compress is '1bit' and the rule AdamWRule"),

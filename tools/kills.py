@@ -117,7 +117,8 @@ def run(seed: int) -> dict[str, Any]:
     random = np.random.default_rng(0)
     parameters = {name: random.standard_normal(shape).astype("float32") for name, shape in SHAPES.items()}
     server = ProcessServer(parameters, AdamWRule(lr=0.01), workers=workers, shards=shards, microbatches=microbatches,
-                           clip_norm=clip_norm, durability=durability, save_every=save_every, compress=compress)
+                           clip_norm=clip_norm, durability=durability, save_every=save_every, compress=compress,
+                           zero=1 + seed % 3)
     origin, start = server.checkpoint(), time.monotonic()
     right = Plain(server.setup, origin, gradient).after(tuple((c, tuple(range(microbatches))) for c in range(clocks)))
     with Killer(server, plan, draw) as killer:
@@ -125,7 +126,8 @@ def run(seed: int) -> dict[str, Any]:
     found = server.checkpoint()
     hashes = digest(found), digest(right)
     return {"seed": seed, "workers": workers, "shards": shards, "microbatches": microbatches, "clip_norm": clip_norm,
-            "compress": compress, "durability": durability, "save_every": save_every, "clocks": clocks,
+            "compress": compress, "durability": durability, "save_every": save_every,
+            "zero": server.setup.zero, "clocks": clocks,
             "killed": killer.killed, "found": hashes[0], "expected": hashes[1],
             "seconds": round(time.monotonic() - start, 2),
             "equal": hashes[0] == hashes[1] and committed == list(range(clocks))}

@@ -90,6 +90,8 @@ def main() -> int:
     for name, least in (("layers", 1), ("width", 64), ("workers", 1), ("shards", 1)):
         if getattr(given, name) < least:
             parser.error(f"--{name} is {getattr(given, name)}, expected at least {least}")
+    if not hasattr(get_backend("cpu"), "pool"):
+        parser.error("without compiled kernels nothing counts memory; build them with `make`")
     if given.width % 64:
         parser.error(f"--width is {given.width}, expected a multiple of 64")
     config = eg.models.TransformerConfig(vocab_size=VOCABULARY, context_length=TOKENS, layers=given.layers,
@@ -111,8 +113,8 @@ def main() -> int:
         print("the stages ended with different bits", file=sys.stderr)
         return 1
     print(f"\nthe same bits at every stage: SHA-256 {digests.pop()[:16]} of parameters and optimizer state")
-    print(f"a shard has the optimizer's state, 8Ψ/S = {2 * each / given.shards:,.1f} MB, as much again for two versions "
-          "of its parameters, and sums of gradients")
+    print(f"a shard has the optimizer's state, 8Ψ/S = {2 * each / given.shards:,.1f} MB, as much again for two "
+          "versions of its parameters, and sums of gradients")
     return 0
 
 

@@ -144,6 +144,7 @@ class Worker:
         if request.shard is None:
             self.due.remove(request.microbatch)
         if self._void(begun):
+            self.leaving.clear()
             return []
         identity, have = self.leaving.get(request.microbatch) or self._new_push(request.microbatch)
         sends = []
@@ -166,7 +167,7 @@ class Worker:
         """Whether nobody waits for what it computes: its term is over, or its clock, so that it was given parameters of
         a later version. (Of those the gradients would be other ones, and so would what compression leaves.)"""
         synchronous = not self.setup.consistency.asynchronous
-        return begun.term != self.term or (synchronous and any(v.number > begun.version for v in self.values.values()))
+        return begun.term != self.term or (synchronous and any(read > begun.version for read in self.read.values()))
 
     def _new_push(self, microbatch: int) -> tuple[Identity, set[int]]:
         """One identity for the gradients of a microbatch, which leave for each shard in their time."""
@@ -201,7 +202,7 @@ class Worker:
         self._enter(begin.term)
         self.ready, self.begun, self.due = None, begin, set(begin.microbatches)
         if not self.setup.consistency.asynchronous:
-            self.values = {}  # in ASP, what it has read bounds what it may read
+            self.read = {}  # in ASP, what it has read bounds what it may read
         return [Began(begin.clock, begin.microbatches)]
 
     def _end(self, answer: End | Refused) -> list[Any]:
@@ -243,4 +244,4 @@ class Worker:
     def _enter(self, term: Term) -> None:
         """Forget what belongs to older terms."""
         if term != self.term:
-            self.term, self.values, self.read, self.pulls, self.pushes, self.leaving = term, {}, {}, {}, {}, {}
+            self.term, self.values, self.read, self.pulls, self.pushes = term, {}, {}, {}, {}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+from random import Random
 
 import numpy as np
 import pytest
+from kills import Killer
 from sharder_machines import machines
 from sharder_problems import Processes, Threads, assert_plain_training, assert_same_bits, make, program
 
 import engine as eg
 from engine.optim import AdamWRule
-from engine.sharder import ParameterServer
+from engine.sharder import ParameterServer, ProcessServer
 from engine.sharder.client import Client
 from engine.sharder.events import ClockRequested, PullRequested, Received
 from engine.sharder.late import HELD
@@ -229,11 +231,11 @@ class Work:
         return replica.loss(tokens, targets, reduction="sum")
 
 
-def trained(kind, work, **arguments):
+def trained(kind, work, clocks=2, **arguments):
     with eg.seed(0):
         model = eg.models.Transformer(CONFIG)
     server = kind(model, AdamWRule(lr=1e-3), microbatches=2, clip_norm=1.0, **arguments)
-    for _ in server.run(work, clocks=2):
+    for _ in server.run(work, clocks=clocks):
         pass
     return server.state()
 
@@ -245,6 +247,21 @@ def test_a_transformer_has_the_same_bits_at_every_stage(kind):
         assert_same_bits(trained(kind, Work(), workers=2, shards=6, zero=zero), expected)
     assert_same_bits(trained(kind, Work(late=True), workers=2, shards=6), expected)
     assert_same_bits(trained(kind, Work(recompute=True), workers=1, shards=6, zero=3), expected)
+
+
+@pytest.mark.parametrize(("durability", "zero"), [("snapshot", 2), ("snapshot", 3), ("log", 3)])
+def test_machines_are_killed_while_gradients_leave_and_parameters_come(durability, zero):
+    expected = trained(ParameterServer, Work(), clocks=6)
+    draw = Random(zero)
+    with eg.seed(0):
+        model = eg.models.Transformer(CONFIG)
+    server = ProcessServer(model, AdamWRule(lr=1e-3), microbatches=2, clip_norm=1.0, workers=2, shards=4,
+                           durability=durability, save_every=2, zero=zero)
+    plan = [(draw.uniform(0.01, 0.05), kind) for kind in ("worker", "shard", "shard", "worker", "coordinator")]
+    with Killer(server, plan, draw) as killer:
+        assert len(list(server.run(Work(), clocks=6))) == 6
+    assert killer.killed
+    assert_same_bits(server.state(), expected)
 
 
 def test_asp_has_no_third_stage():

@@ -131,12 +131,14 @@ def takes_a_push_for_sent_when_one_shard_was_sent_it(plant):
     plant(worker.Worker, "_push", push)
 
 
-def takes_what_left_in_an_older_term_for_sent(plant, modes=BSP):
-    def enter(self, term, original=worker.Worker._enter):
-        leaving = self.leaving
-        original(self, term)
-        self.leaving = leaving
-    plant(worker.Worker, "_enter", enter)
+def takes_what_left_of_a_void_push_for_sent(plant, modes=BSP):
+    def push(self, request, original=worker.Worker._push):
+        leaving = dict(self.leaving)
+        sends = original(self, request)
+        if self._void(self.begun):
+            self.leaving = leaving
+        return sends
+    plant(worker.Worker, "_push", push)
 
 
 def mixes_versions_in_a_pull(plant):
