@@ -20,7 +20,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class Work:
     folder: Path
 
     def __call__(self, client: eg.sharder.Client) -> None:
-        replica, pool, most = eg.models.Transformer(self.config), get_backend("cpu").pool, 0  # type: ignore[attr-defined]
+        replica, pool, most = eg.models.Transformer(self.config), cast(Any, get_backend("cpu")).pool, 0
         while client.clock():
             client.pull(replica)
             for index in client.microbatches:

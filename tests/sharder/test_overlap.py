@@ -240,7 +240,7 @@ def test_a_new_term_in_the_middle_of_a_backward_pass_makes_the_rest_void():
 def test_parts_that_are_encoded_are_encoded_once():
     encoded = []
 
-    def encode(clock, microbatch, piece, gradient):
+    def encode(clock, microbatch, piece, gradient, *_):
         encoded.append((clock, microbatch, piece.parameter.name, piece.start))
         return gradient
 

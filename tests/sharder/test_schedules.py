@@ -36,6 +36,8 @@ CLOCKS = 3
 @settings(max_examples=-(-HISTORIES // len(MODES)), deadline=None)
 @given(seed=st.integers(0, 2**20), workers=st.integers(1, 3), shards=st.integers(1, 3), faults=strikes)
 @example(seed=40122, workers=3, shards=1, faults=[(35, "shard"), (63, "suspect")])  # "ssp, replicas" failed on it once
+@example(seed=455120, workers=3, shards=3,  # "asp, replicas": a dead shard is suspected as it returns
+         faults=[(44, "repeat"), (32, "lose"), (122, "suspect"), (110, "shard"), (71, "leave")])
 def test_every_invariant_holds_in_every_history(mode, seed, workers, shards, faults):
     tiny_drawn(mode, seed, workers, shards, faults)
 

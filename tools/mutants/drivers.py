@@ -46,7 +46,7 @@ DRIVERS = [
            "in SSP a microbatch is handed out before it is there what it had left to say in the clock before",
            HISTORIES),
     Mutant("gradients of a later version", "engine/sharder/worker.py",
-           "any(v.number > begun.version for v in self.values.values())",
+           "any(read > begun.version for read in self.read.values())",
            "False",
            "an overtaken worker, which was given later parameters, leaves what they left",
            HISTORIES),

@@ -239,7 +239,7 @@ class Run:
         if to == RUN:
             return self._watch()
         if isinstance(event, Return):
-            return self._return(to)
+            return self._return(to) if self.nodes.get(to) is None else None  # or just promoted
         node, kind = self.nodes.get(to), to[0]
         if node is None:
             if kind == "shard" and self.incarnations[to] == 0:  # the first that is heard of a new shard
