@@ -3,7 +3,7 @@
  * Bytes: x once (logsumexp twice), 4 an element. Flops: 1 an element, 20 for logsumexp. What bounds it: memory.
  *
  * The order of every sum is that of tree.h, whatever inner is. inner = 1: the 16 lanes are 16 neighbours of a
- * row. inner > 1: lane l is the rows l, l + 16, … of a slab, taken for COLUMNS columns at a time. A long
+ * row. inner > 1: lane l is the rows l, l + 16, … of a slab, taken for up to COLUMNS columns at a time. A long
  * axis is cut into pieces of 512 leaves, which are complete subtrees; the pieces go to the threads and are joined by
  * the same tree. */
 #include "rows.h"
@@ -18,10 +18,12 @@ struct reduction {
     real *y;
     const real *x;
     real *partial; /* the lanes of each piece, (outer, pieces, GROUP, inner), where there is more than one */
-    int64_t n, inner, pieces, chunks;
+    int64_t n, inner, pieces;
+    int64_t width, chunks; /* inner > 1: columns are taken `width` ≤ COLUMNS at a time */
 };
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 /* What is reduced: x itself, or e^(x − m) with m the maximum, which y holds from the pass before. */
 enum term { PLAIN, EXPONENTIAL };
@@ -67,68 +69,91 @@ ALWAYS_INLINE void join_rows(enum operation op, enum term term, const struct red
 
 /* ── inner > 1 ──────────────────────────────────────────────────────────────────────────────────── */
 
-/* tree.h's tree with COLUMNS numbers side by side in place of a group. */
-typedef struct { real level[COLUMN_LEVELS][COLUMNS]; int top; int64_t leaves; } column_tree;
+/* tree.h's tree with GROUP × COLUMNS numbers in place of a group: lane l of column c is at l · COLUMNS + c. */
+typedef struct { real (*level)[GROUP * COLUMNS]; int top; int64_t leaves; } column_tree;
 
+static column_tree column_tree_begin(void) {
+    return (column_tree){thread_scratch(SCRATCH_COLUMNS, sizeof(real[COLUMN_LEVELS][GROUP * COLUMNS])), 0, 0};
+}
 ALWAYS_INLINE void combine_columns(enum operation op, real *a, const real *b, int64_t columns) {
     for (int64_t c = 0; c < columns; c += VL) vf_store(a + c, combine(op, vf_load(a + c), vf_load(b + c)));
+}
+ALWAYS_INLINE void combine_lanes(enum operation op, real *a, const real *b, int64_t columns) {
+    for (int64_t l = 0; l < GROUP * COLUMNS; l += COLUMNS) combine_columns(op, a + l, b + l, columns);
 }
 /* Takes the leaf that lies in level[top]. */
 ALWAYS_INLINE void column_push(enum operation op, column_tree *t, int64_t columns) {
     for (int64_t carry = t->leaves++; carry & 1; carry >>= 1, t->top--)
-        combine_columns(op, t->level[t->top - 1], t->level[t->top], columns);
+        combine_lanes(op, t->level[t->top - 1], t->level[t->top], columns);
     t->top++;
 }
-ALWAYS_INLINE void column_finish(enum operation op, real *y, column_tree *t, int64_t columns) {
-    for (t->top--; t->top > 0; t->top--) combine_columns(op, t->level[t->top - 1], t->level[t->top], columns);
-    memcpy(y, t->level[0], (size_t)columns * sizeof *y);
+ALWAYS_INLINE real *column_finish(enum operation op, column_tree *t, int64_t columns) {
+    for (t->top--; t->top > 0; t->top--) combine_lanes(op, t->level[t->top - 1], t->level[t->top], columns);
+    return t->level[0];
 }
 
-/* One lane: y[c] = the tree over the rows 0, GROUP, 2 GROUP … < rows of column c. */
-ALWAYS_INLINE void reduce_lane(enum operation op, enum term term, real *y, const real *x, const real *m,
+/* The lanes of at most LEAF rows; those without a row hold nothing. */
+ALWAYS_INLINE void column_leaf(enum operation op, enum term term, real *lanes, const real *x, const real *m,
                                int64_t rows, int64_t row_stride, int64_t columns) {
-    column_tree t;
-    t.top = 0, t.leaves = 0;
-    for (int64_t row = 0; row < rows; row += LEAF) {
-        int64_t end = least(row + LEAF, rows);
+    for (int64_t l = 0; l < GROUP; l++)
         FOR_ROW(c, count, columns) {
-            vf shift = term == PLAIN ? vf_zero() : vf_load_any(m + c, 1, count);
-            vf sum = term_of(term, vf_load_any(x + row * row_stride + c, 1, count), shift);
-            for (int64_t r = row + GROUP; r < end; r += GROUP)
+            vf shift = term == PLAIN ? vf_zero() : vf_load_any(m + c, 1, count), sum = vf_set1(neutral(op));
+            for (int64_t r = l; r < rows; r += GROUP)
                 sum = combine(op, sum, term_of(term, vf_load_any(x + r * row_stride + c, 1, count), shift));
-            vf_store(t.level[t.top] + c, sum);
+            vf_store(lanes + l * COLUMNS + c, sum);
         }
-        column_push(op, &t, columns);
-    }
-    column_finish(op, y, &t, columns);
 }
 
-/* The lanes added across, in place; lanes from `used` on hold nothing. y gets the result. */
-ALWAYS_INLINE void finish_columns(enum operation op, enum term term, real *y, real (*lanes)[COLUMNS], int64_t used,
-                                  int64_t columns) {
-    for (int half = GROUP / 2; half; half /= 2)
-        for (int l = 0; l < half && l + half < used; l++) combine_columns(op, lanes[l], lanes[l + half], columns);
-    for (int64_t c = 0; c < columns; c++) y[c] = result_of(term, lanes[0][c], y[c]);
+/* The lanes added across, in place. y gets the result. */
+ALWAYS_INLINE void finish_columns(enum operation op, enum term term, real *y, real *lanes, int64_t columns) {
+    for (int64_t half = GROUP / 2 * COLUMNS; half >= COLUMNS; half /= 2)
+        for (int64_t l = 0; l < half; l += COLUMNS) combine_columns(op, lanes + l, lanes + l + half, columns);
+    for (int64_t c = 0; c < columns; c++) y[c] = result_of(term, lanes[c], y[c]);
+}
+
+/* At most one leaf, all of it: the lanes stay in registers. y[c] = column c of x. */
+ALWAYS_INLINE void reduce_leaf(enum operation op, enum term term, real *y, const real *x, const real *m, int64_t rows,
+                               int64_t row_stride, int64_t columns) {
+    int64_t used = least(GROUP, rows);
+    FOR_ROW(c, count, columns) {
+        vf lane[GROUP], shift = term == PLAIN ? vf_zero() : vf_load_any(m + c, 1, count);
+        for (int64_t l = 0; l < used; l++) {
+            lane[l] = term_of(term, vf_load_any(x + l * row_stride + c, 1, count), shift);
+            for (int64_t r = l + GROUP; r < rows; r += GROUP)
+                lane[l] = combine(op, lane[l], term_of(term, vf_load_any(x + r * row_stride + c, 1, count), shift));
+        }
+        for (int half = GROUP / 2; half; half /= 2)
+            for (int l = 0; l < half && l + half < used; l++) lane[l] = combine(op, lane[l], lane[l + half]);
+        vf_store(y + c, lane[0]);
+    }
 }
 
 ALWAYS_INLINE void reduce_columns(enum operation op, enum term term, const struct reduction *job, int64_t begin,
                                   int64_t end) {
     for (int64_t item = begin; item < end; item++) {
         int64_t chunk = item % job->chunks, slab = item / job->chunks, start = slab % job->pieces * PIECE;
-        int64_t outer = slab / job->pieces, column = chunk * COLUMNS, columns = least(COLUMNS, job->inner - column);
+        int64_t outer = slab / job->pieces, column = chunk * job->width;
+        int64_t columns = least(job->width, job->inner - column), rows = least(PIECE, job->n - start);
         const real *x = job->x + (outer * job->n + start) * job->inner + column;
-        real *y = job->y + outer * job->inner + column, lanes[GROUP][COLUMNS];
-        int64_t rows = least(PIECE, job->n - start), used = least(GROUP, rows);
-        for (int64_t l = 0; l < used; l++)
-            reduce_lane(op, term, lanes[l], x + l * job->inner, y, rows - l, job->inner, columns);
-        if (job->pieces == 1) {
-            finish_columns(op, term, y, lanes, used, columns);
+        real *y = job->y + outer * job->inner + column;
+        if (job->n <= LEAF) {
+            real results[COLUMNS];
+            reduce_leaf(op, term, results, x, y, rows, job->inner, columns);
+            for (int64_t c = 0; c < columns; c++) y[c] = result_of(term, results[c], y[c]);
             continue;
         }
-        for (int64_t l = 0; l < GROUP; l++) {
-            real *partial = job->partial + (slab * GROUP + l) * job->inner + column;
-            for (int64_t c = 0; c < columns; c++) partial[c] = l < used ? lanes[l][c] : neutral(op);
+        column_tree t = column_tree_begin();
+        for (int64_t row = 0; row < rows; row += LEAF) {
+            column_leaf(op, term, t.level[t.top], x + row * job->inner, y, least(LEAF, rows - row), job->inner, columns);
+            column_push(op, &t, columns);
         }
+        real *lanes = column_finish(op, &t, columns);
+        if (job->pieces == 1)
+            finish_columns(op, term, y, lanes, columns);
+        else
+            for (int64_t l = 0; l < GROUP; l++)
+                memcpy(job->partial + (slab * GROUP + l) * job->inner + column, lanes + l * COLUMNS,
+                       (size_t)columns * sizeof(real));
     }
 }
 
@@ -136,20 +161,17 @@ ALWAYS_INLINE void reduce_columns(enum operation op, enum term term, const struc
 ALWAYS_INLINE void join_columns(enum operation op, enum term term, const struct reduction *job, int64_t begin,
                                 int64_t end) {
     for (int64_t item = begin; item < end; item++) {
-        int64_t outer = item / job->chunks, column = item % job->chunks * COLUMNS;
-        int64_t columns = least(COLUMNS, job->inner - column);
-        real lanes[GROUP][COLUMNS];
-        for (int64_t l = 0; l < GROUP; l++) {
-            column_tree t;
-            t.top = 0, t.leaves = 0;
-            for (int64_t piece = 0; piece < job->pieces; piece++) {
-                const real *partial = job->partial + ((outer * job->pieces + piece) * GROUP + l) * job->inner + column;
-                memcpy(t.level[t.top], partial, (size_t)columns * sizeof *partial);
-                column_push(op, &t, columns);
-            }
-            column_finish(op, lanes[l], &t, columns);
+        int64_t outer = item / job->chunks, column = item % job->chunks * job->width;
+        int64_t columns = least(job->width, job->inner - column);
+        column_tree t = column_tree_begin();
+        for (int64_t piece = 0; piece < job->pieces; piece++) {
+            const real *partial = job->partial + (outer * job->pieces + piece) * GROUP * job->inner + column;
+            for (int64_t l = 0; l < GROUP; l++)
+                memcpy(t.level[t.top] + l * COLUMNS, partial + l * job->inner, (size_t)columns * sizeof(real));
+            column_push(op, &t, columns);
         }
-        finish_columns(op, term, job->y + outer * job->inner + column, lanes, GROUP, columns);
+        real *lanes = column_finish(op, &t, columns);
+        finish_columns(op, term, job->y + outer * job->inner + column, lanes, columns);
     }
 }
 
@@ -164,16 +186,19 @@ static void fill(real *y, int64_t count, real value) {
 /* Runs one of the two ways above: over all items, then, where the axis was cut, over all results. */
 static void reduce(real *y, const real *x, int64_t outer, int64_t n, int64_t inner, real empty,
                    const job_function step[4]) {
-    if (n == 0) {
-        fill(y, outer * inner, empty);
-        return;
-    }
-    int64_t pieces = (n + PIECE - 1) / PIECE, chunks = (inner + COLUMNS - 1) / COLUMNS;
-    struct reduction job = {y, x, NULL, n, inner, pieces, chunks};
+    if (n == 0) fill(y, outer * inner, empty);
+    if (outer * n * inner == 0) return;
+    /* Columns are dealt out evenly, so that no thread waits for one that has more of them. */
+    int64_t pieces = divide_up(n, PIECE), chunks = divide_up(inner, COLUMNS), threads = threads_get();
+    if (outer * pieces * chunks < threads)
+        chunks = least(divide_up(threads, outer * pieces), divide_up(inner, 2 * GROUP));
+    int64_t width = divide_up(divide_up(inner, chunks), GROUP) * GROUP;
+    chunks = divide_up(inner, width);
+    struct reduction job = {y, x, NULL, n, inner, pieces, width, chunks};
     if (pieces > 1)
         job.partial = thread_scratch(SCRATCH_ROWS, (size_t)(outer * pieces * GROUP * inner) * sizeof(real));
     const job_function *way = inner == 1 ? step : step + 2;
-    int64_t grain = grain_of_rows(least(n, PIECE) * least(inner, COLUMNS));
+    int64_t grain = grain_of_rows(least(n, PIECE) * least(inner, width));
     parallel_for(outer * pieces * chunks, grain, way[0], &job);
     if (pieces > 1) parallel_for(outer * chunks, 1, way[1], &job);
 }

@@ -17,7 +17,8 @@ void parallel_for(int64_t n, int64_t grain, void (*body)(void *context, int64_t 
  * its contents undefined after each call. One buffer for each use, so that a kernel that calls another
  * keeps its own. Ends the process with one line if the machine refuses the memory. */
 enum scratch_use {
-    SCRATCH_GEMM_A, SCRATCH_GEMM_B, SCRATCH_GEMM_PARTIAL, SCRATCH_ATTENTION, SCRATCH_ROWS, SCRATCH_USES
+    SCRATCH_GEMM_A, SCRATCH_GEMM_B, SCRATCH_GEMM_PARTIAL, SCRATCH_ATTENTION, SCRATCH_ROWS, SCRATCH_COLUMNS,
+    SCRATCH_USES
 };
 void *thread_scratch(enum scratch_use use, size_t bytes);
 
