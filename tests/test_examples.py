@@ -18,7 +18,7 @@ def test_example(path: Path, tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 60
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True,
-                          timeout=120)
+                          timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 
