@@ -5,9 +5,9 @@
     python tools/kills.py --seed 17         one run, and what happened in it
 
 A run is drawn from its seed: 1..8 workers, 1..7 shards, microbatches, clipping, compression, snapshots or logs, how
-often a snapshot is made, and when which machine is killed: at its birth, in the middle of a clock, while it comes back,
-at the end. The expected state is that of a plain loop (engine/sharder/drivers/plain.py), hashed with the optimizer
-state.
+often a snapshot is made, after which clocks the number of shards is to change, and when which machine is killed: at its
+birth, in the middle of a clock, while it comes back, at the end. The expected state is that of a plain loop
+(engine/sharder/drivers/plain.py), hashed with the optimizer state.
 
 The ledger (build/kills.jsonl) has one line a run: seed, who was killed, both hashes, commit, seconds.
 """
@@ -114,6 +114,7 @@ def run(seed: int) -> dict[str, Any]:
     save_every, clocks = draw.choice((0, 1, 3)), draw.randint(4, 8)
     plan = [(draw.choice((0.0, draw.uniform(0, 0.01), draw.uniform(0, 0.1))), draw.choice(KINDS))
             for _ in range(draw.randint(1, 8))]
+    wishes = {draw.randrange(clocks): draw.randint(1, 7) for _ in range(draw.choice((0, 0, 1, 2)))}
     random = np.random.default_rng(0)
     parameters = {name: random.standard_normal(shape).astype("float32") for name, shape in SHAPES.items()}
     server = ProcessServer(parameters, AdamWRule(lr=0.01), workers=workers, shards=shards, microbatches=microbatches,
@@ -121,14 +122,18 @@ def run(seed: int) -> dict[str, Any]:
                            zero=1 + seed % 3)
     origin, start = server.checkpoint(), time.monotonic()
     right = Plain(server.setup, origin, gradient).after(tuple((c, tuple(range(microbatches))) for c in range(clocks)))
+    committed = []
     with Killer(server, plan, draw) as killer:
-        committed = [done.clock for done in server.run(work, clocks)]
+        for done in server.run(work, clocks):
+            committed.append(done.clock)
+            if done.clock in wishes:
+                server.reshard(wishes[done.clock])
     found = server.checkpoint()
     hashes = digest(found), digest(right)
     return {"seed": seed, "workers": workers, "shards": shards, "microbatches": microbatches, "clip_norm": clip_norm,
             "compress": compress, "durability": durability, "save_every": save_every,
             "zero": server.setup.zero, "clocks": clocks,
-            "killed": killer.killed, "found": hashes[0], "expected": hashes[1],
+            "wishes": wishes, "killed": killer.killed, "found": hashes[0], "expected": hashes[1],
             "seconds": round(time.monotonic() - start, 2),
             "equal": hashes[0] == hashes[1] and committed == list(range(clocks))}
 

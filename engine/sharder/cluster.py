@@ -167,6 +167,23 @@ class Cluster:
             self.compression.load(self.partition.parameters, residuals, int(state["clock"]))
         self._place(Checkpoint(int(state["clock"]), values, dict(zip(self.rule.slots, slots))))
 
+    def reshard(self, shards: int) -> None:
+        """Go on with so many shards, to the same bits."""
+        self._check_shards(shards)
+        if self.active:
+            raise RuntimeError("reshard: training is running; end the loop over run() first")
+        self._split(shards)
+
+    def _split(self, shards: int) -> None:
+        saved = self.checkpoint()
+        self.term = Term(self.term.number, shards, saved.clock)
+        self._place(saved)
+
+    @staticmethod
+    def _check_shards(shards: int) -> None:
+        if not isinstance(shards, int) or shards < 1:
+            raise ValueError(f"reshard: shards is {shards!r}, expected a whole number of at least 1")
+
     # ── machines ────────────────────────────────────────────────────────────────────────────────────
 
     def start(self, clocks: int | None = None) -> tuple[Coordinator, list[Shard], list[Worker]]:

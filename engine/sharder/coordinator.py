@@ -23,7 +23,17 @@ from dataclasses import dataclass, field
 from math import isnan
 from typing import Any, ClassVar
 
-from engine.sharder.events import Committed, Finish, Proceed, Reshard, Send, Timeout, shard_address, worker_address
+from engine.sharder.events import (
+    Committed,
+    Entered,
+    Finish,
+    Proceed,
+    Reshard,
+    Send,
+    Timeout,
+    shard_address,
+    worker_address,
+)
 from engine.sharder.messages import (
     PROTOCOL,
     Applied,
@@ -345,6 +355,8 @@ class Coordinator:
     def _reshard(self, reshard: Reshard) -> list[Any]:
         if reshard.shards < 1:
             raise ValueError(f"reshard: shards is {reshard.shards}, expected at least 1")
+        if reshard.shards == (self.term.shards if self.wish is None else self.wish):
+            return self._repeated(*([Entered(self.term)] if self.wish is None and not self.restoring else []))
         self.wish = reshard.shards
         return self._reshard_if_sealed()
 
@@ -393,4 +405,4 @@ class Coordinator:
         if restored.shard not in self.restoring:
             return self._repeated()
         self.restoring.remove(restored.shard)
-        return self._go_on() if not self.restoring else []
+        return [Entered(self.term), *self._go_on()] if not self.restoring else []

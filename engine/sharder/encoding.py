@@ -49,7 +49,7 @@ from engine.dtypes import (
 )
 from engine.sharder import messages
 from engine.sharder.codecs import Payload
-from engine.sharder.events import Committed, Finish, Loaded, Proceed, Reshard
+from engine.sharder.events import Committed, Entered, Finish, Loaded, Proceed, Reshard
 from engine.sharder.journal import Record, Recorded
 from engine.sharder.memory import Checkpoint
 from engine.sharder.versions import Version
@@ -99,7 +99,7 @@ for _number, _class in {
         6: messages.Pull, 7: messages.Parameters, 8: messages.Push, 9: messages.Pushed, 10: messages.Moved,
         11: messages.Held, 12: messages.Choose, 13: messages.Reduced, 14: messages.Apply, 15: messages.Applied,
         16: messages.Saved, 17: messages.Blank, 18: messages.Restore, 19: messages.Restored,
-        20: Record, 21: Recorded, 32: Proceed, 33: Finish, 34: Reshard, 35: Committed, 36: Loaded,
+        20: Record, 21: Recorded, 32: Proceed, 33: Finish, 34: Reshard, 35: Committed, 36: Loaded, 37: Entered,
         48: Checkpoint}.items():
     declare(_number, _class)
 

@@ -60,9 +60,17 @@ class Finish:
 
 @dataclass(frozen=True)
 class Reshard:
-    """To the coordinator: go on with so many shards, from the next clock boundary on."""
+    """To the coordinator: go on with so many shards, from the next clock boundary on. Ends in Entered; asked again, it
+    answers again."""
 
     shards: int
+
+
+@dataclass(frozen=True)
+class Entered:
+    """Action of the coordinator: every shard is in this term."""
+
+    term: Term
 
 
 @dataclass(frozen=True)

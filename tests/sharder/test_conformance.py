@@ -53,6 +53,20 @@ def test_runs_follow_one_another(driver):
         assert_same_bits(cluster.state(), states[clock])
 
 
+def test_shards_are_added_and_removed_between_runs(driver):
+    states, _, _ = plain(False, 3, None, 4)
+    cluster = driver.make(workers=2, shards=2, microbatches=3)
+    for clock, shards in enumerate((3, 1, 5), 1):
+        driver.run(cluster, 1, seed=clock)
+        cluster.reshard(shards)
+        assert cluster.partition.shards == shards
+        assert_same_bits(cluster.state(), states[clock])
+    with pytest.raises(ValueError, match=r"^reshard: shards is 0, expected a whole number of at least 1$"):
+        cluster.reshard(0)
+    driver.run(cluster, 1)
+    assert_same_bits(cluster.state(), states[4])
+
+
 def test_no_clock_changes_nothing(driver):
     cluster = driver.make(workers=2, shards=2, microbatches=3)
     before = cluster.state()

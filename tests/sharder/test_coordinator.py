@@ -7,7 +7,17 @@ import pytest
 from sharder_machines import TERM, machines
 
 from engine.sharder.consistency import Consistency
-from engine.sharder.events import Committed, Finish, Proceed, Reshard, Send, Timeout, shard_address, worker_address
+from engine.sharder.events import (
+    Committed,
+    Entered,
+    Finish,
+    Proceed,
+    Reshard,
+    Send,
+    Timeout,
+    shard_address,
+    worker_address,
+)
 from engine.sharder.messages import (
     Applied,
     Apply,
@@ -145,7 +155,8 @@ def test_a_lost_shard_takes_all_back_to_the_last_snapshot_they_share():
     assert coordinator.step(Blank(1, 1)) == coordinator.step(Timeout()) == restores
     assert coordinator.step(Blank(1, 1)) == []
     assert coordinator.step(Ready(1, 0, 1)) == coordinator.step(Restored(0, 2)) == []
-    assert shares(coordinator.step(Restored(1, 2))) == {1: (1, 1, (1,))}  # clock 1 once more
+    entered, *sends = coordinator.step(Restored(1, 2))
+    assert entered == Entered(later) and shares(sends) == {1: (1, 1, (1,))}  # clock 1 once more
     assert coordinator.step(Applied(0, 1, 1)) == []  # of the older term
 
 
@@ -186,8 +197,12 @@ def test_resharding_waits_for_the_clock_and_for_its_snapshots():
     assert [type(action) for action in coordinator.step(Applied(1, 1, 0))] == [Committed]
     assert coordinator.step(Saved(1, 1, 1)) == []
     assert coordinator.step(Timeout()) == [Send(shard_address(0), Apply(1, 0, 1.0, True))]
+    assert coordinator.step(Reshard(3)) == []  # it was asked for already
     assert coordinator.step(Saved(0, 1, 1)) == [Send(shard_address(s), Restore(Term(2, 3, 1))) for s in range(3)]
     assert coordinator.term.shards == 3
+    assert coordinator.step(Reshard(3)) == coordinator.step(Restored(0, 2)) == coordinator.step(Restored(2, 2)) == []
+    assert coordinator.step(Restored(1, 2))[0] == Entered(Term(2, 3, 1))
+    assert coordinator.step(Reshard(3)) == [Entered(Term(2, 3, 1))]  # and again, if that was lost
 
 
 def test_nobody_updates_before_every_shard_has_everything():

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,13 @@ import kills
 import pytest
 import sharder_supervised as supervised
 from kills import Killer
-from sharder_problems import Momentum, assert_same_bits, program
+from sharder_problems import Momentum, assert_same_bits, gradient, program
 from sharder_supervised import Breaking, expected, slow_program
+from sharder_traces import check_trace
 
 from engine.sharder.consistency import Consistency
 from engine.sharder.drivers import child, post
+from engine.sharder.drivers.plain import Plain
 from engine.sharder.drivers.processes import ProcessServer
 from engine.sharder.drivers.supervisor import WorkFailed
 from engine.sharder.wire import Hello, arithmetic
@@ -140,6 +143,70 @@ def test_an_answer_that_comes_late_is_not_mistaken_for_the_present_state():
         server._team.mail._messages += late  # private: nobody can be made to answer late
         assert_same_bits(server.state(), expected(done.clock + 1))
         late = [child.Standing(shard, part) for shard, part in server._team.parts.items()]
+
+
+# ── more shards, or fewer ─────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize(("durability", "compress"), [("snapshot", None), ("log", None), ("snapshot", "int8")])
+def test_shards_come_and_go_as_processes_while_others_are_killed(durability, compress):
+    """After every clock the caller wants another number of shards, and right then somebody dies."""
+    server = server_of(wide=True, durability=durability, microbatches=4, clip_norm=1.0, compress=compress)
+    right = Plain(server.setup, server.checkpoint(), gradient)
+    seen, wanted, draw = set(), [3, 1, 4, 4, 2, 5, 1, 2], Random(7)
+    for done in server.run(SLOW, 9):
+        alive = server.processes()
+        seen.add(sum(kind == "shard" for kind, _ in alive))
+        if done.clock < len(wanted):
+            server.reshard(wanted[done.clock])
+            kind = ("worker", "shard", "coordinator", "shard")[done.clock % 4]
+            os.kill(alive[draw.choice([address for address in alive if address[0] == kind])], signal.SIGKILL)
+        expected = right.after(tuple((clock, (0, 1, 2, 3)) for clock in range(done.clock + 1)))
+        if done.clock % 3 == 2:
+            assert_same_bits(server.checkpoint().parameters, expected.parameters)
+    assert_same_bits(server.checkpoint().parameters, expected.parameters)
+    assert_same_bits(server.checkpoint().slots["velocity"], expected.slots["velocity"])
+    assert server.term.shards == 2 and len(seen) >= 3
+
+
+@pytest.mark.parametrize("consistency", ["bsp", "ssp:1", "asp"])
+def test_a_removed_shards_process_ends_and_a_new_one_serves(consistency):
+    server = server_of(consistency=consistency, shards=3)
+    count = 0
+    for done in server.run(SLOW, 200, stride=2):
+        of_now = {number for kind, number in server.processes() if kind == "shard"}
+        if done.clock == 0:
+            server.reshard(1)
+        elif of_now == {0} and not count:
+            count = 1
+            server.reshard(4)
+        elif count and of_now == {0, 1, 2, 3}:
+            break
+    assert count and done.clock < 199
+    assert server.term.shards == 4
+
+
+def test_a_wish_from_another_thread_in_the_middle_of_a_clock(tmp_path):
+    server, path = server_of(), tmp_path / "trace.json"
+    timer = threading.Timer(0.05, server.reshard, (3,))
+    for done in server.run(partial(slow_program, seconds=0.03), 8, trace=path):
+        if done.clock == 0:
+            timer.start()
+    timer.join()
+    found = check_trace(path, {"run 0", "coordinator 0", "worker 0", "worker 1", "shard 0", "shard 1", "shard 2"})
+    assert {"Restore", "Push"} <= {event["name"] for event in found["shard 2"]}
+    assert server.term.shards == 3
+    assert_same_bits(server.state(), expected(8))
+
+
+def test_a_wish_that_comes_too_late_is_fulfilled_afterwards():
+    server = server_of()
+    for done in server.run(program, 3):
+        if done.clock == 2:
+            server.reshard(5)
+    assert server.term.shards == 5
+    assert_same_bits(server.state(), expected(3))
+    list(server.run(program, 1))
+    assert_same_bits(server.state(), expected(4))
 
 
 # ── a clean end ───────────────────────────────────────────────────────────────────────────────────────

@@ -19,6 +19,7 @@ import test_conformance
 from sharder_problems import Served, assert_plain_training, assert_same_bits, gradient, plain, program
 from sharder_raylets import NODES, machines, one_less, raylets
 from sharder_supervised import Breaking, expected, slow_program
+from sharder_traces import check_trace
 
 from engine.sharder.consistency import Consistency
 from engine.sharder.drivers import ray_server
@@ -152,6 +153,21 @@ def test_killed_at_any_moment_and_still_the_same_bits(cluster, durability, worke
     killer = Killer(server, plan, draw)
     supervised.check_bits_when_machines_are_lost(server, SLOW, killer)
     assert len(killer.killed) >= 3
+
+
+@pytest.mark.slow
+def test_shards_come_and_go_as_actors(cluster, tmp_path):
+    server, wanted, seen = server_of(), [3, 1, 2], set()
+    path = tmp_path / "trace.json"
+    with Killer(server, [(3.0, "shard"), (0.5, "coordinator")], Random(0)) as killer:
+        for done in server.run(SLOW, 12, trace=path):
+            seen.add(sum(kind == "shard" for kind, _ in server.actors()))
+            if done.clock % 3 == 0 and wanted:
+                server.reshard(wanted.pop(0))
+            assert_same_bits(server.state(), plain(False, 3, None, 12)[0][done.clock + 1])
+    assert killer.killed and seen >= {1, 3} and server.term.shards == 2
+    found = check_trace(path, {"run 0", "coordinator 0", "worker 0", "worker 1", "shard 0", "shard 1", "shard 2"})
+    assert sum(event["cat"] == "death" for own in found.values() for event in own) >= len(killer.killed)
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ from tools.mutants.record import Mutant
 DRIVERS_AT = "engine/sharder/drivers"
 PLAYBACK = "tests/sharder/test_playback.py"
 RESIDUALS, COMPRESSED = "tests/sharder/test_compression.py", "tests/sharder/test_compressed_training.py"
+PROCESSES = "tests/sharder/test_processes.py"
+COME_AND_GO = f"{PROCESSES}::test_shards_come_and_go_as_processes_while_others_are_killed"
 HISTORIES = f"{COMPRESSED}::test_whatever_dies_comes_late_or_goes_back"
 
 DRIVERS = [
@@ -75,4 +77,29 @@ DRIVERS = [
            "self.k.to_numpy(left).view(np.uint8).data, 0",
            "every piece of a parameter is written to the beginning",
            f"{COMPRESSED}::test_pieces_written_by_several_workers_are_one_residual"),
+    Mutant("an answer that was lost", "engine/sharder/coordinator.py",
+           "return self._repeated(*([Entered(self.term)] if self.wish is None and not self.restoring else []))",
+           "return self._repeated()",
+           "who asked for shards never hears that they are there, if the first word of it was lost",
+           "tests/sharder/test_coordinator.py::test_resharding_waits_for_the_clock_and_for_its_snapshots"),
+    Mutant("born into the present term", f"{DRIVERS_AT}/supervisor.py",
+           "server.recipe, self.origin,",
+           "server.recipe, self.term,",
+           "a shard that comes back after a reshard takes the origin for the beginning of its term",
+           COME_AND_GO),
+    Mutant("shards that stay", f"{DRIVERS_AT}/supervisor.py",
+           "            self.remove(address)",
+           "            pass",
+           "the process of a removed shard goes on",
+           f"{PROCESSES}::test_a_removed_shards_process_ends_and_a_new_one_serves"),
+    Mutant("a wish forgotten", f"{DRIVERS_AT}/supervisor.py",
+           "self._split(wish)",
+           "pass",
+           "a wish for shards that comes with the last clock is not fulfilled",
+           f"{PROCESSES}::test_a_wish_that_comes_too_late_is_fulfilled_afterwards"),
+    Mutant("the shards of the beginning", f"{DRIVERS_AT}/supervisor.py",
+           "            self.term = parts[0].term\n",
+           "",
+           "a state of other shards is laid out as that of those the run began with",
+           COME_AND_GO),
 ]

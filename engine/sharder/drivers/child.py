@@ -167,6 +167,9 @@ class Mail(Protocol):
     @property
     def sending(self) -> bool: ...
     def send(self, to: Address, message: Any) -> None: ...
+    def forget(self, address: Address) -> None:
+        """There will be nothing more to say to this machine."""
+
     def receive(self, seconds: float) -> list[Any]:
         """The messages that have come; waits for so long if there are none."""
 
@@ -345,10 +348,14 @@ class _Port:
         self.mail, self.patience, self.machine, self.pushed = mail, Patience(mail), machine, pushed
         self.messages: deque[Any] = deque()
         self.stopped = False
+        self.shards = machine.term.shards
 
     def send(self, send: Send) -> None:
         if isinstance(send.message, Ready):
             machine, pushed = self.machine, self.pushed
+            for removed in range(machine.term.shards, self.shards):
+                self.mail.forget(shard_address(removed))
+            self.shards = machine.term.shards
             self.mail.send(RUN, Sent(machine.number, machine.epoch, pushed.sent, pushed.dense, machine.again))
         self.mail.send(send.to, send.message)
 

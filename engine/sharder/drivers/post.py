@@ -240,6 +240,10 @@ class Post:
             connection.put(message)
             self._write(connection)
 
+    def forget(self, address: Address) -> None:
+        """Call somebody no more, until there is something to send."""
+        self.calls.discard(address)
+
     @property
     def sending(self) -> bool:
         """Whether there is something that the system has not taken yet."""

@@ -85,6 +85,12 @@ class _Processes(Team):
     def pids(self) -> dict[Address, int]:
         return {address: child.pid for address, child in list(self.children.items()) if child.is_alive()}
 
+    def remove(self, address: Address) -> None:
+        child = self.children.pop(address)
+        child.kill()
+        child.join()
+        self.ended.pop(address, None)
+
     def lost(self) -> Iterator[tuple[Address, str]]:
         """What was killed. What ended by itself has failed, unless it is a worker that has said that it would."""
         for address, child in list(self.children.items()):

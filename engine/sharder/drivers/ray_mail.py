@@ -118,6 +118,9 @@ class ActorMail:
         else:
             self.sender.send(to, message)
 
+    def forget(self, address: Address) -> None:
+        self.sender.tell.pop(address, None)
+
     def receive(self, seconds: float) -> list[Any]:
         try:
             letters = [self.inbox.get(timeout=seconds)]
@@ -185,6 +188,12 @@ class RunMail:
         if self.tape:
             self.tape.sent(to, message)
         self.sender.send(to, message)
+
+    def forget(self, address: Address) -> None:
+        """Nothing is asked or told any more; its actor."""
+        self.sender.tell.pop(address, None)
+        self.asked = {answer: other for answer, other in self.asked.items() if other != address}
+        self.ended.discard(address)
 
     def _ask(self, address: Address) -> None:
         self.asked[self.actors[address].collect.remote()] = address

@@ -183,6 +183,14 @@ class _Actors(Team):
     def alive(self, address: Address) -> bool:
         return address in self.mail.actors.keys() - self.mail.ended
 
+    def remove(self, address: Address) -> None:
+        self.mail.forget(address)
+        self.mail.fallen = [(other, error) for other, error in self.mail.fallen if other != address]
+        self.places.pop(address, None)
+        actor = self.mail.actors.pop(address, None)
+        if actor is not None:
+            self.ray.kill(actor)
+
     def lost(self) -> Iterator[tuple[Address, str]]:
         while self.mail.fallen:
             address, error = self.mail.fallen.pop(0)

@@ -19,7 +19,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,15 @@ from engine.sharder.events import (
     COORDINATOR,
     Address,
     Committed,
+    Entered,
     Finish,
     Proceed,
+    Reshard,
     shard_address,
     worker_address,
 )
 from engine.sharder.memory import Checkpoint
+from engine.sharder.messages import Term
 
 DURABILITIES = ("snapshot", "log")
 DEATHS = 100  # in one clock, after which it is no accident
@@ -125,7 +128,18 @@ class SupervisedServer(Cluster, ABC):
             parts = self._team.standing(seconds)
             self._stale = False
             self._team.clock = parts[0].clock
+            assert parts[0].term is not None
+            self.term = parts[0].term
             self._place(join(self.setup, parts))
+
+    def reshard(self, shards: int) -> None:
+        """Go on with so many shards, to the same bits. During a run this returns at once, between two clocks or from
+        another thread; a clock then ends with a snapshot, and with that the new shards begin."""
+        self._check_shards(shards)
+        if self._team:
+            self._team.wish = shards
+        else:
+            super().reshard(shards)
 
     def state(self) -> dict[str, Any]:
         if not self.busy:
@@ -191,6 +205,8 @@ class SupervisedServer(Cluster, ABC):
         try:
             self._fetch(STANDING)
             self._fetch_residuals()
+            if self._team and (wish := self._team.wish or self._team.term.shards) != self.term.shards:
+                self._split(wish)  # it came too late for a clock of this run
         except BaseException as error:
             for memory in self.memories:
                 memory.torn = True
@@ -208,6 +224,9 @@ class Team(ABC):
         self.server, self.program, self.last, self.epoch = server, program, last, epoch
         self.clock = self.granted = self.heard = origin.clock  # yielded; may be applied; committed
         self.interrupted = self.finishing = self.failed = self.over = False
+        self.origin = self.term = server.term  # with which the run began; which is running
+        self.wish: int | None = None  # to go on with so many shards
+        self.asked: int | None = None  # the coordinator, for so many
         self.servers = [COORDINATOR, *map(shard_address, range(server.term.shards))]
         self.workers = [*map(worker_address, range(server.workers))]
         self.incarnations: Counter[Address] = Counter()
@@ -250,6 +269,10 @@ class Team(ABC):
         """Let there be a machine, in place of the one that was lost if there was one."""
 
     @abstractmethod
+    def remove(self, address: Address) -> None:
+        """End a machine that is needed no more, and do not miss it."""
+
+    @abstractmethod
     def lost(self) -> Iterator[tuple[Address, str]]:
         """Who has died, and of what. Raises WorkFailed for what nobody can bring back."""
 
@@ -287,7 +310,7 @@ class Team(ABC):
 
     def _bear(self, address: Address) -> None:
         server, incarnation = self.server, self.incarnations[address]
-        self.bear(Order(address, incarnation, self.folder, server.recipe, server.term, self.epoch + incarnation,
+        self.bear(Order(address, incarnation, self.folder, server.recipe, self.origin, self.epoch + incarnation,
                         server.workers, self.last, server.durability,
                         self.program if address[0] == "worker" else None, self.threads(address), bool(self.tape),
                         self.computers))
@@ -313,6 +336,27 @@ class Team(ABC):
             self._bear(address)
             self.server.returns += 1
 
+    # ── more shards, or fewer ───────────────────────────────────────────────────────────────────────
+
+    def _ask_for_shards(self) -> None:
+        """Ask for the term that is wished for; its shards are born, and blank."""
+        if self.wish is not None and not self.finishing:
+            for shard in range(len(self.servers) - 1, self.wish):
+                self.servers.append(shard_address(shard))
+                self._bear(shard_address(shard))
+            self.mail.send(COORDINATOR, Reshard(self.wish))
+
+    def _enter(self, term: Term) -> None:
+        """A term is running: shards that have no part in it are not needed any more, unless for the next."""
+        self.term = max(self.term, term, key=lambda term: term.number)
+        if self.wish == self.term.shards:
+            self.wish = None
+        while len(self.servers) - 1 > max(self.term.shards, self.wish or 0):
+            address = self.servers.pop()
+            self.remove(address)
+            if self.tape:
+                self.tape.death(address, "is removed")
+
     # ── what the run waits for ──────────────────────────────────────────────────────────────────────
 
     def _attend(self, ask: Callable[[], None]) -> None:
@@ -325,6 +369,8 @@ class Team(ABC):
                 if message.clock >= self.heard:
                     self.news.append(message)
                     self.heard = message.clock + 1
+            elif isinstance(message, Entered):
+                self._enter(message.term)
             elif isinstance(message, Standing):
                 self.parts[message.shard] = message.frozen
             elif isinstance(message, Returned):
@@ -335,6 +381,9 @@ class Team(ABC):
                 raise self.fail(f"{message.error}\n{message.text}")
         if not self.failed:
             self._look_after()
+        if self.wish != self.asked:
+            self.asked = self.wish
+            self._ask_for_shards()
         if self.patience.is_over(messages):
             ask()
 
@@ -368,6 +417,7 @@ class Team(ABC):
         self.granted = clock
 
     def _proceed(self) -> None:
+        self._ask_for_shards()
         self.mail.send(COORDINATOR, Finish() if self.finishing else Proceed(self.granted - 1))
 
     def next_clock(self) -> Committed:
@@ -381,26 +431,26 @@ class Team(ABC):
         return committed
 
     def standing(self, seconds: float) -> list[Frozen]:
-        """What the shards hold, all of one clock, which is not before the last that was committed."""
-        shards, wanted = range(self.server.term.shards), self.clock
+        """What the shards hold, all of one term and clock, which is not before the last that was committed."""
+        wanted = self.clock, self.term.number
         self.parts.clear()
 
         def ask() -> None:
-            for shard in shards:
+            for _, shard in self.servers[1:]:
                 if shard not in self.parts:
-                    self.mail.send(shard_address(shard), Inspect(wanted))
+                    self.mail.send(shard_address(shard), Inspect(wanted[0]))
 
         def ready() -> bool:
             nonlocal wanted
-            newest = max([wanted, *(part.clock for part in self.parts.values())])
-            self.parts = {s: part for s, part in self.parts.items() if part.clock == newest}  # others answer late
+            newest = max([wanted, *map(_place_in_time, self.parts.values())])
+            self.parts = {s: p for s, p in self.parts.items() if _place_in_time(p) == newest}  # others answer late
             if newest > wanted:  # where one is, all will be
                 wanted = newest
                 ask()
-            return len(self.parts) == len(shards)
+            return bool(self.parts) and all(shard in self.parts for shard in range(_term(self.parts).shards))
 
         self._until("state", ready, ask, time.monotonic() + seconds)
-        return [self.parts[shard] for shard in shards]
+        return [self.parts[shard] for shard in range(_term(self.parts).shards)]
 
     def finish(self) -> None:
         """Tell the workers that it is over and wait for their programs to return."""
@@ -427,3 +477,15 @@ class Team(ABC):
                 self.mail.receive(0.01)
         finally:
             self.close()
+
+
+def _place_in_time(part: Frozen) -> tuple[int, int]:
+    assert part.term is not None
+    return part.clock, part.term.number
+
+
+def _term(parts: Mapping[int, Frozen]) -> Term:
+    """That of parts that are all of one."""
+    term = next(iter(parts.values())).term
+    assert term is not None
+    return term
