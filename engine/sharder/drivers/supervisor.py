@@ -128,8 +128,6 @@ class SupervisedServer(Cluster, ABC):
             parts = self._team.standing(seconds)
             self._stale = False
             self._team.clock = parts[0].clock
-            assert parts[0].term is not None
-            self.term = parts[0].term
             self._place(join(self.setup, parts))
 
     def reshard(self, shards: int) -> None:
@@ -206,7 +204,7 @@ class SupervisedServer(Cluster, ABC):
             self._fetch(STANDING)
             self._fetch_residuals()
             if self._team and (wish := self._team.wish or self._team.term.shards) != self.term.shards:
-                self._split(wish)  # it came too late for a clock of this run
+                self._split(wish)  # during the run what is here belongs to no number of shards
         except BaseException as error:
             for memory in self.memories:
                 memory.torn = True
