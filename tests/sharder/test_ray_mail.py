@@ -28,7 +28,7 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize(("arguments", "error"), [
-    ({"compress": "int8"}, "RayServer: compress is 'int8'.*expected None"),
+    ({"compress": "int8", "consistency": "asp"}, "RayServer: compress is 'int8' and consistency asp: .*expected bsp"),
     ({"durability": "snapshot", "consistency": "ssp:1"}, "RayServer: durability is 'snapshot', expected log, the only"),
     ({"options": {"server": {}}}, "RayServer: options has 'server', expected coordinator, shard, worker"),
 ])
