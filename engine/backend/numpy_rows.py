@@ -34,7 +34,9 @@ def elementwise_rows(xp: Any) -> Rows:
 
     def densely(function: Callable[..., Any]) -> Callable[..., Any]:
         """NumPy has other code, with other bits, for other strides; so it gets them all dense."""
-        return lambda *inputs: function(*[xp.ascontiguousarray(x) for x in xp.broadcast_arrays(*inputs)])
+        def dense(x: Any) -> Any:  # one element counts as contiguous whatever its stride
+            return x.copy() if x.size == 1 else xp.ascontiguousarray(x)
+        return lambda *inputs: function(*[dense(x) for x in xp.broadcast_arrays(*inputs)])
 
     def whole(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x: function(x) if x.dtype.kind == "f" else x  # older NumPys make floats of integers

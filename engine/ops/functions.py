@@ -1,7 +1,7 @@
 """Elementwise functions of the array API standard that no layer needs: NumPy computes them, behind the launch point.
 
-They have no C kernel but NumPy's accuracy (a float32 result is within 4 ULP) and its choice of vector instructions, so
-their bits are promised per version of NumPy and processor.
+They have no C kernel but NumPy's accuracy (a float32 result is within 4 ULP; of logaddexp each of its terms is) and its
+choice of vector instructions, so their bits are promised per version of NumPy and processor.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _(g: Tensor, x: Tensor) -> Tensor:
 
 @op(BINARY, reference=np.logaddexp, types="float")
 def logaddexp(k: Any, a: Array, b: Array) -> Array:
-    """y = ln(eᵃ + eᵇ), without overflow."""
+    """y = ln(eᵃ + eᵇ) = max(a, b) + ln(1 + e^−|a − b|), without overflow; where y is near 0 these two cancel."""
     return k.map("logaddexp", a, b)
 
 

@@ -33,3 +33,6 @@ def test_position(spec: OpSpec, dtype: str) -> None:
         for step in (1, 2):
             part = spec.run([x[start::step] for x in operands], case.attributes).numpy()
             check_bits(part, whole[start::step], check=f"{spec.name}: elements {start}::{step} alone")
+    for at in range(77):  # one element counts as contiguous, whatever its stride
+        alone = spec.run([x[at:at + 1][::-1] for x in operands], case.attributes).numpy()
+        check_bits(alone, whole[at:at + 1], check=f"{spec.name}: element {at} alone, its stride negative")

@@ -7,7 +7,7 @@ import pytest
 from table import generated, rows
 
 import engine as eg
-from engine.testing import OpSpec, Seeded, check_bits
+from engine.testing import Case, OpSpec, Seeded, check_bits, specs
 from engine.testing.checks import check_close
 from engine.testing.row_checks import forward
 
@@ -59,3 +59,11 @@ def test_integers(spec: OpSpec, dtype: str) -> None:
     if spec.op in ("sum", "prod", "cumulative_sum", "cumulative_prod"):
         want = want.astype(np.uint64 if dtype == "uint8" else np.int64)
     check_bits(spec.run(operands, {}), want, check=f"{spec.name}: {dtype}")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_logaddexp_near_0(dtype: str) -> None:
+    """Its two terms cancel: the error is that of the terms, not of the result."""
+    a = -np.random.default_rng(0).uniform(0.01, 3.0, 10_000)
+    operands = [x.astype(dtype) for x in (a, np.log1p(-np.exp(a)))]
+    forward(specs["logaddexp"], Case(operands, {}, np.dtype(dtype)))
