@@ -97,7 +97,8 @@ def tiny_gradient(parameters, clock, microbatch):
     size = np.float32(10.0 ** (microbatch % 3) * (clock + 1.1))
     noise = size * np.float32(0.1 + 0.37 * microbatch)
     gradients = {name: np.float32(0.25) * value + noise for name, value in parameters.items()}
-    return gradients, 0.1 * (microbatch + 1) * (clock + 0.3), 2 + microbatch % 3
+    loss = 0.1 * (microbatch + 1) * (clock + 0.3) + float(next(iter(parameters.values()))[0])
+    return gradients, loss, 2 + microbatch % 3
 
 
 MANY = {f"p{i}": np.array([1.0, i], "float32") for i in range(7)}  # a piece for each of 7 shards

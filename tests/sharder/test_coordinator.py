@@ -269,6 +269,14 @@ def test_a_coordinator_refuses_what_no_correct_peer_sends():
         coordinator.step(Parameters(0, 0, 0, 0, 0, None))
 
 
+def test_in_asp_shards_may_have_taken_a_microbatch_from_different_incarnations():
+    """One push of a worker reached shard 0, and then it died; the next one computed on later parameters."""
+    coordinator = running(consistency="asp")
+    coordinator.step(reduced(0, loss=1.0))
+    assert [send.message for send in coordinator.step(reduced(1, loss=2.0))] == [Apply(1, 0, 1.0)] * 2
+    assert commit(coordinator, 0)[0].loss == 1.0
+
+
 def test_the_share_of_a_worker_that_comes_late_stays_its_own():
     """Else two workers could compute one microbatch of two clocks at once, and its residuals would cross."""
     _, coordinator, _, _ = machines(consistency=Consistency(staleness=1))

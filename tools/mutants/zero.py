@@ -69,4 +69,9 @@ ZERO = [
            "                self.partition = client.partition",
            "after a new term, what a shard of the old one held is taken for what one of the new one holds",
            f"{LATE}::test_a_new_term_with_other_shards_is_gathered_anew"),
+    Mutant("one loss in asp", "engine/sharder/coordinator.py",
+           "if not (same or self.setup.consistency.asynchronous):",
+           "if not same:",
+           "in ASP a run ends when a worker dies between the pushes of one microbatch",
+           "tests/sharder/test_coordinator.py::test_in_asp_shards_may_have_taken_a_microbatch_from_different_incarnations"),
 ]
