@@ -454,14 +454,16 @@ def test_there_are_bugs():
 
 
 def smaller(history):
-    """The histories that lack one fault, worker or shard of this one."""
+    """The histories that lack one fault, worker or shard of this one; of many faults, also with other seeds."""
     mode, seed, workers, shards, faults = history
-    for i in range(len(faults)):
-        yield mode, seed, workers, shards, faults[:i] + faults[i + 1:]
+    fewer = [faults[:i] + faults[i + 1:] for i in range(len(faults))]
+    yield from ((mode, seed, workers, shards, kept) for kept in fewer)
     if workers > 1:
         yield mode, seed, workers - 1, shards, faults
     if shards > 1:
         yield mode, seed, workers, shards - 1, faults
+    if len(faults) > 4:
+        yield from ((mode, other, workers, shards, kept) for other in range(40) for kept in fewer)
 
 
 def shrunk(history):
