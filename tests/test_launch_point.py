@@ -41,7 +41,7 @@ ABOVE_THE_BOUNDARY = ("ops", "nn", "optim", "models", "sharder", "autograd.py", 
                       "checkpoint.py", "functional.py", "random.py")
 # What NumPy is called for without computing on elements: types, shapes, views, memory, conversion, printing.
 HARMLESS = {"array", "array2string", "asarray", "ascontiguousarray", "bool_", "broadcast_shapes", "broadcast_to",
-            "dtype", "empty", "errstate", "flip", "from_dlpack", "int8", "int64", "shape"}
+            "dtype", "empty", "errstate", "flip", "from_dlpack", "fromfile", "int8", "int64", "ndarray", "shape"}
 # (file, function): why NumPy may compute or move elements there. None of it is work that grows with a model.
 HOST_WORK = {
     ("engine/ops/attention.py", "rope_table"): "a table of angles in float64, made once",

@@ -46,7 +46,8 @@ def test_everything_that_is_done_and_said_is_in_the_trace(driver, tmp_path):
     assert [event["args"]["clocks"] for event in read_trace(path) if event["ph"] == "C"] == [1, 2, 3]
     size = sum(4 * p.size for p in server.partition.parameters.values())
     pushed = [e["args"]["bytes"] for events in found.values() for e in events if (e["ph"], e["name"]) == ("s", "Push")]
-    assert len(pushed) == CLOCKS * MICROBATCHES * SHARDS and sum(pushed) > CLOCKS * MICROBATCHES * size
+    assert len(pushed) >= CLOCKS * MICROBATCHES * SHARDS  # more where an answer was late and a push went out again
+    assert sum(pushed) > CLOCKS * MICROBATCHES * size
 
 
 def test_computing_is_where_the_time_goes(tmp_path):
@@ -153,6 +154,7 @@ def test_other_computers_are_moved_to_our_time():
     ((1, 5), (2,), ((1, 2),)),  # the second
     ((1, 2), (3, 4), ((1, 3), (2, 4))),
     ((1, 2, 9), (3,), ((2, 3),)),
+    ((1, 2, 3, 9), (5, 6, 7), ((1, 5), (2, 6), (3, 7))),
     ((1,), (), ()),
 ])
 def test_a_question_that_is_asked_again_and_lost(left, came, arrows):

@@ -15,7 +15,7 @@ begins with is told by their order, and where fewer came than were sent, the lat
 from __future__ import annotations
 
 import json
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,10 +158,12 @@ def _letters(lives: list[Life]) -> Iterator[Letter]:
                 sent[(to_kind, to_number), name, mark].append((time, life.address, size))
             elif kind == "hear":
                 heard[life.address, what[0], what[1]].append(time)
-    for key, departures in sent.items():
+    for key, departures in sent.items():  # a message that was repeated has the same mark: the last to come left last
         departures.sort()
-        arrivals = deque(sorted(heard[key]))
-        for n, (time, source, size) in enumerate(departures, 1):
-            fewer = len(arrivals) <= len(departures) - n  # than are left, with this one
-            lost = not arrivals or (fewer and departures[n][0] <= arrivals[0])
-            yield Letter(key[1], size, source, key[0], time, None if lost else arrivals.popleft())
+        came: list[int | None] = [None] * len(departures)
+        arrivals = sorted(heard[key])
+        for n in reversed(range(len(departures))):
+            if arrivals and departures[n][0] <= arrivals[-1]:
+                came[n] = arrivals.pop()
+        for (time, source, size), arrival in zip(departures, came):
+            yield Letter(key[1], size, source, key[0], time, arrival)
