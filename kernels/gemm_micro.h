@@ -14,6 +14,7 @@
 #ifndef GEMM_MICRO_H
 #define GEMM_MICRO_H
 #include "simd.h"
+#include "threads.h"
 
 #if VECTOR_BYTES == 64 || defined(__aarch64__)
 #define MR 14
@@ -75,8 +76,6 @@ void TYPED(pack_panels)(real *packed, const real *x, int64_t width, int64_t line
 /* In whole cache lines, so that a panel starts on one if the first does. */
 static inline int64_t panel_size(int64_t width, int64_t k) { return (width * k + VL + 15) / 16 * 16; }
 
-static inline int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
-static inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 /* The first n reals of a vector, or all of it when n ≥ VL. */
 static inline vf load_up_to(const real *p, int64_t n) { return n >= VL ? vf_load(p) : vf_load_n(p, n, 0); }

@@ -22,9 +22,6 @@ struct reduction {
     int64_t width, chunks; /* inner > 1: columns are taken `width` ≤ COLUMNS at a time */
 };
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
 /* What is reduced: x itself, or e^(x − m) with m the maximum, which y holds from the pass before. */
 enum term { PLAIN, EXPONENTIAL };
 ALWAYS_INLINE vf term_of(enum term term, vf x, vf m) { return term == PLAIN ? x : vf_exp(x - m); }
@@ -40,7 +37,7 @@ ALWAYS_INLINE real result_of(enum term term, real total, real m) {
 ALWAYS_INLINE void reduce_rows(enum operation op, enum term term, const struct reduction *job, int64_t begin,
                                int64_t end) {
     for (int64_t item = begin; item < end; item++) {
-        int64_t row = item / job->pieces, start = item % job->pieces * PIECE, count = least(PIECE, job->n - start);
+        int64_t row = item / job->pieces, start = item % job->pieces * PIECE, count = at_most(PIECE, job->n - start);
         const real *x = job->x + row * job->n + start;
         vf m = term == PLAIN ? vf_zero() : vf_set1(job->y[row]);
         group lanes;
@@ -114,7 +111,7 @@ ALWAYS_INLINE void finish_columns(enum operation op, enum term term, real *y, re
 /* At most one leaf, all of it: the lanes stay in registers. y[c] = column c of x. */
 ALWAYS_INLINE void reduce_leaf(enum operation op, enum term term, real *y, const real *x, const real *m, int64_t rows,
                                int64_t row_stride, int64_t columns) {
-    int64_t used = least(GROUP, rows);
+    int64_t used = at_most(GROUP, rows);
     FOR_ROW(c, count, columns) {
         vf lane[GROUP], shift = term == PLAIN ? vf_zero() : vf_load_any(m + c, 1, count);
         for (int64_t l = 0; l < used; l++) {
@@ -133,7 +130,7 @@ ALWAYS_INLINE void reduce_columns(enum operation op, enum term term, const struc
     for (int64_t item = begin; item < end; item++) {
         int64_t chunk = item % job->chunks, slab = item / job->chunks, start = slab % job->pieces * PIECE;
         int64_t outer = slab / job->pieces, column = chunk * job->width;
-        int64_t columns = least(job->width, job->inner - column), rows = least(PIECE, job->n - start);
+        int64_t columns = at_most(job->width, job->inner - column), rows = at_most(PIECE, job->n - start);
         const real *x = job->x + (outer * job->n + start) * job->inner + column;
         real *y = job->y + outer * job->inner + column;
         if (job->n <= LEAF) {
@@ -144,7 +141,8 @@ ALWAYS_INLINE void reduce_columns(enum operation op, enum term term, const struc
         }
         column_tree t = column_tree_begin();
         for (int64_t row = 0; row < rows; row += LEAF) {
-            column_leaf(op, term, t.level[t.top], x + row * job->inner, y, least(LEAF, rows - row), job->inner, columns);
+            column_leaf(op, term, t.level[t.top], x + row * job->inner, y, at_most(rows - row, LEAF), job->inner,
+                        columns);
             column_push(op, &t, columns);
         }
         real *lanes = column_finish(op, &t, columns);
@@ -162,7 +160,7 @@ ALWAYS_INLINE void join_columns(enum operation op, enum term term, const struct 
                                 int64_t end) {
     for (int64_t item = begin; item < end; item++) {
         int64_t outer = item / job->chunks, column = item % job->chunks * job->width;
-        int64_t columns = least(job->width, job->inner - column);
+        int64_t columns = at_most(job->width, job->inner - column);
         column_tree t = column_tree_begin();
         for (int64_t piece = 0; piece < job->pieces; piece++) {
             const real *partial = job->partial + (outer * job->pieces + piece) * GROUP * job->inner + column;
@@ -191,14 +189,14 @@ static void reduce(real *y, const real *x, int64_t outer, int64_t n, int64_t inn
     /* Columns are dealt out evenly, so that no thread waits for one that has more of them. */
     int64_t pieces = divide_up(n, PIECE), chunks = divide_up(inner, COLUMNS), threads = threads_get();
     if (outer * pieces * chunks < threads)
-        chunks = least(divide_up(threads, outer * pieces), divide_up(inner, 2 * GROUP));
+        chunks = at_most(divide_up(threads, outer * pieces), divide_up(inner, 2 * GROUP));
     int64_t width = divide_up(divide_up(inner, chunks), GROUP) * GROUP;
     chunks = divide_up(inner, width);
     struct reduction job = {y, x, NULL, n, inner, pieces, width, chunks};
     if (pieces > 1)
         job.partial = thread_scratch(SCRATCH_ROWS, (size_t)(outer * pieces * GROUP * inner) * sizeof(real));
     const job_function *way = inner == 1 ? step : step + 2;
-    int64_t grain = grain_of_rows(least(n, PIECE) * least(inner, width));
+    int64_t grain = grain_of_rows(at_most(n, PIECE) * at_most(inner, width));
     parallel_for(outer * pieces * chunks, grain, way[0], &job);
     if (pieces > 1) parallel_for(outer * chunks, 1, way[1], &job);
 }

@@ -21,8 +21,6 @@ struct scan {
     real divisor;
 };
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 /* Whether b, which comes later than a, takes its place: a greater (less) element, or the first NaN. */
 ALWAYS_INLINE int beats(int greatest, real b, real a) { return (greatest ? b > a : b < a) || (b != b && a == a); }
 
@@ -45,14 +43,14 @@ ALWAYS_INLINE void extreme_rows(int greatest, const struct scan *job, int64_t be
     for (int64_t item = begin; item < end; item++) {
         int64_t start = item % job->pieces * PIECE;
         const real *x = job->x + item / job->pieces * job->n + start;
-        job->partial[item] = start + first_extreme(greatest, x, least(PIECE, job->n - start));
+        job->partial[item] = start + first_extreme(greatest, x, at_most(PIECE, job->n - start));
     }
 }
 
 ALWAYS_INLINE void extreme_columns(int greatest, const struct scan *job, int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; item++) {
         int64_t outer = item / job->chunks, column = item % job->chunks * COLUMNS;
-        int64_t columns = least(COLUMNS, job->inner - column);
+        int64_t columns = at_most(COLUMNS, job->inner - column);
         const real *x = job->x + outer * job->n * job->inner + column;
         int64_t *position = job->position + outer * job->inner + column;
         real best[COLUMNS];
@@ -76,12 +74,12 @@ static void extremes(int greatest, int64_t *y, const real *x, int64_t outer, int
     struct scan job = {.position = y, .x = x, .n = n, .inner = inner, .pieces = (n + PIECE - 1) / PIECE,
                        .chunks = (inner + COLUMNS - 1) / COLUMNS};
     if (inner != 1) {
-        parallel_for(outer * job.chunks, grain_of_rows(n * least(inner, COLUMNS)), greatest ? max_columns : min_columns,
-                     &job);
+        parallel_for(outer * job.chunks, grain_of_rows(n * at_most(inner, COLUMNS)),
+                     greatest ? max_columns : min_columns, &job);
         return;
     }
     job.partial = job.pieces == 1 ? y : thread_scratch(SCRATCH_ROWS, (size_t)(outer * job.pieces) * sizeof *y);
-    parallel_for(outer * job.pieces, grain_of_rows(least(n, PIECE)), greatest ? max_rows : min_rows, &job);
+    parallel_for(outer * job.pieces, grain_of_rows(at_most(n, PIECE)), greatest ? max_rows : min_rows, &job);
     for (int64_t row = 0; job.pieces > 1 && row < outer; row++) {
         int64_t best = job.partial[row * job.pieces];
         for (int64_t piece = 1; piece < job.pieces; piece++) {
@@ -105,7 +103,7 @@ static void running_sums(void *context, int64_t begin, int64_t end) {
     const struct scan *job = context;
     for (int64_t item = begin; item < end; item++) {
         int64_t outer = item / job->chunks, column = item % job->chunks * COLUMNS;
-        int64_t columns = least(COLUMNS, job->inner - column), offset = outer * job->n * job->inner + column;
+        int64_t columns = at_most(COLUMNS, job->inner - column), offset = outer * job->n * job->inner + column;
         double sum[COLUMNS], alone = -0.0; /* −0 + x = x */
         for (int64_t i = 0; job->inner == 1 && i < job->n; i++)
             job->y[offset + i] = (real)(alone += (double)job->x[offset + i]);
@@ -117,7 +115,7 @@ static void running_sums(void *context, int64_t begin, int64_t end) {
 }
 KERNEL(cumulative_sum)(real *y, const real *x, int64_t outer, int64_t n, int64_t inner) {
     struct scan job = {.y = y, .x = x, .n = n, .inner = inner, .chunks = (inner + COLUMNS - 1) / COLUMNS};
-    parallel_for(outer * job.chunks, grain_of_rows(n * least(inner, COLUMNS)), running_sums, &job);
+    parallel_for(outer * job.chunks, grain_of_rows(n * at_most(inner, COLUMNS)), running_sums, &job);
 }
 
 /* ── sum_squares ────────────────────────────────────────────────────────────────────────────────── */
@@ -129,7 +127,7 @@ static void square_blocks(void *context, int64_t begin, int64_t end) {
     const struct scan *job = context;
     for (int64_t block = begin; block < end; block++) {
         const real *x = job->x + block * SQUARES_BLOCK;
-        int64_t count = least(SQUARES_BLOCK, job->n - block * SQUARES_BLOCK), i = 0;
+        int64_t count = at_most(SQUARES_BLOCK, job->n - block * SQUARES_BLOCK), i = 0;
         double lanes[SQUARES_LANES] = {0};
         for (; i + SQUARES_LANES <= count; i += SQUARES_LANES)
             for (int l = 0; l < SQUARES_LANES; l++) lanes[l] += square(x[i + l] / job->divisor);

@@ -13,6 +13,10 @@
  * second, sequential pass combines in index order. */
 void parallel_for(int64_t n, int64_t grain, void (*body)(void *context, int64_t begin, int64_t end), void *context);
 
+/* How ranges are cut: the end of a piece, and the number of pieces. */
+static inline int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+static inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
 /* Memory of the calling thread that stays its own until it ends: 64-byte aligned, at least `bytes` long,
  * its contents undefined after each call. One buffer for each use, so that a kernel that calls another
  * keeps its own. Ends the process with one line if the machine refuses the memory. */

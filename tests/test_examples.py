@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limited import SLOWNESS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "tools" / "examples").glob("*.py"))
@@ -18,7 +19,7 @@ def test_example(path: Path, tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 60
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True,
-                          timeout=600)
+                          timeout=120 * SLOWNESS)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 

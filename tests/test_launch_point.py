@@ -41,7 +41,7 @@ ABOVE_THE_BOUNDARY = ("ops", "nn", "optim", "models", "sharder", "autograd.py", 
                       "checkpoint.py", "functional.py", "random.py")
 # What NumPy is called for without computing on elements: types, shapes, views, memory, conversion, printing.
 HARMLESS = {"array", "array2string", "asarray", "ascontiguousarray", "bool_", "broadcast_shapes", "broadcast_to",
-            "dtype", "empty", "errstate", "flip", "from_dlpack", "fromfile", "int8", "int64", "ndarray", "shape"}
+            "dtype", "empty", "errstate", "flip", "from_dlpack", "int8", "int64", "shape"}
 # (file, function): why NumPy may compute or move elements there. None of it is work that grows with a model.
 HOST_WORK = {
     ("engine/ops/attention.py", "rope_table"): "a table of angles in float64, made once",
@@ -70,6 +70,8 @@ HOST_WORK = {
     ("engine/sharder/drivers/network.py", "fair_rates"): "a simulated network: a rate a flow, no model's elements",
     ("engine/sharder/drivers/priced.py", "*"): "one number a shard, which stands for the model",
     ("engine/sharder/encoding.py", "_read_array"): "the bytes of an array that has travelled",
+    ("engine/sharder/drivers/residual_files.py", "InFiles.read"): "the bytes of an array that lay in a file",
+    ("engine/sharder/late.py", "Kept.get"): "a view of an array that was gathered again, where it was one before",
     ("engine/sharder/codecs.py", "*"): "positions and row numbers of what travels",
 }
 METHODS = {"all", "any", "argmax", "argmin", "argsort", "clip", "cumprod", "cumsum", "dot", "fill", "max", "mean",

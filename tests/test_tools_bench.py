@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from limited import measured
+from limited import counted
 
 import engine as eg
 from engine.backend import get_backend, get_num_threads, set_num_threads
@@ -179,7 +179,7 @@ def test_memory_of_a_step(tmp_path: Path) -> None:
 
 
 @compiled
-@measured
+@counted
 def test_memory_and_faults_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the steps that count: what the first steps take more of is not in them."""
     made: list[bool] = []

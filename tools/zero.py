@@ -14,7 +14,6 @@ All stages end with the same bits, which is checked. Formulas are for Ψ paramet
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 import engine as eg
 from engine import autograd
 from engine.backend import get_backend
+from tools.training.checkpoint import arrays_digest
 
 TOKENS, VOCABULARY, CLOCKS = 8, 512, 3
 FORMULAS = {1: ("4Ψ", "4Ψ"), 2: ("4Ψ", "8Ψ/S"), 3: ("8Ψ/S", "8Ψ/S")}
@@ -73,11 +73,8 @@ def measure(config: eg.models.TransformerConfig, zero: int, workers: int, shards
         for _ in server.run(Work(config, Path(folder)), clocks=CLOCKS):
             pass
         of_workers = [json.loads(path.read_text()) for path in Path(folder).iterdir()]
-    digest = hashlib.sha256()
-    for _, value in sorted(server.state().items()):
-        digest.update(np.ascontiguousarray(value).tobytes())
     most = {kind: max(worker[kind] for worker in of_workers) for kind in ("parameters", "gradients")}
-    return most, digest.hexdigest()
+    return most, arrays_digest({name: np.asarray(value) for name, value in server.state().items()})
 
 
 def main() -> int:

@@ -68,7 +68,8 @@ class Client:
     """
 
     def __init__(self, cluster: Desk, machine: Worker, port: Port):
-        self._cluster, self._machine, self._port = cluster, machine, port
+        self._machine, self._port = machine, port
+        self.k, self.dtype, self.copied, self._pushed = cluster.k, cluster.dtype, cluster.copied, cluster.pushed
         self.worker = machine.number
         self.step = -1
         self.microbatches: tuple[int, ...] = ()
@@ -147,20 +148,8 @@ class Client:
     # ── for what sends gradients, and fetches parameters, while others are computed ─────────────────
 
     @property
-    def k(self) -> Backend:
-        return self._cluster.k
-
-    @property
     def partition(self) -> Partition:
         return self._machine.partition
-
-    @property
-    def dtype(self) -> DType:
-        return self._cluster.dtype
-
-    @property
-    def copied(self) -> Counter:
-        return self._cluster.copied
 
     def send_gradients(self, index: int, flat: dict[str, Array | RowSparse], loss: float, tokens: float,
                        shard: int | None = None) -> None:
@@ -168,7 +157,7 @@ class Client:
         actions = self._machine.step(PushRequested(index, flat, loss, tokens, shard))
         for send in actions:
             pieces = self.partition.pieces[send.to[1]]
-            self._cluster.pushed.count(pieces, send.message.gradients, self.dtype.itemsize)
+            self._pushed.count(pieces, send.message.gradients, self.dtype.itemsize)
         self._perform(actions)
 
     def settle(self, waiting: int) -> None:
@@ -185,15 +174,15 @@ class Client:
         """Ask the shards that own these parameters."""
         self._perform(self._machine.step(PullRequested(names)))
 
-    def hear(self) -> None:
-        """Wait for one message."""
-        self._perform(self._machine.step(self._port.receive()))
+    def hear(self) -> Any:
+        """Wait for one message; returns what comes of it for the program, if anything does."""
+        return self._perform(self._machine.step(self._port.receive()))
 
     def _until(self, request: Any) -> Any:
         """Make a request and exchange messages until it has its outcome."""
         outcome = self._perform(self._machine.step(request))
         while outcome is None:
-            outcome = self._perform(self._machine.step(self._port.receive()))
+            outcome = self.hear()
         return outcome
 
     def _perform(self, actions: list[Any]) -> Any:

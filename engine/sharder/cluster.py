@@ -16,7 +16,7 @@ import numpy as np
 from engine.backend import Array, get_backend
 from engine.dtypes import as_dtype
 from engine.sharder.binding import named
-from engine.sharder.compression import Compression, codec_for
+from engine.sharder.compression import compression_of
 from engine.sharder.consistency import Consistency, Damping
 from engine.sharder.coordinator import Coordinator
 from engine.sharder.memory import Checkpoint, gather, place
@@ -86,9 +86,7 @@ class Cluster:
             shapes={name: value.shape for name, value in values.items()}, dtype=self.dtype, k=self.k, rule=rule,
             hyper=as_hyper(hyper), microbatches=microbatches, clip_norm=clip_norm, consistency=consistency,
             damping=damping, placement=placement, save_every=save_every, compress=compress, zero=zero)
-        self.compression: Compression | None = None
-        if compress is not None:
-            self.compression = Compression(self.k, codec_for(compress, rule), self.dtype, consistency.staleness)
+        self.compression = compression_of(self.setup, goes_back=False)
         self.term = Term(0, shards, 0)
         self._place(Checkpoint(0, values, dict.fromkeys(rule.slots)))
 

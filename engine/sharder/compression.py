@@ -44,6 +44,7 @@ from engine.dtypes import DType, bool_
 from engine.optim.rules import AdamRule, Rule
 from engine.sharder.codecs import Codec, OneBit, Payload, codec_of
 from engine.sharder.partition import Parameter, Piece
+from engine.sharder.setup import Setup
 
 
 def codec_for(text: str, rule: Rule) -> Codec:
@@ -176,6 +177,17 @@ class Compression:
                 self.shelf.remove(index, parameters[name], mark)
         for (index, name), value in left.items():
             self.shelf.write(index, _whole(parameters[name]), (clock - 1, 0), value)
+
+
+def compression_of(setup: Setup, goes_back: bool, shelf: Shelf | None = None) -> Compression | None:
+    """As the setup says; None: gradients travel as they are. Raises ValueError as codec_for does.
+
+    goes_back: whether a shard that is lost takes all back to a snapshot
+    """
+    if setup.compress is None:
+        return None
+    codec, every = codec_for(setup.compress, setup.rule), setup.save_every if goes_back else None
+    return Compression(setup.k, codec, setup.dtype, setup.consistency.staleness, every, shelf)
 
 
 def _newest(marks: Iterable[Mark], clock: int) -> Mark | None:

@@ -38,9 +38,9 @@ class Departure:
         self.partition = client.partition  # if another term begins meanwhile, all of this is void
         refuse_unknown(self.partition, self.parameters)
         self.names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self.missing = [{piece.parameter.name for piece in own} for own in self.partition.pieces]  # by shard
+        # By shard, parameters that are not final; when there is none left, the shard is sent its part.
+        self.missing = [{piece.parameter.name for piece in own} for own in self.partition.pieces]
         self.flat: dict[str, Array | RowSparse] = {}  # final, and not with all their shards
-        self.gone: set[int] = set()  # shards that were sent their part
 
     def backward(self, loss: Tensor, early: bool) -> None:
         """Compute the gradients, and send each shard its part; early: as soon as it is there.
@@ -51,12 +51,17 @@ class Departure:
         try:
             autograd.backward([loss], [None], completed=self._completed if early else None)
             for name in self.partition.parameters:
-                if self.partition.owners[name] == () or not self.gone.issuperset(self.partition.owners[name]):
+                if self._is_needed(name):
                     self._take(name)
             self.client.send_gradients(self.index, self.flat, self.loss, self.tokens)
         finally:
             for parameter in self.parameters.values():
                 parameter.grad = None
+
+    def _is_needed(self, name: str) -> bool:
+        """Whether a shard that owns some of a parameter has not been sent it, or none owns any: it has no elements."""
+        owners = self.partition.owners[name]
+        return not owners or any(self.missing[shard] for shard in owners)
 
     def _take(self, name: str) -> None:
         """Have the gradient of a parameter, if it is not here already."""
@@ -72,15 +77,13 @@ class Departure:
         self._take(name)
         leaf.grad = None
         for shard in self.partition.owners[name]:
-            self.missing[shard].discard(name)
-            if not self.missing[shard] and shard not in self.gone:
+            self.missing[shard].remove(name)
+            if not self.missing[shard]:
                 self._send(shard)
 
     def _send(self, shard: int) -> None:
-        self.gone.add(shard)
         self.client.send_gradients(self.index, self.flat, self.loss, self.tokens, shard)
         for piece in self.partition.pieces[shard]:
-            name = piece.parameter.name
-            if self.gone.issuperset(self.partition.owners[name]):
-                self.flat.pop(name, None)
+            if not self._is_needed(piece.parameter.name):
+                self.flat.pop(piece.parameter.name, None)
         self.client.settle(WAITING)

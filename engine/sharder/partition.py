@@ -75,6 +75,7 @@ class Partition:
 
     parameters: all of them, in order        pieces[s]: what shard s owns, in order
     size:       elements of the flat buffer  sizes[s]:  elements of the buffer of shard s alone
+    parts:      by parameter name, (shard, piece) of each of its pieces, by ascending shard
     owners:     by parameter name, the shards that own any of it, ascending
     """
 
@@ -95,11 +96,11 @@ class Partition:
         owners = _by_range(ends, elements, shards) if placement == "ranges" else _by_hash(keys, shards)
         pieces, self.sizes = self._pieces(owners)
         self.pieces = tuple(map(tuple, pieces))
-        owning: dict[str, dict[int, None]] = {name: {} for name in self.parameters}
+        self.parts: dict[str, list[tuple[int, Piece]]] = {name: [] for name in self.parameters}
         for s, own in enumerate(pieces):
             for piece in own:
-                owning[piece.parameter.name][s] = None
-        self.owners = {name: tuple(of_parameter) for name, of_parameter in owning.items()}
+                self.parts[piece.parameter.name].append((s, piece))
+        self.owners = {name: tuple(dict.fromkeys(s for s, _ in parts)) for name, parts in self.parts.items()}
 
     def _pieces(self, owners: Sequence[int]) -> tuple[list[list[Piece]], list[int]]:
         """The runs of blocks with one owner, and how much memory they need."""

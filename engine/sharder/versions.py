@@ -144,26 +144,18 @@ class Traffic:
             self.again += again
 
 
-def assemble(partition: Partition, values: tuple[Version, ...], k: Backend, counter: Counter) -> dict[str, np.ndarray]:
+def assemble(partition: Partition, values: Sequence[Version], k: Backend, counter: Counter) -> dict[str, np.ndarray]:
     """Every parameter in its shape, read-only, of `values` (one a shard): a view where it lies in one place, or a copy.
     """
-    parts: dict[str, list[tuple[Piece, Version]]] = {name: [] for name in partition.parameters}
-    for pieces, version in zip(partition.pieces, values):
-        for piece in pieces:
-            parts[piece.parameter.name].append((piece, version))
-    return {name: _join(p, parts[name], values[0].flat.dtype, k, counter) for name, p in partition.parameters.items()}
+    of_shards, dtype = dict(enumerate(values)), values[0].flat.dtype
+    return {name: assemble_one(partition, name, of_shards, dtype, k, counter) for name in partition.parameters}
 
 
 def assemble_one(partition: Partition, name: str, values: Mapping[int, Version], dtype: DType, k: Backend,
                  counter: Counter) -> np.ndarray:
     """One parameter, as assemble() has it, of the `values` of at least the shards that own it."""
     parameter = partition.parameters[name]
-    return _join(parameter, [(piece, values[s]) for s in partition.owners[name] for piece in partition.pieces[s]
-                             if piece.parameter is parameter], dtype, k, counter)
-
-
-def _join(parameter: Parameter, parts: list[tuple[Piece, Version]], dtype: DType, k: Backend,
-          counter: Counter) -> np.ndarray:
+    parts = [(piece, values[s]) for s, piece in partition.parts[name]]
     if parts and parts[0][1].shared:
         return parts[0][1].whole(parameter)
     if len(parts) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from random import Random
 
@@ -30,10 +31,12 @@ from engine.sharder import ParameterServer, ProcessServer
 from engine.sharder.codecs import codec_of
 from engine.sharder.compression import Compression
 from engine.sharder.consistency import Consistency
+from engine.sharder.drivers import child
 from engine.sharder.drivers.faults import Weather
 from engine.sharder.drivers.plain import Plain
-from engine.sharder.drivers.residual_files import InFiles
+from engine.sharder.drivers.residual_files import InFiles, shelf_of
 from engine.sharder.drivers.simulator import Simulation
+from engine.sharder.drivers.supervisor import Team
 from engine.sharder.partition import Partition, Piece
 
 CODECS = ["fp16", "bf16", "int8", "topk:0.05", "1bit"]
@@ -209,6 +212,28 @@ def test_pieces_written_by_several_workers_are_one_residual(tmp_path):
     for shelf in shelves:  # who comes second finds it removed
         shelf.remove(5, parameter, (-1, 2))
     assert shelves[0].read(5, own[0], (-1, 2)) is None and shelves[1].marks(5, parameter) == []
+
+
+@pytest.mark.parametrize("computers", [False, True])
+def test_residuals_are_on_the_disk_before_a_push_leaves_where_a_computer_may_be_lost(computers, tmp_path, monkeypatch):
+    def shelf(*arguments):
+        made = shelf_of(*arguments)
+        (tmp_path / f"{os.getpid()} {made.synchronised}").touch()
+        return made
+
+    monkeypatch.setattr(child, "shelf_of", shelf)
+    monkeypatch.setattr(Team, "computers", computers)
+    list(processes("int8").run(program, 1))
+    assert [path.name.split()[1] for path in tmp_path.iterdir()] == 2 * [str(computers)]
+
+
+def test_a_synchronised_residual_is_written_to_the_disk_at_once(tmp_path, monkeypatch):
+    partition, written = Partition({"w": (100,)}, 1), []
+    monkeypatch.setattr(os, "fsync", lambda file: written.append(os.fstat(file).st_size))
+    for synchronised in (False, True):
+        InFiles(tmp_path, ["w"], K, eg.float32, synchronised).write(0, partition.pieces[0][0], (0, 0),
+                                                                    K.full((100,), 1.0, eg.float32))
+        assert written == synchronised * [400]
 
 
 def test_who_finds_that_a_residual_was_removed_leaves_nothing_behind(tmp_path):

@@ -103,10 +103,10 @@ def test_what_is_released_is_held_by_nobody_not_even_by_the_tape():
 
 
 def test_the_tape_keeps_names_in_place_of_arrays_and_of_their_views():
-    client, _ = client_of(parameters_of={"w": (64, 64), "v": (64, 64), "u": (64, 64), "t": (64, 64)}, shards=4)
+    client, port = client_of(parameters_of={"w": (64, 64), "v": (64, 64), "u": (64, 64), "t": (64, 64)}, shards=4)
     shapes = dict.fromkeys("wvut", (64, 64))
     replica, plain = replica_of(shapes), replica_of(shapes)
-    values = client._cluster.parameters()
+    values = port.cluster.parameters()
     for name, tensor in plain.items():
         tensor.array = eg.tensor(np.array(values[name])).array
 
@@ -175,9 +175,9 @@ def test_a_new_term_with_other_shards_is_gathered_anew():
     client, port = client_of(shards=2)
     late = client.pull()
     late["w0"], late["w5"]
-    saved = client._cluster.checkpoint()
-    client._cluster.term = Term(2, 1, 0)
-    client._cluster._place(saved)
+    saved = port.cluster.checkpoint()
+    port.cluster.term = Term(2, 1, 0)
+    port.cluster._place(saved)
     client._machine.step(Moved(0, 0, Term(2, 1, 0)))
     port.asked.clear()
     assert late["w1"].tobytes() == saved.parameters["w1"].tobytes() and port.asked == [0] and len(late.shards) == 1

@@ -101,9 +101,9 @@ class Port:
         return self.inbox.pop(0) if self.inbox and wait else None
 
 
-def client_of(shards=5, microbatches=(0, 1), zero=2, encode=None):
+def client_of(shards=5, microbatches=(0, 1), zero=2, encode=None, shapes=SHAPES):
     """A client of one worker in its first clock, its port, and what happened."""
-    cluster, _, _, (worker, *_) = machines(parameters_of=SHAPES, shards=shards, zero=zero)
+    cluster, _, _, (worker, *_) = machines(parameters_of=shapes, shards=shards, zero=zero)
     log = []
     port = Port(log)
     client = Client(cluster, worker, port)
@@ -113,11 +113,24 @@ def client_of(shards=5, microbatches=(0, 1), zero=2, encode=None):
     return client, port, log
 
 
-def model(log=None):
-    parameters = {name: eg.tensor(np.full(shape, 0.5, "float32"), requires_grad=True) for name, shape in SHAPES.items()}
+def model(parameters=None):
+    parameters = parameters or {name: eg.tensor(np.full(shape, 0.5, "float32"), requires_grad=True)
+                                for name, shape in SHAPES.items()}
     x = parameters["a"] * 1.0
     x = (x + parameters["b"].sum(axis=0)) * parameters["c"]
     return parameters, (x * parameters["d"] + x * parameters["d"]).sum()
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_a_parameter_without_elements_is_no_shards_and_needs_a_gradient_all_the_same(zero):
+    client, _, log = client_of(zero=zero, shapes={**SHAPES, "empty": (0, 3)})
+    parameters, loss = model()
+    parameters["empty"] = empty = eg.tensor(np.zeros((0, 3), "float32"), requires_grad=True)
+    with pytest.raises(ValueError, match="push: 'empty' has no gradient"):
+        client.backward(0, parameters, loss, 3)
+    _, loss = model(parameters)
+    client.backward(0, parameters, loss + empty.sum(), 3)
+    assert sorted(shard for _, shard, _ in log) == [0, 1, 2, 3, 4]
 
 
 def test_each_shard_is_sent_its_part_when_all_of_it_is_final():

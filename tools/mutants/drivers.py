@@ -67,7 +67,7 @@ DRIVERS = [
            "needed.add(floor)",
            "what was left before the version that all go back to is gone",
            f"{RESIDUALS}::test_all_may_go_back_to_any_version_that_a_term_may_begin_with"),
-    Mutant("residuals that die along", "engine/sharder/drivers/child.py",
+    Mutant("residuals that die along", "engine/sharder/compression.py",
            "setup.consistency.staleness, every, shelf)",
            "setup.consistency.staleness, every)",
            "what a worker has left to say is lost with it",

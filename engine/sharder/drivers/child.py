@@ -22,15 +22,14 @@ from typing import Any, Protocol
 
 from engine.backend import Backend, get_backend, set_num_threads
 from engine.dtypes import DType
-from engine.sharder.client import Client, Stopped, run_to_end
-from engine.sharder.codecs import codec_of
-from engine.sharder.compression import Compression
+from engine.sharder.client import Stopped, run_to_end
+from engine.sharder.compression import compression_of
 from engine.sharder.coordinator import Coordinator
 from engine.sharder.drivers.files import Library, Replaced, Store
 from engine.sharder.drivers.frozen import Frozen, freeze
 from engine.sharder.drivers.post import Post
-from engine.sharder.drivers.residual_files import InFiles
-from engine.sharder.drivers.tape import UNTAPED, Tape, TapedClient, tape_path
+from engine.sharder.drivers.residual_files import shelf_of
+from engine.sharder.drivers.tape import Blank, Tape, TapedClient, tape_path
 from engine.sharder.encoding import WireError, declare
 from engine.sharder.events import (
     COORDINATOR,
@@ -55,7 +54,6 @@ from engine.sharder.versions import Counter, Traffic
 from engine.sharder.wire import Hello, arithmetic
 from engine.sharder.worker import Worker
 
-RESIDUALS = "residuals"  # of workers, in the run's folder
 PATIENCE = (0.5, 8.0)  # seconds until somebody who hears nothing asks again: at first, and at most
 
 
@@ -157,12 +155,12 @@ class Mail(Protocol):
 
     met: whether somebody is there, since somebody last looked, who has not heard what was said before
     stirred: the monotonic time at which anything has last come or gone; sending: whether something is still on its way
-    tape: where messages that leave are recorded, None: nowhere
+    tape: where messages that leave are recorded
     """
 
     met: bool
     stirred: float
-    tape: Tape | None
+    tape: Blank
 
     @property
     def sending(self) -> bool: ...
@@ -282,21 +280,21 @@ class _Server:
             if patience.is_over(messages):
                 self._react(Timeout())
             while self.store.pending:
-                with self.tape.span("log") if self.tape else UNTAPED:
+                with self.tape.span("log"):
                     self.store.synchronise()
                 self._react(Written(self.store.number))
             if self.asked and self.machine.active and self.machine.clock >= self.asked.clocks:
                 self._report()
 
     def _take(self, message: Any) -> None:
-        with self.tape.answer(message) if self.tape else UNTAPED:
+        with self.tape.answer(message):
             if isinstance(message, Inspect):
                 self.asked = message
             else:
                 self._perform(self.node.step(message))
 
     def _react(self, event: Any) -> None:
-        with self.tape.reaction(event) if self.tape else UNTAPED:
+        with self.tape.reaction(event):
             self._perform(self.node.step(event))
 
     def _perform(self, actions: list[Any]) -> None:
@@ -314,7 +312,7 @@ class _Server:
                 self.mail.send(RUN, action)
 
     def _save(self, save: Save) -> None:
-        with self.tape.span("snapshot") if self.tape else UNTAPED:
+        with self.tape.span("snapshot"):
             self.store.save(save.snapshot, save.number)
         if isinstance(self.node, Journal):
             self._perform(self.node.step(Written(save.number)))
@@ -325,7 +323,7 @@ class _Server:
         shard, memory, self.asked = self.machine, self.machine.memory, None
         state = Snapshot(shard.term, shard.incarnation, True, shard.clock, memory.version,
                          (memory.versions.current,), memory.slots)
-        with self.tape.span("state") if self.tape else UNTAPED:
+        with self.tape.span("state"):
             self.mail.send(RUN, Standing(shard.number, freeze(state)))
 
 
@@ -362,9 +360,8 @@ class _Port:
     def receive(self, wait: bool = True) -> Any:
         while not self.messages and not self.stopped:
             found = self.mail.receive(self.patience.wait if wait else 0)
-            if self.mail.tape:
-                for message in found:
-                    self.mail.tape.heard(message)
+            for message in found:
+                self.mail.tape.heard(message)
             self.messages += found
             if self.patience.is_over(found):
                 self.messages.append(Timeout())
@@ -378,28 +375,17 @@ class _Port:
         return self.messages.popleft()
 
 
-def _compression(order: Order, setup: Setup) -> Compression | None:
-    """Of which the residuals are there for whoever does this worker's work after its death."""
-    if setup.compress is None:
-        return None
-    shelf = InFiles(order.folder / RESIDUALS, list(setup.shapes), setup.k, setup.dtype, order.computers)
-    every = setup.save_every if order.durability == "snapshot" else None
-    return Compression(setup.k, codec_of(setup.compress), setup.dtype, setup.consistency.staleness, every, shelf)
-
-
 def _work(order: Order, setup: Setup, mail: Mail) -> None:
     """Run the program."""
     number = order.address[1]
-    compression = _compression(order, setup)
+    # What it leaves to say is there for whoever does its work after its death.
+    compression = compression_of(setup, order.durability == "snapshot", shelf_of(order.folder, setup, order.computers))
     machine = Worker(number, order.epoch, setup, order.term, compression.encode if compression else None)
     desk = _Desk(setup.k, setup.dtype, Counter(), Traffic())
-    port = _Port(mail, machine, desk.pushed)
-    client = TapedClient(mail.tape, desk, machine, port) if mail.tape else Client(desk, machine, port)
-    run_to_end(order.program, client)
+    run_to_end(order.program, TapedClient(mail.tape, desk, machine, _Port(mail, machine, desk.pushed)))
     while True:  # said again until the run has heard it, and ends this process
         mail.send(RUN, Returned(number))
         for message in mail.receive(PATIENCE[0]):
-            if mail.tape:
-                mail.tape.heard(message)
+            mail.tape.heard(message)
             if isinstance(message, Stop):
                 return

@@ -31,7 +31,7 @@ import numpy as np
 
 from engine.sharder import wire
 from engine.sharder.drivers.segments import AVAILABLE, Segment, Segments, opened
-from engine.sharder.drivers.tape import Tape
+from engine.sharder.drivers.tape import BLANK, Blank
 from engine.sharder.encoding import WireError, declare
 from engine.sharder.events import COORDINATOR, Address
 from engine.sharder.wire import Channel, Hello
@@ -177,7 +177,7 @@ class Post:
 
     calls: whom it keeps a connection to       met: whether there is a new one since somebody last looked
     refusals: lines about what was refused     stirred: when bytes have last come or gone
-    tape: where messages that leave are recorded, None: nowhere
+    tape: where messages that leave are recorded
 
     Calling a machine whose arithmetic is another raises wire.Foreign in receive() and flush().
     """
@@ -190,7 +190,7 @@ class Post:
         self.calls: set[Address] = set()
         self.refusals: deque[str] = deque(maxlen=100)
         self.met = False
-        self.tape: Tape | None = None
+        self.tape: Blank = BLANK
         self._messages: list[Any] = []
         self.stirred = self._called = 0.0  # monotonic time
         self._directory = os.open(folder, os.O_RDONLY)
@@ -230,8 +230,7 @@ class Post:
 
     def send(self, to: Address, message: Any) -> None:
         """Put a message on its way, if there is one."""
-        if self.tape:
-            self.tape.sent(to, message)
+        self.tape.sent(to, message)
         if RANKS.index(to[0]) < RANKS.index(self.own.kind):
             self.calls.add(to)
             self._call(to)

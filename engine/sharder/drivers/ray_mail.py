@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from engine.sharder.drivers.segments import Segments
-from engine.sharder.drivers.tape import Tape
+from engine.sharder.drivers.tape import BLANK, Blank
 from engine.sharder.encoding import FAR_ALIGNMENT, WireError, decode, encode
 from engine.sharder.events import RUN, Address
 
@@ -106,13 +106,12 @@ class ActorMail:
         self.outbox: SimpleQueue[Letter | None] = SimpleQueue()  # to the run; None: nothing more will come
         self.met = False
         self.stirred = 0.0
-        self.tape: Tape | None = None
+        self.tape: Blank = BLANK
 
     # ── the machine ─────────────────────────────────────────────────────────────────────────────────
 
     def send(self, to: Address, message: Any) -> None:
-        if self.tape:
-            self.tape.sent(to, message)
+        self.tape.sent(to, message)
         if to == RUN:
             self.outbox.put(write(message))
         else:
@@ -173,7 +172,7 @@ class RunMail:
         self.fallen: list[tuple[Address, Any]] = []
         self.met = False
         self.stirred = 0.0
-        self.tape: Tape | None = None
+        self.tape: Blank = BLANK
 
     def add(self, address: Address, actor: Any) -> None:
         """There is a new actor; the others are told."""
@@ -185,8 +184,7 @@ class RunMail:
         self.met = True
 
     def send(self, to: Address, message: Any) -> None:
-        if self.tape:
-            self.tape.sent(to, message)
+        self.tape.sent(to, message)
         self.sender.send(to, message)
 
     def forget(self, address: Address) -> None:

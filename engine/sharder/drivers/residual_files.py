@@ -26,6 +26,14 @@ from engine.backend import Array, Backend
 from engine.dtypes import DType
 from engine.sharder.compression import Mark
 from engine.sharder.partition import Parameter, Piece
+from engine.sharder.setup import Setup
+
+RESIDUALS = "residuals"  # of workers, in a run's folder
+
+
+def shelf_of(folder: Path, setup: Setup, synchronised: bool = False) -> InFiles:
+    """The shelf of a run, in its folder."""
+    return InFiles(folder / RESIDUALS, list(setup.shapes), setup.k, setup.dtype, synchronised)
 
 
 class InFiles:

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from engine.sharder.cluster import Cluster
+from engine.sharder.compression import compression_of
 from engine.sharder.drivers.faults import FAIR, Weather
 from engine.sharder.drivers.history import History
 from engine.sharder.drivers.invariants import Invariants
@@ -48,8 +49,7 @@ class Simulation(Cluster):
             raise ValueError('Simulation: durability "snapshot" is for BSP without backups, whose clocks can be '
                              "computed again; the other modes need a log or a backup")
         self.durability = durability
-        if self.compression and durability == "snapshot":
-            self.compression.every = save_every
+        self.compression = compression_of(self.setup, durability == "snapshot")
 
     def run(self, gradient: Gradient, clocks: int, seed: int, weather: Weather = FAIR,
             faults: Iterable[tuple[int, str]] = (), limit: float = 100_000, stride: int = 1,

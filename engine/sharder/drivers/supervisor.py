@@ -27,9 +27,8 @@ from typing import Any
 from engine.backend import get_num_threads
 from engine.sharder.client import Program
 from engine.sharder.cluster import Cluster
-from engine.sharder.compression import Compression
+from engine.sharder.compression import compression_of
 from engine.sharder.drivers.child import (
-    RESIDUALS,
     Failed,
     Inspect,
     Mail,
@@ -44,7 +43,8 @@ from engine.sharder.drivers.child import (
 from engine.sharder.drivers.files import Library, join
 from engine.sharder.drivers.frozen import Frozen
 from engine.sharder.drivers.playback import Recording
-from engine.sharder.drivers.residual_files import InFiles
+from engine.sharder.drivers.residual_files import shelf_of
+from engine.sharder.drivers.tape import BLANK
 from engine.sharder.events import (
     COORDINATOR,
     Address,
@@ -147,7 +147,7 @@ class SupervisedServer(Cluster, ABC):
 
     def _fetch_residuals(self) -> None:
         """Bring what workers have left to say at this clock here, from their files."""
-        if self._team and self.compression:
+        if self._team and self._team.compression and self.compression:
             parameters, clock = self.partition.parameters, self.clock
             self.compression.load(parameters, self._team.compression.state(parameters, clock), clock)
 
@@ -213,10 +213,10 @@ class SupervisedServer(Cluster, ABC):
 
 
 class Team(ABC):
-    """The machines of one run. mail: the supervisor's; folder: of the run, with its origin in it."""
+    """The machines of one run. mail: the supervisor's; folder: of the run, with its origin in it; compression: over the
+    residuals that lie there, or None."""
 
     mail: Mail
-    compression: Compression  # over the residuals in the folder, if there are any
 
     def __init__(self, server: SupervisedServer, program: Program, origin: Checkpoint, last: int | None, epoch: int):
         self.server, self.program, self.last, self.epoch = server, program, last, epoch
@@ -245,16 +245,15 @@ class Team(ABC):
             if isinstance(error, OSError) and not isinstance(error, ConnectionError):
                 raise ValueError(f"{server.name}: folder is {server.folder!r}, where no run can be: {error}") from error
             raise
-        self.tape = self.mail.tape = server.recording.caller() if server.recording else None
+        self.tape = self.mail.tape = server.recording.caller() if server.recording else BLANK
         self.patience = Patience(self.mail)
 
     def _keep_residuals(self, clock: int) -> None:
         """Put what is left to say where workers find it."""
-        k, here, partition = self.server.k, self.server.compression, self.server.partition
-        if here:
-            shelf = InFiles(self.folder / RESIDUALS, list(partition.parameters), k, here.dtype)
-            self.compression = Compression(k, here.codec, here.dtype, shelf=shelf)
-            self.compression.load(partition.parameters, here.state(partition.parameters, clock), clock)
+        here, parameters = self.server.compression, self.server.partition.parameters
+        self.compression = compression_of(self.server.setup, False, shelf_of(self.folder, self.server.setup))
+        if here and self.compression:
+            self.compression.load(parameters, here.state(parameters, clock), clock)
 
     # ── what a driver does ──────────────────────────────────────────────────────────────────────────
 
@@ -308,12 +307,11 @@ class Team(ABC):
 
     def _bear(self, address: Address) -> None:
         server, incarnation = self.server, self.incarnations[address]
+        program = self.program if address[0] == "worker" else None
         self.bear(Order(address, incarnation, self.folder, server.recipe, self.origin, self.epoch + incarnation,
-                        server.workers, self.last, server.durability,
-                        self.program if address[0] == "worker" else None, self.threads(address), bool(self.tape),
-                        self.computers))
-        if self.tape:
-            self.tape.birth(address, f"incarnation {incarnation}")
+                        server.workers, self.last, server.durability, program, self.threads(address),
+                        server.recording is not None, self.computers))
+        self.tape.birth(address, f"incarnation {incarnation}")
         self.incarnations[address] += 1
 
     def fail(self, why: str) -> WorkFailed:
@@ -325,8 +323,7 @@ class Team(ABC):
         for address, why in self.lost():
             if address[0] == "worker" and address[1] in self.returned:
                 continue
-            if self.tape:
-                self.tape.death(address, f"dies {why}")
+            self.tape.death(address, f"dies {why}")
             self.deaths[address] += 1
             if self.deaths[address] > DEATHS:
                 raise self.fail(f"{address[0]} {address[1]}: its process died {DEATHS} times in clock {self.clock}, "
@@ -352,8 +349,7 @@ class Team(ABC):
         while len(self.servers) - 1 > max(self.term.shards, self.wish or 0):
             address = self.servers.pop()
             self.remove(address)
-            if self.tape:
-                self.tape.death(address, "is removed")
+            self.tape.death(address, "is removed")
 
     # ── what the run waits for ──────────────────────────────────────────────────────────────────────
 
@@ -361,8 +357,7 @@ class Team(ABC):
         """Wait for a while, take what comes, and ask again when it is time."""
         messages = self.mail.receive(min(0.05, self.patience.wait))
         for message in messages:
-            if self.tape:
-                self.tape.heard(message)
+            self.tape.heard(message)
             if isinstance(message, Committed):
                 if message.clock >= self.heard:
                     self.news.append(message)
@@ -393,8 +388,7 @@ class Team(ABC):
 
     def _until(self, what: str, ready: Callable[[], bool], ask: Callable[[], None], end: float = float("inf")) -> None:
         """Ask, and wait until it is so. Raises KeyboardInterrupt at the second one. what: it is called on a tape"""
-        if self.tape:
-            self.tape.turn(what)
+        self.tape.turn(what)
         if not self.over:
             ask()
         while not ready():
@@ -407,8 +401,7 @@ class Team(ABC):
                 if self.interrupted:
                     raise
                 self.interrupted = True
-        if self.tape:
-            self.tape.turn("caller")
+        self.tape.turn("caller")
 
     def grant(self, clock: int) -> None:
         """Let the clocks before `clock` be applied."""
@@ -423,8 +416,7 @@ class Team(ABC):
         self._until(f"clock {self.clock}", lambda: bool(self.news), self._proceed)
         committed = self.news.popleft()
         self.clock = committed.clock + 1
-        if self.tape:
-            self.tape.count(self.clock)
+        self.tape.count(self.clock)
         self.deaths.clear()
         return committed
 
@@ -465,8 +457,7 @@ class Team(ABC):
         if self.over:
             return
         self.over = True
-        if self.tape:
-            self.tape.turn("stop")
+        self.tape.turn("stop")
         end = time.monotonic() + GRACE
         try:
             while any(map(self.alive, self.workers)) and time.monotonic() < end:

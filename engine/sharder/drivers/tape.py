@@ -34,11 +34,38 @@ from engine.sharder.encoding import encode
 from engine.sharder.events import Address
 
 Entry = list[Any]
-UNTAPED = nullcontext()  # where there is no tape
 SHOWN = ("clock", "version", "microbatch", "clocks", "number")  # fields of messages
 
 
-class Tape:
+class Blank:
+    """The tape of a run that is not recorded: nothing is written on it."""
+
+    def turn(self, name: str, **more: int) -> None:
+        """This machine does something else from now on."""
+
+    def span(self, name: str, **more: int) -> AbstractContextManager[None]:
+        """What this machine does inside."""
+        return nullcontext()
+
+    def reaction(self, event: Any) -> AbstractContextManager[None]:
+        """What it does when something happens."""
+        return nullcontext()
+
+    def answer(self, message: Any) -> AbstractContextManager[None]:
+        """What it does when a message has come."""
+        return nullcontext()
+
+    def sent(self, to: Address, message: Any) -> None: ...
+    def heard(self, message: Any) -> None: ...
+    def birth(self, whose: Address, text: str) -> None: ...
+    def death(self, whose: Address, text: str) -> None: ...
+    def count(self, clocks: int) -> None: ...
+
+
+BLANK = Blank()
+
+
+class Tape(Blank):
     """Of one incarnation of a machine; in the file `path`, or in `entries`."""
 
     def __init__(self, address: Address, incarnation: int = 0, path: Path | None = None):
@@ -57,7 +84,6 @@ class Tape:
 
     @contextmanager
     def span(self, name: str, **more: int) -> Iterator[None]:
-        """What this machine does inside."""
         self._put("begin", time.monotonic_ns(), name, more)
         try:
             yield
@@ -65,13 +91,11 @@ class Tape:
             self._put("end", time.monotonic_ns())
 
     def reaction(self, event: Any) -> AbstractContextManager[None]:
-        """What it does when something happens."""
         return self.span(type(event).__name__,
                          **{name: int(getattr(event, name)) for name in SHOWN if hasattr(event, name)})
 
     @contextmanager
     def answer(self, message: Any) -> Iterator[None]:
-        """What it does when a message has come."""
         with self.reaction(message):
             self.heard(message)
             yield
@@ -115,7 +139,7 @@ def computer() -> str:
 class TapedClient(Client):
     """A worker's client that records what its program does."""
 
-    def __init__(self, tape: Tape, *arguments: Any):
+    def __init__(self, tape: Blank, *arguments: Any):
         super().__init__(*arguments)
         self._tape = tape
 

@@ -27,11 +27,11 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from engine.backend import get_num_threads, set_num_threads
-from engine.sharder.client import Client, Program, Stopped, run_to_end
+from engine.sharder.client import Program, Stopped, run_to_end
 from engine.sharder.cluster import Cluster
 from engine.sharder.coordinator import Coordinator
 from engine.sharder.drivers.playback import Recording
-from engine.sharder.drivers.tape import UNTAPED, Tape, TapedClient
+from engine.sharder.drivers.tape import BLANK, Blank, TapedClient
 from engine.sharder.events import (
     COORDINATOR,
     RUN,
@@ -106,7 +106,7 @@ class _Team:
     def __init__(self, server: ParameterServer, program: Program, recording: Recording | None,
                  coordinator: Coordinator, shards: list[Shard], workers: list[Worker]):
         self.server, self.program, self.recording = server, program, recording
-        self.tape = recording.caller() if recording else None
+        self.tape = recording.caller() if recording else BLANK
         self.clock = self.granted = server.clock  # committed; may be applied
         self.interrupted = False
         self.news: deque[Any] = deque()  # to the caller: Committed, _Returned, _Failed
@@ -143,23 +143,22 @@ class _Team:
         self.news.append(news)
         self.arrived.release()
 
-    def send(self, to: Address, message: Any, tape: Tape | None) -> None:
+    def send(self, to: Address, message: Any, tape: Blank) -> None:
         """tape: of the machine that sends it"""
-        if tape:
-            tape.sent(to, message)
+        tape.sent(to, message)
         if to == RUN:
             self.tell(message)
         else:
             self.inboxes[to].put(message)
 
-    def _tape(self, address: Address) -> Tape | None:
-        return self.recording.tape(address) if self.recording else None
+    def _tape(self, address: Address) -> Blank:
+        return self.recording.tape(address) if self.recording else BLANK
 
     def _serve(self, machine: Any, address: Address) -> None:
         """Run a shard or the coordinator."""
         inbox, tape = self.inboxes[address], self._tape(address)
         while not isinstance(message := inbox.get(), _Stop):
-            with tape.answer(message) if tape else UNTAPED:
+            with tape.answer(message):
                 for action in machine.step(message):
                     if isinstance(action, Send):
                         self.send(action.to, action.message, tape)
@@ -169,9 +168,7 @@ class _Team:
     def _work(self, machine: Worker) -> None:
         """Run a worker's program."""
         tape = self._tape(worker_address(machine.number))
-        port = _Port(self, machine, tape)
-        client = TapedClient(tape, self.server, machine, port) if tape else Client(self.server, machine, port)
-        run_to_end(self.program, client)
+        run_to_end(self.program, TapedClient(tape, self.server, machine, _Port(self, machine, tape)))
         self.tell(_Returned(machine.number))
 
     # ── in the caller ───────────────────────────────────────────────────────────────────────────────
@@ -183,21 +180,18 @@ class _Team:
 
     def next_clock(self) -> Committed:
         """Wait for the end of the next clock."""
-        if self.tape:
-            self.tape.turn(f"clock {self.clock}")
+        self.tape.turn(f"clock {self.clock}")
         committed = self._next_news()
         self.clock += 1
-        if self.tape:
-            self.tape.heard(committed)
-            self.tape.turn("caller")
-            self.tape.count(self.clock)
+        self.tape.heard(committed)
+        self.tape.turn("caller")
+        self.tape.count(self.clock)
         self.server.busy = self.clock < self.granted
         return committed
 
     def finish(self) -> None:
         """Tell the workers that it is over and wait for their programs to return."""
-        if self.tape:
-            self.tape.turn("finish")
+        self.tape.turn("finish")
         self.send(COORDINATOR, Finish(), self.tape)
         for _ in self.workers:
             self._next_news()
@@ -235,7 +229,7 @@ class _Team:
 class _Port:
     """A worker's queues. A pull is answered on the spot: the shards' memory is shared, and reading needs no shard."""
 
-    def __init__(self, team: _Team, machine: Worker, tape: Tape | None):
+    def __init__(self, team: _Team, machine: Worker, tape: Blank):
         self.team, self.inbox, self.tape = team, team.inboxes[worker_address(machine.number)], tape
 
     def send(self, send: Send) -> None:
@@ -254,6 +248,6 @@ class _Port:
         if isinstance(message, _Stop):
             self.inbox.put(message)  # for a program that calls again while it cleans up
             raise Stopped
-        if self.tape and not isinstance(message, Parameters):
+        if not isinstance(message, Parameters):
             self.tape.heard(message)
         return message
