@@ -59,11 +59,11 @@ def test_rungs_that_add_in_the_same_order_have_the_same_bits(loaded: dict[str, r
 
 
 @pytest.mark.parametrize(("name", "old", "new"), [
-    ("gemm_3_blocking", "at_most(k - p, DEPTHS)", "at_most(k - p, DEPTHS - 1)"),
+    ("gemm_3_blocking", "lesser(k - p, DEPTHS)", "lesser(k - p, DEPTHS - 1)"),
     ("gemm_4_register_tile", "c[i * n + j] += sum[i][j]", "c[i * n + j] = sum[i][j]"),
     ("gemm_6_packing", "packed_b + j * depths", "packed_b"),
     ("attention_2_online_softmax", "l = c * l + p", "l = l + p"),
-    ("attention_4_register_tiles", "at_most(first + i, KEYS)", "at_most(first + i + 1, KEYS)"),
+    ("attention_4_register_tiles", "lesser(first + i, KEYS)", "lesser(first + i + 1, KEYS)"),
     ("gemm_1_triple_loop", "c[i * n + j] = sum;", "c[i * n + j] = sum * 1.000001f;"),  # 17 roundings: more than allowed
     ("attention_1_whole_matrix", "out[i * d + e] = sum;", "out[i * d + e] = sum * 1.00001f;"),
 ])

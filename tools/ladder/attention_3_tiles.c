@@ -17,7 +17,7 @@
 
 enum { QUERIES = 64, KEYS = 64 };
 
-static int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+static int64_t lesser(int64_t x, int64_t y) { return x < y ? x : y; }
 
 struct softmax { float m[QUERIES], l[QUERIES], c[QUERIES]; };
 
@@ -45,7 +45,7 @@ static void multiply_keys(float *restrict score, const float *restrict k, const 
 static void step(struct softmax *x, float *score, int64_t first, int64_t keys, float scale) {
     for (int64_t i = 0; i < QUERIES; i += VL) {
         vf m = vf_load(x->m + i), old = m, sum = vf_zero();
-        vi last = LANES + vi_set1((int32_t)at_most(first + i, KEYS)); /* the last key that each lane sees */
+        vi last = LANES + vi_set1((int32_t)lesser(first + i, KEYS)); /* the last key that each lane sees */
         for (int64_t s = 0; s < keys; s++) {
             vf value = vf_select(vi_set1((int32_t)s) <= last, vf_load(score + s * QUERIES + i) * vf_set1(scale),
                                  vf_set1(-INFINITY));
@@ -85,7 +85,7 @@ static void attend(float *out, const float *q, const float *k, const float *v, i
     for (int64_t i = 0; i < QUERIES * d; i++)
         o[i] = 0;
     for (int64_t key = 0, end = first + rows; key < end; key += KEYS) {
-        int64_t keys = at_most(end - key, KEYS);
+        int64_t keys = lesser(end - key, KEYS);
         multiply_keys(score, k + key * d, tile, keys, d);
         step(&x, score, first - key, keys, (float)(1 / sqrt((double)d)));
         add_values(o, v + key * d, score, x.c, keys, d);
@@ -98,5 +98,5 @@ static void attend(float *out, const float *q, const float *k, const float *v, i
 void attention_tiles(float *out, const float *q, const float *k, const float *v, int64_t heads, int64_t t, int64_t d) {
     for (int64_t head = 0, at = 0; head < heads; head++, at += t * d)
         for (int64_t first = 0; first < t; first += QUERIES)
-            attend(out + at, q + at, k + at, v + at, first, at_most(t - first, QUERIES), d);
+            attend(out + at, q + at, k + at, v + at, first, lesser(t - first, QUERIES), d);
 }

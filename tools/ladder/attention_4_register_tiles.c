@@ -23,7 +23,7 @@
 #endif
 enum { QUERIES = 64, KEYS = 64 };
 
-static int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+static int64_t lesser(int64_t x, int64_t y) { return x < y ? x : y; }
 
 struct softmax { float m[QUERIES], l[QUERIES]; };
 
@@ -71,7 +71,7 @@ static void multiply(float *c, const float *a, int64_t a_row, int64_t a_step, co
 static void step(struct softmax *x, float *o, float *score, int64_t first, int64_t keys, int64_t d, float scale) {
     for (int64_t i = 0; i < QUERIES; i += VL) {
         vf m = vf_load(x->m + i), old = m, sum = vf_zero();
-        vi last = LANES + vi_set1((int32_t)at_most(first + i, KEYS)); /* the last key that each lane sees */
+        vi last = LANES + vi_set1((int32_t)lesser(first + i, KEYS)); /* the last key that each lane sees */
         for (int64_t s = 0; s < keys; s++) {
             vf value = vf_select(vi_set1((int32_t)s) <= last, vf_load(score + s * QUERIES + i) * vf_set1(scale),
                                  vf_set1(-INFINITY));
@@ -99,7 +99,7 @@ static void attend(float *out, const float *q, const float *k, const float *v, i
         x.m[i] = -INFINITY, x.l[i] = 0;
     memset(o, 0, sizeof o);
     for (int64_t key = 0, end = first + rows; key < end; key += KEYS) {
-        int64_t keys = at_most(end - key, KEYS);
+        int64_t keys = lesser(end - key, KEYS);
         memset(score, 0, sizeof score);
         multiply(score, k + key * d, d, 1, tile, d, keys);
         step(&x, o, score, first - key, keys, d, (float)(1 / sqrt((double)d)));
@@ -114,5 +114,5 @@ void attention_register_tiles(float *out, const float *q, const float *k, const 
                               int64_t d) {
     for (int64_t head = 0, at = 0; head < heads; head++, at += t * d)
         for (int64_t first = 0; first < t; first += QUERIES)
-            attend(out + at, q + at, k + at, v + at, first, at_most(t - first, QUERIES), d);
+            attend(out + at, q + at, k + at, v + at, first, lesser(t - first, QUERIES), d);
 }

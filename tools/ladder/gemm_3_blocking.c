@@ -15,7 +15,7 @@
 
 enum { COLUMNS = 512, DEPTHS = 64 };
 
-static int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+static int64_t lesser(int64_t x, int64_t y) { return x < y ? x : y; }
 
 static void multiply_block(float *restrict c, const float *restrict a, const float *restrict b, int64_t m, int64_t n,
                            int64_t k, int64_t columns, int64_t depths) {
@@ -29,5 +29,5 @@ void gemm_blocking(float *c, const float *a, const float *b, int64_t m, int64_t 
     memset(c, 0, (size_t)(m * n) * sizeof(float));
     for (int64_t j = 0; j < n; j += COLUMNS)
         for (int64_t p = 0; p < k; p += DEPTHS)
-            multiply_block(c + j, a + p, b + p * n + j, m, n, k, at_most(n - j, COLUMNS), at_most(k - p, DEPTHS));
+            multiply_block(c + j, a + p, b + p * n + j, m, n, k, lesser(n - j, COLUMNS), lesser(k - p, DEPTHS));
 }

@@ -19,7 +19,7 @@
 
 enum { ROWS = 4, COLUMNS = 3 * VECTOR_BYTES / 4, DEPTHS = 256 };
 
-static int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+static int64_t lesser(int64_t x, int64_t y) { return x < y ? x : y; }
 
 static inline __attribute__((always_inline)) void multiply_tile(float *restrict c, const float *restrict a,
                                                                 const float *restrict b, int64_t n, int64_t k,
@@ -42,7 +42,7 @@ void gemm_register_tile(float *c, const float *a, const float *b, int64_t m, int
     for (int64_t p = 0; p < k; p += DEPTHS)
         for (int64_t j = 0; j < n; j += COLUMNS)
             for (int64_t i = 0; i < m; i += ROWS) {
-                int64_t rows = at_most(m - i, ROWS), columns = at_most(n - j, COLUMNS), depths = at_most(k - p, DEPTHS);
+                int64_t rows = lesser(m - i, ROWS), columns = lesser(n - j, COLUMNS), depths = lesser(k - p, DEPTHS);
                 float *tile = c + i * n + j;
                 if (rows == ROWS && columns == COLUMNS)
                     multiply_tile(tile, a + i * k + p, b + p * n + j, n, k, ROWS, COLUMNS, depths);

@@ -23,14 +23,14 @@
 #define COLUMNS (2 * VL)
 #define DEPTHS 256
 
-static int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+static int64_t lesser(int64_t x, int64_t y) { return x < y ? x : y; }
 
 /* The vector at p, of which n elements are there. */
 ALWAYS_INLINE vf load(const float *p, int64_t n) { return n >= VL ? vf_load(p) : vf_load_n(p, n > 0 ? n : 0, 0); }
 
 ALWAYS_INLINE void add_to(float *p, vf sum, int64_t n) {
     if (n > 0)
-        vf_store_any(p, 1, sum + load(p, n), at_most(n, VL));
+        vf_store_any(p, 1, sum + load(p, n), lesser(n, VL));
 }
 
 ALWAYS_INLINE void multiply_tile(float *c, const float *a, const float *b, int64_t n, int64_t k, int64_t rows,
@@ -38,7 +38,7 @@ ALWAYS_INLINE void multiply_tile(float *c, const float *a, const float *b, int64
     vf sum[ROWS][2] = {{{0}}};
     const float *row[ROWS];
     for (int i = 0; i < ROWS; i++)
-        row[i] = a + at_most(i, rows - 1) * k;
+        row[i] = a + lesser(i, rows - 1) * k;
     for (int64_t p = 0; p < depths; p++) {
         vf left = load(b + p * n, columns), right = load(b + p * n + VL, columns - VL);
 #pragma GCC unroll 14
@@ -61,7 +61,7 @@ void gemm_vectors(float *c, const float *a, const float *b, int64_t m, int64_t n
     for (int64_t p = 0; p < k; p += DEPTHS)
         for (int64_t j = 0; j < n; j += COLUMNS)
             for (int64_t i = 0; i < m; i += ROWS) {
-                int64_t rows = at_most(m - i, ROWS), columns = at_most(n - j, COLUMNS), depths = at_most(k - p, DEPTHS);
+                int64_t rows = lesser(m - i, ROWS), columns = lesser(n - j, COLUMNS), depths = lesser(k - p, DEPTHS);
                 float *tile = c + i * n + j;
                 if (columns == COLUMNS)
                     multiply_tile(tile, a + i * k + p, b + p * n + j, n, k, rows, COLUMNS, depths);

@@ -26,7 +26,7 @@
 #define COLUMNS (12 * WIDTH)
 #define DEPTHS 256
 
-static int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+static int64_t lesser(int64_t x, int64_t y) { return x < y ? x : y; }
 
 /* packed[p·ROWS + i] = a[i, p], 0 for i ≥ rows. */
 static void pack_a(float *packed, const float *a, int64_t a_row, int64_t rows, int64_t depths) {
@@ -40,7 +40,7 @@ static void pack_b(float *packed, const float *b, int64_t b_row, int64_t columns
     for (int64_t panel = 0; panel < columns; panel += WIDTH, packed += WIDTH * depths)
         for (int64_t p = 0; p < depths; p++)
             for (int64_t j = 0; j < WIDTH; j += VL) {
-                int64_t n = at_most(columns - panel - j, VL);
+                int64_t n = lesser(columns - panel - j, VL);
                 vf_store(packed + p * WIDTH + j, n > 0 ? vf_load_any(b + p * b_row + panel + j, 1, n) : vf_zero());
             }
 }
@@ -77,14 +77,14 @@ static void multiply(float *c, int64_t c_row, const float *a, int64_t a_row, con
         memset(c + i * c_row, 0, (size_t)n * sizeof(float));
     for (int64_t column = 0; column < n; column += COLUMNS)
         for (int64_t p = 0; p < k; p += DEPTHS) {
-            int64_t columns = at_most(n - column, COLUMNS), depths = at_most(k - p, DEPTHS);
+            int64_t columns = lesser(n - column, COLUMNS), depths = lesser(k - p, DEPTHS);
             pack_b(packed_b, b + p * b_row + column, b_row, columns, depths);
             for (int64_t i = 0; i < m; i += ROWS) {
-                int64_t rows = at_most(m - i, ROWS);
+                int64_t rows = lesser(m - i, ROWS);
                 pack_a(packed_a, a + i * a_row + p, a_row, rows, depths);
                 for (int64_t j = 0; j < columns; j += WIDTH)
                     multiply_tile(c + i * c_row + column + j, packed_a, packed_b + j * depths, c_row, rows,
-                                  at_most(columns - j, WIDTH), depths);
+                                  lesser(columns - j, WIDTH), depths);
             }
         }
 }

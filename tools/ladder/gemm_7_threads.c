@@ -20,8 +20,8 @@
 
 struct product { float *c; const float *a, *b; int64_t m, n, k; };
 
-static int64_t blocks_across(const struct product *x) { return (x->n + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS; }
-static int64_t blocks_down(const struct product *x) { return (x->m + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+static int64_t blocks_across(const struct product *x) { return divide_up(x->n, BLOCK_COLUMNS); }
+static int64_t blocks_down(const struct product *x) { return divide_up(x->m, BLOCK_ROWS); }
 
 /* The blocks begin … end − 1, counted along the rows of blocks. */
 static void multiply_blocks(void *context, int64_t begin, int64_t end) {
