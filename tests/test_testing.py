@@ -15,6 +15,7 @@ import engine.testing.rows
 from engine.backend import get_backend
 from engine.backend.cpu import CpuBackend
 from engine.testing import (
+    Case,
     CheckFailure,
     OpSpec,
     Rounded,
@@ -403,6 +404,13 @@ def test_each_check_of_a_row_finds_what_it_is_for(name: str) -> None:
         check.run(spec, drawn)
 
     fails(run, f"CHECKS[{name!r}]")
+
+
+def test_doubling_allows_what_an_affine_op_rounds_on_its_way() -> None:
+    """Four sums onto a constant, which nearly cancel: each rounds, and doubled otherwise."""
+    values = np.array([1.4588200178190407, 2.7384410156694594, -2.7968392117988063, -1.2560286029440428])
+    case = Case([np.array([0.34899993172338295]), values], {"index": np.zeros(4, np.int64)}, np.dtype("float64"))
+    CHECKS["linear"].check(specs["scatter_add"], case=case, index=1)
 
 
 def test_a_users_own_op_gets_the_same_checks() -> None:

@@ -50,7 +50,8 @@ class Invariants:
         self.promised: dict[int, tuple[int, int]] = {}  # by shard: term and clock
         self.begun: dict[tuple[int, int], int] = {}  # by term and clock: the version it is computed on
         self.read: dict[tuple[int, int, int, int], int] = {}  # by worker, epoch, term, shard: the newest version
-        self.held: dict[int, tuple[tuple[Version, ...], int]] = {}  # by worker: what it pulled last, and its checksum
+        self.held: dict[int, tuple[Version, ...]] = {}  # by worker: what it pulled last
+        self.checksums: dict[int, tuple[Version, int]] = {}  # by id: each version that somebody holds
 
     def require(self, holds: bool, what: str, *values: Any) -> None:
         if not holds:
@@ -67,9 +68,9 @@ class Invariants:
             if shard is not None and shard.active:
                 self._check_clock(shard)
                 self._check_shard(shard, event)
-            for worker, (values, checksum) in self.held.items():
-                if _checksum(values) != checksum:
-                    self.require(False, "the parameters that worker {} holds have changed", worker)
+            for version, checksum in self.checksums.values():
+                if _checksum(version) != checksum:
+                    self.require(False, "parameters of version {} have changed while workers hold them", version.number)
 
     # ── shards ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -138,7 +139,7 @@ class Invariants:
     def pulled(self, worker: Worker, pulled: Pulled) -> None:
         begun, numbers = worker.begun, [version.number for version in pulled.values]
         assert begun is not None
-        self.held[worker.number] = pulled.values, _checksum(pulled.values)
+        self._hold(worker, pulled.values)
         if self.asynchronous:
             for shard, number in enumerate(numbers):
                 key = worker.number, worker.epoch, worker.term.number, shard
@@ -152,11 +153,18 @@ class Invariants:
 
     def received(self, worker: Worker, received: Received) -> None:
         """One shard's part of the parameters: of the version of the clock, while that may count."""
-        begun, values = worker.begun, (received.values,)
+        begun = worker.begun
         assert begun is not None
-        self.held[worker.number] = values, _checksum(values)
+        self._hold(worker, (received.values,))
         if begun.term == worker.term:
             self._check_version(worker, begun, received.values.number)
+
+    def _hold(self, worker: Worker, values: tuple[Version, ...]) -> None:
+        """From here on the worker holds these instead; of versions that nobody holds any more nothing is asked."""
+        self.held[worker.number] = values
+        versions = {id(version): version for held in self.held.values() for version in held}
+        self.checksums = {key: self.checksums.get(key) or (version, _checksum(version))
+                          for key, version in versions.items()}
 
     def _check_version(self, worker: Worker, begun: Begin, number: int) -> None:
         term, clock, version = begun.term.number, begun.clock, begun.version
@@ -185,8 +193,5 @@ class Invariants:
             self.ledger.check_end(run.shards(), run.last)
 
 
-def _checksum(values: tuple[Version, ...]) -> int:
-    checksum = 0
-    for version in values:
-        checksum = zlib.crc32(version.flat.data.data, checksum)
-    return checksum
+def _checksum(version: Version) -> int:
+    return zlib.crc32(version.flat.data.data)
