@@ -86,7 +86,7 @@ test-tsan: $(READY) ## the same with the thread sanitizer
 test-peers: build $(VENV)/peers ## hold ops, layers, optimizers and models against PyTorch and transformers
 	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q tests/peers $(ARGS)
 
-test-crashes: build ## a crash and a reshard at every event boundary, for 1..8 workers and 1..7 shards (hours)
+test-crashes: build ## a crash and a reshard at every event boundary, for 1..8 workers and 1..7 shards (hours; goes on)
 	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q -m slow -n $(JOBS) tests/sharder/test_crashes.py $(ARGS)
 
 test-kills: build ## 200 real SIGKILLs at random moments of training; goes on where it stopped
