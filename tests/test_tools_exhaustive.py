@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tools import exhaustive
-from tools.accuracy import FUNCTIONS, units
+from tools.accuracy import FUNCTIONS, TAIL, units
 
 ONE = 0x3F800000  # the bits of 1.0
 
@@ -19,7 +19,7 @@ ONE = 0x3F800000  # the bits of 1.0
 def halves(name: str, x: Any) -> Any:
     """A backend's map with NumPy's float64 rounded once: right to half a unit."""
     with np.errstate(all="ignore"):
-        return SimpleNamespace(data=np.asarray(FUNCTIONS[name][0](x.astype(np.float64))).astype(np.float32))
+        return SimpleNamespace(data=np.asarray(FUNCTIONS[name].reference(x.astype(np.float64))).astype(np.float32))
 
 
 def backend(compute: Any = halves) -> Any:
@@ -32,7 +32,7 @@ def test_units_are_those_of_the_slower_program(name: str) -> None:
     rng = np.random.default_rng(0)
     x = rng.integers(0, 2**32, 1 << 14, dtype=np.uint64).astype(np.uint32).view(np.float32)
     with np.errstate(all="ignore"):
-        want = np.asarray(FUNCTIONS[name][0](x.astype(np.float64)))
+        want = np.asarray(FUNCTIONS[name].reference(x.astype(np.float64)))
         got = want.astype(np.float32)
         got = np.where(rng.integers(0, 2, x.shape), np.nextafter(got, np.float32(0)), got)
         np.testing.assert_allclose(exhaustive.errors(got, want, exhaustive.scale_of(want)), units(got, want), rtol=1e-9)
@@ -41,7 +41,7 @@ def test_units_are_those_of_the_slower_program(name: str) -> None:
 @pytest.mark.parametrize("name", ["exp", "log", "sin", "erf", "gelu", "gelu_tanh", "softplus", "rsqrt"])
 def test_eighty_digits_agree_with_float64(name: str) -> None:
     for x in (0.3, 1.7, 2.5):
-        want = float(FUNCTIONS[name][0](np.array([x]))[0])
+        want = float(FUNCTIONS[name].reference(np.array([x]))[0])
         got = np.float32(want * (1 + 2.0**-22))
         slow = units(np.array([got]), np.array([want]))[0]
         assert exhaustive.exact_units(name, x, got) == pytest.approx(slow, rel=1e-6)
@@ -68,6 +68,34 @@ def test_a_wrong_infinity_is_found() -> None:
     start = int(np.float32(100).view(np.uint32))
     found = exhaustive.sweep("exp", {"right": backend(), "wrong": backend(finite)}, start, start + 10)
     assert found["right"][0] == 0 and not found["wrong"][0] <= 1
+
+
+def bits(x: float) -> int:
+    return int(np.float32(x).view(np.uint32))
+
+
+@pytest.mark.parametrize(("name", "first"), [("sin", bits(-0.0)), ("exp", bits(-200.0)), ("gelu", bits(-30.0))])
+def test_a_zero_of_the_wrong_sign_is_found(name: str, first: int) -> None:
+    """At zero, and where a result rounds to zero."""
+    def flipped(name: str, x: Any) -> Any:
+        y = halves(name, x).data
+        return SimpleNamespace(data=np.where(y == 0, -y, y))
+
+    found = exhaustive.sweep(name, {"right": backend(), "wrong": backend(flipped)}, first, first + 10)
+    assert found["right"][0] <= 0.5 and found["wrong"][0] == np.inf
+
+
+@pytest.mark.parametrize(("name", "x"), [("silu", -95.0), ("gelu", -12.9), ("gelu_tanh", -10.0),
+                                         *((name, x) for name in TAIL for x in (-3e-38, 2e-37))])
+def test_below_the_floor_results_are_still_held_to_it(name: str, x: float) -> None:
+    """70 units of the least float are allowed there; 1,400 are not, nor is NaN."""
+    def off(by: float) -> Any:
+        return lambda name, x: SimpleNamespace(data=halves(name, x).data + np.float32(by))
+
+    first = bits(x)
+    found = exhaustive.sweep(name, {str(by): backend(off(by)) for by in (0.0, 1e-43, 2e-42, np.nan)}, first, first + 10)
+    assert found["0.0"][0] == found["1e-43"][0] == 0
+    assert found["2e-42"][0] > 4 and not found["nan"][0] <= 4
 
 
 def test_the_ledger_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
