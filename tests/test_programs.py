@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, find, given, settings
 import engine as eg
 from engine.ops import registry
 from engine.ops.indexing import assign_index, take_index
-from engine.testing import CheckFailure
+from engine.testing import CheckFailure, rounded
 from engine.testing import strategies as st_eg
 from engine.testing.forms import FORMS, Form, add_form
 from engine.testing.programs import Input, Interpreter, Program, Step, build, check_program
@@ -150,6 +150,21 @@ def test_a_planted_bug_shrinks_to_a_few_instructions(name: str, monkeypatch: pyt
         check_program(program)
     with pytest.raises(CheckFailure, match=re.escape(caught.value.check)):
         run_source(caught.value.reproduction, {})
+
+
+def test_a_program_that_fails_in_its_second_derivative_is_printed_so() -> None:
+    """A form with the right gradient, which is a constant to whoever differentiates twice."""
+    add_form(Form("sine", "eg.sin({0}).detach() + eg.cos({0}).detach() * ({0} - {0}.detach())", rounded.sin))
+    try:
+        program = Program((Input((3,), 0),), (Step("sine", (0,), 1),))
+        check_program(program)
+        with pytest.raises(CheckFailure, match="check_second_order") as caught:
+            check_program(program, second_order=True, seed=5)
+        assert "seed=5" in caught.value.reproduction
+        with pytest.raises(CheckFailure, match="check_second_order"):
+            run_source(caught.value.reproduction, {})
+    finally:
+        del FORMS["sine"]
 
 
 def test_an_error_of_the_engine_is_a_failure_with_its_program(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,18 +47,21 @@ from engine.testing import (
     unpacked,
 )
 from engine.testing import strategies as st_eg
+from engine.testing.layouts import FOREIGN, LAYOUTS, placement, zero_stride
 from engine.testing.rounded import cos, exp, matmul, total
 from engine.testing.row_checks import CHECKS
 from engine.testing.strategies import row_examples
 
 
 def fails(check: Any, *words: str) -> CheckFailure:
-    """check() raises CheckFailure, whose text contains the words."""
+    """check() raises CheckFailure, whose text contains the words; it says what was allowed, why, and how to see it."""
     with pytest.raises(CheckFailure) as caught:
         check()
+    failure = caught.value
     for word in words:
-        assert word in str(caught.value)
-    return caught.value
+        assert word in str(failure)
+    assert failure.bound is not None and failure.origin and failure.reproduction
+    return failure
 
 
 # ── ULPs and bounds ───────────────────────────────────────────────────────────────────────────────────
@@ -207,16 +210,88 @@ def module_function(x: np.ndarray) -> np.ndarray:
     return x * x
 
 
+def not_a_cube(x: Any) -> Any:
+    return x * x * 1.5
+
+
+def spoiling(x: np.ndarray) -> None:
+    x += 1.0
+
+
+def of_its_strides(x: eg.Tensor) -> eg.Tensor:
+    return x * float(x.numpy().strides[0])
+
+
+def of_its_device(x: eg.Tensor) -> eg.Tensor:
+    return x * (1.0 if x.device == "cpu" else 3.0)
+
+
+def one_memory(x: eg.Tensor) -> Any:
+    class Result:
+        shape, numpy = x.shape, x.numpy
+
+        def backward(self, g: eg.Tensor) -> None:
+            x.grad = g
+    return Result()
+
+
+def two_lines() -> None:
+    raise ValueError("one\ntwo")
+
+
+CALLS: dict[str, Any] = {  # each fails, and its functions can be printed
+    "assert_ulp": lambda: assert_ulp(np.float32([1, np.nan, 2]), [1, np.nan, 2.5], 3, "float32"),
+    "check_close": lambda: check_close(np.float32([1, 2]), [1, 2.5], [0.1, 0.25]),
+    "check_close of shapes": lambda: check_close(np.ones(2), np.ones(3), 1.0),
+    "check_bits": lambda: check_bits(np.array([0.0, 1.0]), np.array([-0.0, 1.0])),
+    "check_bits of types": lambda: check_bits(np.ones(2), np.ones(2, "float32")),
+    "check_adjoint of shapes": lambda: check_adjoint(module_function, np.ones(2), vjp=lambda xs, g: (None, [g[:1]])),
+    "check_layouts": lambda: check_layouts(of_its_strides, np.ones((2, 3))),
+    "check_backends": lambda: check_backends(of_its_device, np.ones((3, 2))[:, 0], bound=0.5),
+    "check_capture": lambda: check_capture(module_function, not_a_cube, np.ones(3)),
+    "check_no_alias": lambda: check_no_alias(one_memory, np.ones(2)),
+    "check_inputs_unmutated": lambda: check_inputs_unmutated(spoiling, np.ones(4)[::2]),
+    "check_errors": lambda: check_errors(two_lines, ValueError, "one"),
+    "check_errors of another kind": lambda: check_errors(two_lines, TypeError),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_a_check_prints_fails_in_the_same_way(name: str) -> None:
+    failure = fails(CALLS[name], name.split()[0])
+    with pytest.raises(CheckFailure) as again:
+        exec(compile(failure.reproduction.replace("vjp = ...", "vjp = lambda xs, g: (None, [g[:1]])"), "again", "exec"),
+             {})
+    assert (again.value.check, str(again.value.got)) == (failure.check, str(failure.got))
+
+
+@given(data=st.data())
+def test_what_is_printed_lies_in_memory_as_it_did(data: Any) -> None:
+    """Strides, alignment, whether it may be written to; and nothing is written outside of its own block."""
+    x = data.draw(st_eg.arrays("float32"))
+    for layout in [*LAYOUTS.values(), *FOREIGN.values(), zero_stride]:
+        y = layout(x, np.random.default_rng(0))
+        again = eval(rendered(y), {"array": np.array, "placed": placed, "unpacked": unpacked, "nan": np.nan})
+        assert np.array_equal(again, y) and again.dtype == y.dtype
+        assert not y.size or (placement(again), again.flags.aligned) == (placement(y), y.flags.aligned)
+
+
+def test_an_odd_stride_ends_where_its_last_byte_does() -> None:
+    """Two rows of three floats, 15 and 5 bytes apart: 29 bytes."""
+    y = placed(np.arange(6, dtype="float32").reshape(2, 3), (15, 5))
+    block = y.base
+    assert isinstance(block, np.ndarray) and y.ctypes.data + 29 <= block.ctypes.data + block.nbytes
+    assert placed(np.ones(3), shift=8).ctypes.data % 16 == 8 and not placed(np.ones(3), writeable=False).flags.writeable
+
+
 def test_reproductions_run() -> None:
-    """What a failure prints is a program that fails in the same way, in the same memory layout."""
-    x = np.arange(6.0).reshape(2, 3).T[::-1]
-    assert np.array_equal(eval(rendered(x), {"array": np.array, "placed": placed}), x)
-    assert eval(rendered(x), {"array": np.array, "placed": placed}).strides == x.strides
+    """What a failure prints is a program that fails in the same way."""
     large = np.random.default_rng(0).normal(size=(20, 30))
     assert np.array_equal(eval(rendered(large), {"unpacked": unpacked}), large)
-    odd: Any = [np.array([np.nan, -0.0, np.inf], np.float32), {"axis": None}, (1,), np.zeros((0, 3))]
-    again = eval(rendered(odd), {"array": np.array, "nan": np.nan, "inf": np.inf})
+    odd: Any = [np.array([np.nan, -0.0, np.inf], np.float32), {"axis": None}, (1, np.int32(3)), np.zeros((0, 3))]
+    again = eval(rendered(odd), {"array": np.array, "dtype": np.dtype, "nan": np.nan, "inf": np.inf})
     assert again[0].tobytes() == odd[0].tobytes() and again[1:3] == odd[1:3] and again[3].shape == (0, 3)
+    assert type(again[2][1]) is np.int32
 
     def wrong(xs: Any, g: np.ndarray) -> Any:
         return None, [g * xs[0]]

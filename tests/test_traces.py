@@ -68,6 +68,7 @@ def test_a_planted_bug_shrinks(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     trace = find(st_eg.optim_traces(optimizers), fails, settings=QUICK)
     assert len(trace.events) <= 3 and len(trace.shapes) == 1, trace
     with pytest.raises(CheckFailure) as caught:
-        check_trace(trace)
-    with pytest.raises(CheckFailure):
+        check_trace(trace, "float64", "reference")
+    assert 'with eg.device("reference")' in caught.value.reproduction
+    with pytest.raises(CheckFailure, match="float64 on reference"):
         exec(compile(caught.value.reproduction, "trace", "exec"), {})

@@ -106,7 +106,7 @@ def ulp_distance(a: Any, b: Any) -> np.ndarray:
 
 def assert_ulp(got: Any, want: Any, limit: float, dtype: Any = None, origin: str = "the stated accuracy") -> None:
     """Raise CheckFailure unless got is within `limit` ULPs of want everywhere (see ulp_error)."""
-    from engine.testing.failure import CheckFailure
+    from engine.testing.failure import CheckFailure, called
 
     got = np.asarray(got)
     error = ulp_error(got, want, dtype)
@@ -114,4 +114,6 @@ def assert_ulp(got: Any, want: Any, limit: float, dtype: Any = None, origin: str
         at = np.unravel_index(int(np.argmax(error)), error.shape)
         expected = np.broadcast_to(np.asarray(want, np.float64), error.shape)
         raise CheckFailure("assert_ulp", index=at, got=got[at], want=expected[at], ulps=float(error[at]),
-                           bound=f"{limit} ULP", origin=origin)
+                           bound=f"{limit} ULP", origin=origin,
+                           reproduction=called("assert_ulp", got[at], expected[at], limit,
+                                               dtype=dtype and as_dtype(dtype).name))

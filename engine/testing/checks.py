@@ -14,8 +14,8 @@ import engine as eg
 from engine.backend import Array
 from engine.testing.bounds import ulp_error, unit_roundoff
 from engine.testing.differences import complex_step, directional, second_directional
-from engine.testing.failure import CheckFailure, Reproduction, reproduction
-from engine.testing.layouts import LAYOUTS
+from engine.testing.failure import CheckFailure, Reproduction, called, reproduction
+from engine.testing.layouts import LAYOUTS, placed, placement
 
 Function = Callable[..., Any]
 THREADS = (1, 2, 3, 7)
@@ -35,7 +35,7 @@ def as_numpy(y: Any) -> np.ndarray:
 
 # ── values ────────────────────────────────────────────────────────────────────────────────────────────
 
-def check_close(got: Any, want: Any, bound: Any, *, check: str = "check_close", origin: str = "",
+def check_close(got: Any, want: Any, bound: Any, *, check: str = "check_close", origin: str = "as given",
                 reproduction: Reproduction = "") -> None:
     """|got − want| ≤ bound elementwise, want and bound in float64. NaN must meet NaN, and an infinity an equal one; a
     number whose bound reaches beyond the largest float may be infinite, or the other way round. Where the bound is 0,
@@ -43,7 +43,8 @@ def check_close(got: Any, want: Any, bound: Any, *, check: str = "check_close", 
     got = as_numpy(got)
     want = np.asarray(want, np.float64)
     if got.shape != want.shape:
-        raise CheckFailure(check, got=got.shape, want=want.shape, bound="equal shapes", reproduction=reproduction)
+        raise CheckFailure(check, got=got.shape, want=want.shape, bound="equal shapes", origin="a result has one shape",
+                           reproduction=reproduction or called("check_close", got, want, 0.0))
     bound = np.broadcast_to(np.asarray(bound, np.float64), want.shape)
     if got.dtype.kind != "f":
         holds = got == want
@@ -61,15 +62,18 @@ def check_close(got: Any, want: Any, bound: Any, *, check: str = "check_close", 
             excess = np.where(holds, -1.0, np.nan_to_num(np.abs(got.astype(np.float64) - want) - bound, nan=np.inf))
         at = np.unravel_index(int(np.argmax(excess)), want.shape)
         ulps = float(ulp_error(got[at], want[at])) if got.dtype.kind == "f" else None
-        raise CheckFailure(check, index=at, got=got[at], want=want[at], ulps=ulps, bound=float(bound[at]),
-                           origin=origin, reproduction=reproduction)
+        allowed = float(bound[at])
+        raise CheckFailure(check, index=at, got=got[at], want=want[at], ulps=ulps, bound=allowed, origin=origin,
+                           reproduction=reproduction or called("check_close", got[at], want[at], allowed))
 
 
-def check_bits(got: Any, want: Any, *, check: str, origin: str = "", reproduction: Reproduction = "") -> None:
+def check_bits(got: Any, want: Any, *, check: str = "check_bits", origin: str = "the same computation",
+               reproduction: Reproduction = "") -> None:
     """The same type, shape and bits; NaNs of any bits are equal."""
     a, b = as_numpy(got), as_numpy(want)
     if a.dtype != b.dtype or a.shape != b.shape:
-        raise CheckFailure(check, got=f"{a.dtype} {a.shape}", want=f"{b.dtype} {b.shape}", reproduction=reproduction)
+        raise CheckFailure(check, got=f"{a.dtype} {a.shape}", want=f"{b.dtype} {b.shape}", origin=origin,
+                           bound="equal types and shapes", reproduction=reproduction or called("check_bits", a, b))
     same = a == b
     if a.dtype.kind == "f":
         same = (same & (np.signbit(a) == np.signbit(b))) | (np.isnan(a) & np.isnan(b))
@@ -77,7 +81,7 @@ def check_bits(got: Any, want: Any, *, check: str, origin: str = "", reproductio
         at = np.unravel_index(int(np.argmin(same)), a.shape)
         raise CheckFailure(check, index=at, got=a[at], want=b[at], bound="equal bits", origin=origin,
                            ulps=float(ulp_error(a[at], b[at])) if a.dtype.kind == "f" else None,
-                           reproduction=reproduction)
+                           reproduction=reproduction or called("check_bits", a[at], b[at]))
 
 
 # ── gradients ─────────────────────────────────────────────────────────────────────────────────────────
@@ -137,6 +141,8 @@ def check_adjoint(f: Function, *xs: Any, reference: Function | None = None, vjp:
     rounding of the vjp itself is that of a few evaluations, which the differences' 1/h leaves far behind.
     """
     arrays = _float64("check_adjoint", xs)
+    again = reproduction("check_adjoint", {"f": f, "reference": reference, "vjp": vjp}, arrays, rounding=rounding,
+                         analytic=analytic, create_graph=create_graph, seed=seed)
     rng = np.random.default_rng(seed)
     plain = reference or (f if vjp else _plain(f))
     y0 = np.asarray(plain(*arrays))
@@ -144,7 +150,9 @@ def check_adjoint(f: Function, *xs: Any, reference: Function | None = None, vjp:
     _, grads = (vjp or engine_vjp(f, create_graph))(arrays, u)
     for i, (x, d) in enumerate(zip(arrays, grads)):
         if d.shape != x.shape:
-            raise CheckFailure("check_adjoint", got=f"gradient {i} of shape {d.shape}", want=f"shape {x.shape}")
+            raise CheckFailure("check_adjoint", got=f"gradient {i} of shape {d.shape}", want=f"shape {x.shape}",
+                               bound="equal shapes", origin="a gradient is what may be added to its input",
+                               reproduction=again)
     jv, error = complex_step(plain, arrays, vs) if analytic else directional(plain, arrays, vs, _rounding(y0, rounding))
     left, right = float(np.sum(jv * u)), float(sum(np.sum(v * d) for v, d in zip(vs, grads)))
     # u·x of the one and of the other sum: γ_n Σ|terms|
@@ -153,11 +161,8 @@ def check_adjoint(f: Function, *xs: Any, reference: Function | None = None, vjp:
     bound = float(np.sum(np.abs(u) * error)) + count * unit_roundoff("float64") * terms
     way = "a complex step" if analytic else "central differences: truncation + rounding/h"
     if not abs(left - right) <= bound:
-        raise CheckFailure("check_adjoint", got=right, want=left, bound=bound,
-                           origin=f"⟨J v, u⟩ from {way}",
-                           reproduction=reproduction("check_adjoint", {"f": f, "reference": reference, "vjp": vjp},
-                                                     arrays, rounding=rounding, analytic=analytic,
-                                                     create_graph=create_graph, seed=seed))
+        raise CheckFailure("check_adjoint", got=right, want=left, bound=bound, origin=f"⟨J v, u⟩ from {way}",
+                           reproduction=again)
 
 
 def check_second_order(f: Function, *xs: Any, reference: Function | None = None, rounding: Any = None,
@@ -229,6 +234,7 @@ def check_no_alias(f: Function, *xs: Any) -> None:
         for other, b in held[i + 1:]:
             if "gradient" in name and np.shares_memory(a, b):
                 raise CheckFailure("check_no_alias", got=f"{name} and {other} share memory", want="memory of their own",
+                                   bound="no byte in common", origin="whoever gets a gradient may write to it",
                                    reproduction=reproduction("check_no_alias", {"f": f}, map(as_numpy, xs)))
 
 
@@ -277,14 +283,15 @@ def check_capture(f: Function, captured: Function, *xs: np.ndarray, rounds: int 
     Both get arrays of their own. The first round may record and the others replay, on other values of the same shapes:
     a replay that remembers values, or keeps memory that a caller still holds, is found.
     """
-    again = reproduction("check_capture", {"f": f, "captured": captured}, xs, rounds=rounds)
+    again = reproduction("check_capture", {"f": f, "captured": captured}, xs, "f captured", rounds=rounds)
     held: list[tuple[str, np.ndarray, np.ndarray]] = []
     for n in range(rounds):
         moved = [x if x.dtype.kind != "f" else np.asarray(x * (1 - n / 8)).astype(x.dtype) for x in xs]
         wanted, found = ([as_numpy(y) for y in (out if isinstance(out, (tuple, list)) else [out])]
                          for out in (run(*[as_tensor(x.copy()) for x in moved]) for run in (f, captured)))
         if len(wanted) != len(found):
-            raise CheckFailure("check_capture", got=f"{len(found)} results", want=f"{len(wanted)}", reproduction=again)
+            raise CheckFailure("check_capture", got=f"{len(found)} results", want=f"{len(wanted)}",
+                               bound="as many", origin="the same computation", reproduction=again)
         for i, (got, want) in enumerate(zip(found, wanted)):
             check_bits(got, want, check=f"check_capture: result {i}, round {n}", reproduction=again)
             held.append((f"check_capture: result {i} of round {n}, after round {rounds - 1}", got, want.copy()))
@@ -300,8 +307,9 @@ def check_inputs_unmutated(f: Function, *xs: np.ndarray) -> Any:
     out = f(*xs)
     for i, (x, was) in enumerate(zip(xs, before)):
         if x.tobytes() != was:
-            given = [np.frombuffer(b, x.dtype).reshape(x.shape) for x, b in zip(xs, before)]
+            given = [placed(np.frombuffer(b, x.dtype).reshape(x.shape), **placement(x)) for x, b in zip(xs, before)]
             raise CheckFailure("check_inputs_unmutated", got=f"input {i} changed", want="inputs left alone",
+                               bound="equal bits", origin="an operand is its owner's to change",
                                reproduction=reproduction("check_inputs_unmutated", {"f": f}, given))
     return out
 
@@ -310,12 +318,14 @@ def check_errors(f: Callable[[], Any], kind: type[BaseException], *words: str) -
     """f() raises `kind` with one line that contains each of the words."""
     try:
         f()
+        got = "no error"
     except kind as error:
         text = str(error.args[0]) if error.args else ""
-        missing = [w for w in words if w not in text]
-        if missing or "\n" in text:
-            raise CheckFailure("check_errors", got=text, want=f"one line with {', '.join(map(repr, words))}") from None
-        return
+        if "\n" not in text and all(word in text for word in words):
+            return
+        got = text
     except Exception as error:
-        raise CheckFailure("check_errors", got=f"{type(error).__name__}: {error}", want=kind.__name__) from None
-    raise CheckFailure("check_errors", got="no error", want=kind.__name__)
+        got = f"{type(error).__name__}: {error}"
+    raise CheckFailure("check_errors", got=got, want=kind.__name__, origin="who asks, what came, what was expected",
+                       bound=f"one line with {', '.join(map(repr, words))}" if words else "one line",
+                       reproduction=reproduction("check_errors", {"f": f, "kind": kind}, words, "f kind"))

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.testing.layouts import placement
+
 Reproduction = str | Callable[[], str]
 PRINTED = 100  # elements of an array that are printed as numbers; larger ones as compressed bytes
 
@@ -24,7 +26,8 @@ class CheckFailure(AssertionError):
     ulps:         their distance in units in the last place, where that means something
     bound:        what was allowed
     origin:       where the bound comes from
-    reproduction: a few lines of Python that fail in the same way; given as text, or as a function that writes it
+    reproduction: a few lines of Python that fail in the same way; given as text, or as a function that writes it. A
+                  state machine's failure (machine.py) has none: the steps that Hypothesis prints are the program.
     nodes:        how many ops those lines apply, where that is known
     """
 
@@ -54,7 +57,8 @@ class CheckFailure(AssertionError):
 # ── as Python ─────────────────────────────────────────────────────────────────────────────────────────
 
 def rendered(value: Any) -> str:
-    """An expression that gives the value again: numbers to the bit, arrays in their memory layout.
+    """An expression that gives the value again: numbers to the bit, arrays in their memory layout, which is strides,
+    alignment, and whether they may be written to.
 
     It takes the names array, dtype, inf, nan from numpy, and Case, placed, unpacked from engine.testing.
     """
@@ -68,7 +72,7 @@ def rendered(value: Any) -> str:
         return "(" + "".join(f"{rendered(v)}, " for v in value) + ")"
     if type(value).__name__ == "Case":
         return f"Case({rendered(value.operands)}, {rendered(value.attributes)}, dtype({str(value.dtype)!r}))"
-    return repr(value)
+    return f"dtype({value.dtype.name!r}).type({value.item()!r})" if isinstance(value, np.generic) else repr(value)
 
 
 def _rendered_array(x: np.ndarray) -> str:
@@ -77,7 +81,8 @@ def _rendered_array(x: np.ndarray) -> str:
         text = f"unpacked({packed!r}, {x.shape}, {x.dtype.name!r})"
     else:
         text = f"array({x.tolist()!r}, {x.dtype.name!r})" + (f".reshape{x.shape}" if not x.size else "")
-    return text if x.flags.c_contiguous or not x.size else f"placed({text}, {x.strides})"
+    lies = "".join(f", {name}={value!r}" for name, value in placement(x).items())
+    return f"placed({text}{lies})" if lies else text
 
 
 def unpacked(packed: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -99,18 +104,29 @@ def defined(name: str, f: Callable[..., Any]) -> str:
     return f"{name} = ...  # {own or f!r}, which cannot be printed"
 
 
-def reproduction(check: str, functions: dict[str, Callable[..., Any] | None], arrays: Any,
+def called(check: str, *values: Any, **options: Any) -> Callable[[], str]:
+    """Writes a program that calls `check` again on these values, such as those of the one element that failed."""
+    def program() -> str:
+        words = [*map(rendered, values), *(f"{name}={rendered(value)}" for name, value in options.items())]
+        return "\n".join(["from numpy import array, dtype, inf, nan",
+                          f"from engine.testing import {check}, placed", f"{check}({', '.join(words)})"])
+    return program
+
+
+def reproduction(check: str, functions: dict[str, Callable[..., Any] | None], arrays: Any, first: str = "f",
                  **options: Any) -> Callable[[], str]:
-    """Writes a program that calls `check` on these functions and arrays again; the function named f goes first."""
-    return lambda: _program(check, functions, arrays, options)
+    """Writes a program that calls `check` again: on the functions named in `first`, on xs, and, as keywords, on the
+    other functions and the options."""
+    return lambda: _program(check, functions, arrays, first, options)
 
 
-def _program(check: str, functions: dict[str, Callable[..., Any] | None], arrays: Any, options: dict[str, Any]) -> str:
-    given = {name: f for name, f in functions.items() if f is not None}
-    keywords = "".join(f", {name}={name}" for name in given if name != "f") + "".join(
-        f", {name}={rendered(value)}" for name, value in options.items())
+def _program(check: str, functions: dict[str, Callable[..., Any] | None], arrays: Any, first: str,
+             options: dict[str, Any]) -> str:
+    given, leading = {name: f for name, f in functions.items() if f is not None}, first.split()
+    words = [*leading, "*xs", *(f"{name}={name}" for name in given if name not in leading),
+             *(f"{name}={rendered(value)}" for name, value in options.items())]
     lines = ["from __future__ import annotations", "import numpy as np", "import engine as eg",
-             "from numpy import array, inf, nan",
+             "from numpy import array, dtype, inf, nan",
              f"from engine.testing import {check}, placed, unpacked", *[defined(name, f) for name, f in given.items()],
              f"xs = {rendered(list(arrays))}"]
-    return "\n".join([*lines, f"{check}(f, *xs{keywords})"])
+    return "\n".join([*lines, f"{check}({', '.join(words)})"])

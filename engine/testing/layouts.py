@@ -20,10 +20,14 @@ def _negative(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.flip(np.array(np.flip(x, axes), order="C"), axes) if x.ndim else np.array(x)
 
 
+def _poison(dtype: np.dtype) -> Any:
+    """What stands where no element is, so that a kernel that reads it shows: NaN, the largest integer, True."""
+    return np.nan if dtype.kind == "f" else np.iinfo(dtype).max if dtype.kind in "iu" else True
+
+
 def _inside(x: np.ndarray, steps: list[int]) -> np.ndarray:
-    """x in a larger block, of which an axis with step s takes every s-th element; the rest is NaN or a large number."""
-    block = np.empty([n * s for n, s in zip(x.shape, steps)], x.dtype)
-    block[...] = np.nan if x.dtype.kind == "f" else np.iinfo(x.dtype).max if x.dtype.kind in "iu" else True
+    """x in a larger block of poison, of which an axis with step s takes every s-th element."""
+    block = np.full([n * s for n, s in zip(x.shape, steps)], _poison(x.dtype), x.dtype)
     index: Any = (..., *[slice(s - 1, None, s) for s in steps])  # the ellipsis keeps a 0-d view an array
     view = block[index]
     view[...] = x
@@ -93,12 +97,34 @@ FOREIGN: dict[str, Layout] = {"misaligned": _misaligned, "odd stride": _odd_stri
 """Layouts that NumPy has and C cannot walk: what takes arrays from outside must copy them, or refuse."""
 
 
-def placed(x: np.ndarray, strides: tuple[int, ...]) -> np.ndarray:
-    """An array equal to x with these strides, as a failed check prints it; what lies between is NaN or large."""
-    steps = [stride * (n - 1) for stride, n in zip(strides, x.shape)]
-    low = -sum(step for step in steps if step < 0)
-    block = np.full((low + sum(step for step in steps if step > 0)) // x.itemsize + 1, 1, x.dtype)
-    block[:] = np.nan if x.dtype.kind == "f" else np.iinfo(x.dtype).max if x.dtype.kind in "iu" else True
-    view = np.lib.stride_tricks.as_strided(block[low // x.itemsize:], x.shape, strides)
+# ── a layout as numbers ───────────────────────────────────────────────────────────────────────────────
+
+ALIGNED = 16  # bytes: every block that an allocator gives begins at a multiple of it (C's max_align_t)
+
+
+def _reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int]:
+    """How far below the address of the first element the lowest one begins, and how far above the highest, in bytes."""
+    steps = [stride * (n - 1) for stride, n in zip(strides, shape)] if 0 not in shape else []
+    return -sum(step for step in steps if step < 0), sum(step for step in steps if step > 0)
+
+
+def placement(x: np.ndarray) -> dict[str, Any]:
+    """How x lies in memory, for `placed`; nothing where it is in C order, aligned and may be written to."""
+    found: dict[str, Any] = {} if x.flags.c_contiguous or not x.size else {"strides": x.strides}
+    shift = (x.ctypes.data - _reach(x.shape, x.strides)[0]) % ALIGNED
+    found |= {"shift": shift} if shift and x.size else {}
+    return found if x.flags.writeable else {**found, "writeable": False}
+
+
+def placed(x: np.ndarray, strides: tuple[int, ...] | None = None, shift: int = 0, writeable: bool = True) -> np.ndarray:
+    """An array equal to x that lies so, as a failed check prints it: with these strides (of C order by default), its
+    lowest byte so many bytes beyond a multiple of ALIGNED, perhaps read-only. What lies between is poison."""
+    strides = np.empty(x.shape, x.dtype).strides if strides is None else strides
+    below, above = _reach(x.shape, strides)
+    size = below + above + x.itemsize
+    block = np.full((size + ALIGNED) // x.itemsize + 1, _poison(x.dtype), x.dtype).view(np.uint8)
+    start = (shift - block.ctypes.data) % ALIGNED
+    view: np.ndarray = np.ndarray(x.shape, x.dtype, block[start:start + size], below, strides)
     view[...] = x
+    view.flags.writeable = writeable
     return view

@@ -369,12 +369,12 @@ def _joined(ys: Sequence[eg.Tensor]) -> eg.Tensor:
     return eg.concat([y.reshape(-1) for y in ys])
 
 
-def _failing(program: Program, failure: CheckFailure, dtype: str, device: str) -> CheckFailure:
+def _failing(program: Program, failure: CheckFailure, options: dict[str, Any], call: str) -> CheckFailure:
     """The failure with the program that shows it."""
-    text = (f"{program.source(dtype, device)}\n"
+    text = (f"{program.source(options.get('dtype', 'float64'), options.get('device', 'cpu'))}\n"
             "# held against its meaning in float64:\n"
             "from engine.testing.programs import Input, Program, Step, check_program\n"
-            f"check_program({program!r})\n")
+            f"{call}\n")
     return failure.with_reproduction(text, nodes=len(program.steps))
 
 
@@ -449,11 +449,13 @@ def check_program(program: Program, *, second_order: bool = False, seed: int = 0
         (check_gradients, {"device": "reference", "seed": seed + 1})]
     if program.blocks:
         runs.insert(3, (check_checkpoints, {"dtype": "float32"}))
+    call = f"check_program({program!r}, {second_order=}, {seed=})"
     for check, options in runs:
         try:
             check(program, **options)
         except CheckFailure as failure:
-            raise _failing(program, failure, options.get("dtype", "float64"), options.get("device", "cpu")) from None
+            raise _failing(program, failure, options, call) from None
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raised = CheckFailure("program", got=f"{type(error).__name__}: {error}", want="no error")
-            raise _failing(program, raised, options.get("dtype", "float64"), options.get("device", "cpu")) from error
+            raised = CheckFailure("program", got=f"{type(error).__name__}: {error}", want="no error", bound="no error",
+                                  origin="every instruction was drawn to fit its operands")
+            raise _failing(program, raised, options, call) from error

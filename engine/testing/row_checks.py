@@ -127,9 +127,11 @@ def forward(spec: OpSpec, case: Case) -> None:
         return
     kind = str(case.attributes.get("dtype") or case.dtype) if want.dtype.kind == "f" else want.dtype.name
     if got.dtype.name != kind:
-        raise CheckFailure(f"{spec.name}: type", got=got.dtype.name, want=kind)
+        raise CheckFailure(f"{spec.name}: type", got=got.dtype.name, want=kind, bound="equal types",
+                           origin="the reference's type")
     if not spec.view and any(np.shares_memory(got.numpy(), x) for x in arrays):
-        raise CheckFailure(f"{spec.name}: memory", got="the result shares memory with an operand", want="its own")
+        raise CheckFailure(f"{spec.name}: memory", got="the result shares memory with an operand", want="its own",
+                           bound="no byte in common", origin="its row does not say that it gives views")
 
 
 @_row_check(lambda spec: spec.special and ours(spec), _any(arrange=True, special=True))
@@ -152,7 +154,8 @@ def reference_device(spec: OpSpec, case: Case) -> None:
     with eg.device("reference"):
         got = spec.run([moved(o) for o in case.operands], attributes)
     bound = bound + spec.cancels * unit_roundoff("float64")  # fused ops run as their compositions here
-    check_close(got, want, bound, check=f"{spec.name}: reference device")
+    check_close(got, want, bound, check=f"{spec.name}: reference device",
+                origin="the bound of its formula, and what its composition cancels")
 
 
 # ── gradients ─────────────────────────────────────────────────────────────────────────────────────────
@@ -200,7 +203,8 @@ def kernel_vjp(spec: OpSpec, case: Case, seed: int) -> None:
     for i, (got, want) in enumerate(zip(found, wanted, strict=True)):
         assert isinstance(want, Rounded)
         if got is None or got.dtype.name != str(case.dtype):
-            raise CheckFailure(f"{spec.name}: gradient {i}", got=got, want=f"a gradient in {case.dtype}")
+            raise CheckFailure(f"{spec.name}: gradient {i}", got=got, want=f"a gradient in {case.dtype}",
+                               bound="equal types", origin="a gradient is what may be added to its operand")
         check_close(got, want.value, want.tolerance, check=f"{spec.name}: gradient {i}",
                     origin="the bound of its equation")
 

@@ -110,13 +110,18 @@ class Trace:
     events: tuple[Update | Change | Save, ...] = ()
     second: float | None = None
 
-    def source(self, dtype: str = "float32") -> str:
+    def source(self, dtype: str = "float32", device: str = "cpu") -> str:
         """The same as a script."""
+        head = ["import numpy as np", "import engine as eg", "", "def values(shape, seed):",
+                "    return np.random.default_rng(seed).integers(-64, 65, shape) / 32", "",
+                f'with eg.device("{device}"):']
+        return "\n".join([*head, *(f"    {line}" for line in self._body(dtype))]) + "\n"
+
+    def _body(self, dtype: str) -> list[str]:
+        """The lines of the script after its head."""
         count = len(self.shapes)
-        lines = ["import numpy as np", "import engine as eg", "", "def values(shape, seed):",
-                 "    return np.random.default_rng(seed).integers(-64, 65, shape) / 32", "",
-                 *[f'p{i} = eg.tensor(values({shape}, {i}), "{dtype}", requires_grad=True)'
-                   for i, shape in enumerate(self.shapes)]]
+        lines = [f'p{i} = eg.tensor(values({shape}, {i}), "{dtype}", requires_grad=True)'
+                 for i, shape in enumerate(self.shapes)]
         hyper = "".join(f", {name}={value!r}" for name, value in _arguments(self.hyper).items())
         names = [f"p{i}" for i in range(count)]
         groups = f"[{', '.join(names)}]" if self.second is None else \
@@ -135,7 +140,7 @@ class Trace:
                 if event.clip is not None:
                     lines.append(f"eg.optim.clip_grad_norm_([{', '.join(names)}], {event.clip!r})")
                 lines.append("optimizer.step()")
-        return "\n".join([*lines, f"print({', '.join(names)})"]) + "\n"
+        return [*lines, f"print({', '.join(names)})"]
 
 
 class _Naive:
@@ -185,7 +190,7 @@ def check_trace(trace: Trace, dtype: str = "float32", device: str = "cpu") -> No
                 optimizer.step()
                 naive.update(event)
             for i, (p, want) in enumerate(zip(params, naive.params)):
-                _check(trace, f"p{i} after event {number}, {dtype} on {device}", p, want, dtype)
+                _check(trace, f"p{i} after event {number}", p, want, dtype, device)
 
 
 def _made(trace: Trace, params: list[eg.Tensor]) -> Any:
@@ -202,11 +207,12 @@ def _arguments(hyper: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _check(trace: Trace, where: str, p: eg.Tensor, want: Number, dtype: str) -> None:
+def _check(trace: Trace, where: str, p: eg.Tensor, want: Number, dtype: str, device: str) -> None:
     try:
-        check_close(p, want.value, want.tolerance, check=f"trace: {where}", origin="running error analysis")
+        check_close(p, want.value, want.tolerance, check=f"trace: {where}, {dtype} on {device}",
+                    origin="running error analysis")
     except CheckFailure as failure:
         raise failure.with_reproduction(
-            f"{trace.source(dtype)}\n# held against the formula of {trace.optimizer}:\n"
+            f"{trace.source(dtype, device)}\n# held against the formula of {trace.optimizer}:\n"
             "from engine.testing.traces import Change, Save, Trace, Update, check_trace\n"
-            f"check_trace({trace!r}, {dtype!r})\n") from None
+            f"check_trace({trace!r}, {dtype!r}, {device!r})\n") from None
