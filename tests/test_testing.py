@@ -488,6 +488,14 @@ def test_doubling_allows_what_an_affine_op_rounds_on_its_way() -> None:
     CHECKS["linear"].check(specs["scatter_add"], case=case, index=1)
 
 
+@pytest.mark.parametrize("off", [np.float32(1e-45), np.float32(0.0)])
+def test_a_function_that_is_zero_is_held_to_it_and_to_its_sign(off: np.float32) -> None:
+    """tanh(−0) = −0: neither the least float nor +0."""
+    spec = planted_row(lambda x: eg.where(x == 0, float(off), eg.tanh(x)), np.tanh, ulps="tanh")
+    case = Case([np.array([-0.0, 0.5], np.float32)], {}, np.dtype("float32"))
+    fails(lambda: CHECKS["forward"].check(spec, case=case), "planted: forward", "(0,)")
+
+
 def test_a_users_own_op_gets_the_same_checks() -> None:
     row = OpSpec("wave", lambda s: ([s.array(s.shape())], {}), reference=np.sin, ulps="sin", call=eg.sin)
     try:

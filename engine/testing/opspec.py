@@ -179,7 +179,7 @@ class OpSpec:
                 return value.astype(case.dtype).astype(np.float64), np.full(value.shape, least)
             allowed = function_ulps(self.ulps, str(case.dtype)) + (SEVERAL if case.dtype.itemsize == 8 else 0)
             scale = spacing(np.where(np.isfinite(value), value, 1.0), str(case.dtype))
-            return value, allowed * scale
+            return value, np.where(value == 0, 0.0, allowed * scale)  # a zero is exact, and has its sign
 
     def gradient_expected(self, case: Case, g: np.ndarray) -> list[Any]:
         """For each operand, its gradient as a Rounded, from the row's equation of the vjp; None where there is none."""
