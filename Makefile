@@ -84,7 +84,7 @@ test-tsan: $(READY) ## the same with the thread sanitizer
 	@$(TSAN_PRELOAD) $(subst THREADS=2,THREADS=1,$(SANITIZED)) -k processes
 
 test-peers: build $(VENV)/peers ## hold ops, layers, optimizers and models against PyTorch and transformers
-	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q tests/peers $(ARGS)
+	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q tests/peers tests/test_foreign.py $(ARGS)
 
 test-crashes: build ## a crash and a reshard at every event boundary, for 1..8 workers and 1..7 shards (hours; goes on)
 	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q -m slow -n $(JOBS) tests/sharder/test_crashes.py $(ARGS)
