@@ -180,6 +180,13 @@ def test_operands_may_be_lists_and_arrays(form: str) -> None:
         check_bits(eg.linear(kind(x), matrix, kind(bias)).numpy(), want, check=form)
 
 
+def test_a_bias_of_numbers_has_the_type_of_x() -> None:
+    """In float64 with all their digits, as for a weight that is not stored."""
+    x, weight = (eg.tensor(weights(m, 7, m, dtype="float64")) for m in (2, 3))
+    bias = [0.1, 0.2, 0.3]
+    check_bits(eg.linear(x, eg.pack(weight), bias), eg.linear(x, weight, eg.tensor(bias, "float64")), check="float64")
+
+
 @pytest.mark.parametrize("scheme", [*SCHEMES])
 def test_a_bias_of_another_type_widens_the_product(scheme: str) -> None:
     """The blocks stand for exact numbers, in either type: q is small, and d has 11 bits."""

@@ -18,6 +18,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("engine/ops/linear_cross_entropy.py",
      "AT_ONCE = 1 << 22  # logits that are not worth cutting up: 16 MB of float32",
      "AT_ONCE = 1 >> 22  # logits that are not worth cutting up: 16 MB of float32"): "it costs memory or time, no bits",
+    ("engine/ops/stored.py",
+     "if not x.dtype.is_floating or not k.has_fused(made.kernel) or (is_grad_enabled()\n"
+     "and any([t.requires_grad for t in operands])):",
+     "if not x.dtype.is_floating or not k.has_fused(made.kernel) or (is_grad_enabled() or "
+     "any([t.requires_grad for t in operands])):"): "the op does the same as its forward, later",
 }
 
 
