@@ -89,6 +89,16 @@ def test_what_a_reader_does_wrong_is_found(read: Any, words: str, tmp_path: Path
         plain(reading(read), tmp_path, 0, lambda data, found: None, inputs=1)
 
 
+def test_coverage_is_of_every_reader() -> None:
+    """libFuzzer is led by the branches of all that the targets import."""
+    lines = Path(fuzz.__file__).with_name("fuzz_targets.py").read_text(encoding="utf-8").splitlines()
+    imported = {line.split()[1] for line in lines if line.startswith(("from engine.", "from tools."))}
+    assert len(imported) > 10
+    assert {name for name in imported if not name.startswith((*fuzz.READERS, *fuzz.TARGETS_OF))} == set()
+    for name in TARGETS:
+        assert TARGETS[name].read.__module__ in fuzz.TARGETS_OF
+
+
 def test_changes_reach_every_entry_and_head() -> None:
     random, seen = Random(0), set()
     for _ in range(300):

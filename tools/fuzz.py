@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS, LIMIT, LINE = 10, 1 << 30, 1000  # of processor time an input; bytes of a run; letters of a refusal
+READERS = ("engine.models", "engine.sharder", "tools.planning", "tools.training")  # whose branches lead libFuzzer
+TARGETS_OF = ("tools.fuzz_targets", "tools.fuzz_wire")
 
 
 class Finding(Exception):
@@ -191,10 +193,9 @@ def led_by_coverage(name: str, folder: Path, seed: int, report: Report, seconds:
     """libFuzzer, by way of atheris, which instruments what it imports. Ends the process."""
     import atheris
 
-    readers = ("engine.models", "tools.training", "tools.fuzz_targets")
-    for module in [module for module in sys.modules if module.startswith(readers)]:
+    for module in [module for module in sys.modules if module.startswith((*READERS, *TARGETS_OF))]:
         del sys.modules[module]  # so that they are imported once more
-    with atheris.instrument_imports(include=list(readers)):
+    with atheris.instrument_imports(include=[*READERS, *TARGETS_OF]):
         from tools.fuzz_targets import TARGETS
     target, corpus = TARGETS[name], place_of(name) / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,9 @@ they were taken, and raises one of `refusals` with one line if not; anything els
 What stands behind a SHA-256 is signed again after each change, so that the reader behind it is reached too.
 
 Not here: DLPack capsules and pickles, which are memory and programs of a process that is trusted, not files; ledgers
-of tools/, which the tools write for themselves; the corpus's texts, every byte of which is one token.
+of tools/, which the tools write for themselves; the corpus's texts, every byte of which is one token; the residuals of
+compression (drivers/residual_files.py), whose names and bytes the workers of one run write for each other, each whole
+before any message speaks of it, and which nobody brings from another run.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ import numpy as np
 
 import engine as eg
 from engine.models import Transformer, TransformerConfig, huggingface
+from engine.sharder.drivers import tape
 from engine.sharder.drivers.files import RECORD, read_whole, record_bytes, records_of
 from tools.fuzz_wire import Fuzzer, draw_message, wire_target
+from tools.planning import models
 from tools.training import checkpoint
 from tools.training.cache import open_entry
 from tools.training.checkpoint import FACTS, Checkpoint
@@ -109,6 +113,17 @@ register(Target(f"gpt2/{huggingface.INDEX}", lambda folder: [_json({"weight_map"
                 _read_index, (ValueError, FileNotFoundError)))
 
 
+def _read_described(data: bytes, folder: Path) -> None:
+    """plan.py --config: a number of parameters, of a model that is not made."""
+    path = folder / "described.json"
+    path.write_bytes(data)
+    assert models.from_file(path) > 0
+
+
+register(Target("plan/config.json", lambda folder: [(published(folder, family) / "config.json").read_bytes()
+                                                    for family in PRESETS], _read_described, (ProgramError,)))
+
+
 # ── checkpoints of training ───────────────────────────────────────────────────────────────────────────
 
 def stored(folder: Path) -> Path:
@@ -180,6 +195,21 @@ def _read_cache(data: bytes, folder: Path) -> None:
     open_entry(entry, None)
 
 
+def _read_tokens(data: bytes, folder: Path) -> None:
+    """As long as the cache's facts say, and so taken for tokens: what looks one up refuses it if there is none."""
+    entry = folder / "byte pairs"
+    entry.mkdir(exist_ok=True)
+    small_tokenizer().save(entry)
+    for split in ("training", "validation"):
+        (entry / f"{split}.tokens").write_bytes(data)
+    (entry / "facts.json").write_bytes(_json({split: {"tokens": len(data) // 2, "dtype": "uint16"}
+                                              for split in ("training", "validation")}))
+    opened = open_entry(entry, 270)
+    if opened is not None:
+        assert opened.training.nbytes == len(data)
+        eg.embedding(eg.zeros(270, 1), eg.tensor(opened.training.astype(np.int64)))
+
+
 def _read_baselines(data: bytes, folder: Path) -> None:
     corpus = split_documents("two", [Document("a", lambda: b"a text\n" * 9), Document("b", lambda: b"a text")])
     (folder / f"baselines-{corpus.sha256[:16]}.json").write_bytes(data)
@@ -199,6 +229,8 @@ register(Target("metrics", lambda folder: [b'{"step": 1, "loss": 2.5}\n{"step": 
 register(Target("report", lambda folder: [_json({"result_sha256": "0" * 64, "seconds": 1.5})], _read_report))
 register(Target("cache", lambda folder: [_json({split: {"tokens": 8, "dtype": "uint8"}
                                                 for split in ("training", "validation")})], _read_cache))
+register(Target("cache tokens", lambda folder: [np.arange(0, 270, 7, dtype=np.uint16).tobytes()], _read_tokens,
+                (IndexError,)))
 register(Target("baselines", lambda folder: [_json({"4-gram": 1.95, "lzma": 1.29})], _read_baselines))
 register(Target("corpus", lambda folder: [b"a line of text\n" * 80, "größer ∇\n".encode() * 100], _read_corpus,
                 (ProgramError,)))
@@ -237,3 +269,22 @@ def _read_records(data: bytes, folder: Path) -> None:
 
 
 register(Target("log", _records, _read_records))
+
+
+# ── tapes of machines that were killed: they end before what is damaged ────────────────────────────────
+
+def _tapes(folder: Path) -> list[bytes]:
+    written = tape.Tape(("worker", 1), 0, folder / "tape")
+    with written.span("Push", clock=3):
+        written.birth(("shard", 0), "ready")
+    written.count(4)
+    return [(folder / "tape").read_bytes()]
+
+
+def _read_tape(data: bytes, folder: Path) -> None:
+    path = folder / "damaged tape"
+    path.write_bytes(data)
+    assert all(isinstance(entry, list) for entry in tape.read(path))
+
+
+register(Target("tape", _tapes, _read_tape))

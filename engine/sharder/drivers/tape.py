@@ -175,4 +175,13 @@ def tape_path(folder: Path, address: Address, incarnation: int) -> Path:
 
 def read(path: Path) -> list[Entry]:
     """The entries of a file, up to one that is not whole."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    entries: list[Entry] = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(entry, list):
+            break
+        entries.append(entry)
+    return entries
