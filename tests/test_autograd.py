@@ -392,3 +392,11 @@ def test_watchers_are_told_of_nodes_in_order() -> None:
     made = [name for name, event in seen if event == "made"]
     walked = [name for name, event in seen if event == "backward"]
     assert made[:3] == ["exp", "multiply", "sum"] and walked == ["sum", "multiply", "exp"]
+
+
+def test_each_leaf_is_told_once_when_its_gradient_is_final() -> None:
+    x, y = leaf(2.0), leaf(3.0)
+    told: list[tuple[eg.Tensor, float]] = []
+    autograd.backward([(eg.exp(x * y) * x).sum()], [None], completed=lambda t: told.append((t, t.grad.item())))
+    assert len(told) == 2 and {id(t) for t, _ in told} == {id(x), id(y)}
+    assert all(t.grad is not None and t.grad.item() == seen for t, seen in told)
