@@ -17,6 +17,7 @@ from engine.backend.cpu import CpuBackend
 from engine.testing import (
     Case,
     CheckFailure,
+    ErrorCase,
     OpSpec,
     Rounded,
     Seeded,
@@ -226,15 +227,6 @@ def of_its_device(x: eg.Tensor) -> eg.Tensor:
     return x * (1.0 if x.device == "cpu" else 3.0)
 
 
-def one_memory(x: eg.Tensor) -> Any:
-    class Result:
-        shape, numpy = x.shape, x.numpy
-
-        def backward(self, g: eg.Tensor) -> None:
-            x.grad = g
-    return Result()
-
-
 def two_lines() -> None:
     raise ValueError("one\ntwo")
 
@@ -249,7 +241,7 @@ CALLS: dict[str, Any] = {  # each fails, and its functions can be printed
     "check_layouts": lambda: check_layouts(of_its_strides, np.ones((2, 3))),
     "check_backends": lambda: check_backends(of_its_device, np.ones((3, 2))[:, 0], bound=0.5),
     "check_capture": lambda: check_capture(module_function, not_a_cube, np.ones(3)),
-    "check_no_alias": lambda: check_no_alias(one_memory, np.ones(2)),
+    "check_no_alias": lambda: check_no_alias(Same, np.ones(2)),
     "check_inputs_unmutated": lambda: check_inputs_unmutated(spoiling, np.ones(4)[::2]),
     "check_errors": lambda: check_errors(two_lines, ValueError, "one"),
     "check_errors of another kind": lambda: check_errors(two_lines, TypeError),
@@ -350,25 +342,22 @@ def test_a_vjp_that_is_not_linear_is_found() -> None:
     fails(lambda: check_linear_vjp(lambda xs, g: (None, [np.abs(g).max() * np.sign(g)]), [x], x.shape), "u − 2w")
 
 
+class Same:
+    """A result whose backward puts one tensor into all gradients."""
+
+    def __init__(self, *leaves: eg.Tensor):
+        self.leaves, self.shape, self.numpy = leaves, leaves[0].shape, leaves[0].numpy
+
+    def backward(self, g: eg.Tensor) -> None:
+        for leaf in self.leaves:
+            leaf.grad = g
+
+
 def test_aliased_gradients_are_found() -> None:
     x, y = np.ones(2), np.ones(2)
     check_no_alias(lambda a, b: a + b, x, y)
-
-    class Same:
-        """A result whose backward puts one tensor into both gradients."""
-
-        def __init__(self, leaves: tuple[eg.Tensor, ...]):
-            self.leaves, self.shape = leaves, leaves[0].shape
-
-        def numpy(self) -> np.ndarray:
-            return self.leaves[0].numpy()
-
-        def backward(self, g: eg.Tensor) -> None:
-            for leaf in self.leaves:
-                leaf.grad = g
-
-    fails(lambda: check_no_alias(lambda a, b: Same((a, b)), x, y), "gradient 0 and gradient 1 share memory")
-    fails(lambda: check_no_alias(lambda a: Same((a,)), x), "gradient 0 and cotangent share memory")
+    fails(lambda: check_no_alias(Same, x, y), "gradient 0 and gradient 1 share memory")
+    fails(lambda: check_no_alias(Same, x), "gradient 0 and cotangent share memory")
 
 
 def test_layout_dependence_is_found() -> None:
@@ -465,6 +454,9 @@ PLANTED: dict[str, OpSpec] = {
     "linear": planted_row(lambda x: x * eg.abs(x), lambda x: x * np.abs(x), linear=(0,)),
     "unneeded_gradients": planted_row(other_beside, np.multiply, draw=two, wrt=(0, 1)),
     "layouts": planted_row(lambda x: x * (1.0 if x.array.data.flags.c_contiguous else 1.5), lambda x: x),
+    "no_alias": planted_row(Same, np.add, draw=two, wrt=(0, 1)),
+    "threads": planted_row(lambda x: x * float(eg.get_num_threads()), large=one),
+    "errors": planted_row(lambda x: x, errors=(ErrorCase(lambda: eg.sin("x"), TypeError, ("sin", "a number")),)),
     "batch_invariance": planted_row(lambda x: x + eg.mean(x), batch=(one, (0,))),
 }
 
@@ -473,6 +465,8 @@ PLANTED: dict[str, OpSpec] = {
 def test_each_check_of_a_row_finds_what_it_is_for(name: str) -> None:
     check, spec = CHECKS[name], PLANTED[name]
     assert check.applies(spec)
+    if name == "threads" and not isinstance(get_backend("cpu"), CpuBackend):
+        pytest.skip("no compiled kernels, so no threads")
 
     @given(row_examples(check, spec))
     def run(drawn: Any) -> None:

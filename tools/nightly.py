@@ -7,7 +7,7 @@
 
 | job | examples |
 |---|---|
-| each check of each row (engine/testing/row_checks.py) | 10,000 |
+| each check of each row (engine/testing/row_checks.py) | 10,000, or all there are |
 | random programs | 20,000 |
 | traces of optimizers | 10,000 |
 | lives of tensors, of 100 steps | 125 |

@@ -25,15 +25,18 @@ from engine.testing.checks import (
     check_adjoint,
     check_bits,
     check_close,
+    check_errors,
     check_inputs_unmutated,
     check_linear_vjp,
+    check_no_alias,
     check_second_order,
+    check_threads,
 )
 from engine.testing.failure import CheckFailure, rendered
 from engine.testing.layouts import LAYOUTS
 from engine.testing.opspec import Case, OpSpec
 from engine.testing.rounded import Rounded
-from engine.testing.source import Source
+from engine.testing.source import Seeded, Source
 
 Make = Callable[..., Source]
 Drawn = dict[str, Any]
@@ -262,6 +265,13 @@ def unneeded_gradients(spec: OpSpec, case: Case) -> None:
             check_bits(alone.numpy() + 0.0, every[i].numpy() + 0.0, check=f"{spec.name}: gradient {i} alone")
 
 
+@_row_check(lambda spec: bool(spec.wrt) and ours(spec), _any(arrange=True), share=0.1)
+def no_alias(spec: OpSpec, case: Case) -> None:
+    """After backward each gradient has memory of its own."""
+    if points := spec.points(case):
+        check_no_alias(spec.function(case), *points)
+
+
 # ── the same bits ─────────────────────────────────────────────────────────────────────────────────────
 
 def with_gradients(spec: OpSpec, case: Case) -> list[np.ndarray]:
@@ -297,6 +307,19 @@ def layouts(spec: OpSpec, case: Case, names: list[str]) -> None:
         other = Case([_rearranged(o, name, rng) for o in case.operands], case.attributes, case.dtype)
         for got, expected in zip(with_gradients(spec, other), want):
             check_bits(got, expected, check=f"{spec.name}: {name} against C order")
+
+
+def _large(spec: OpSpec, make: Make) -> Drawn:
+    """Of an example of 100,000 elements no more than what it is made from: it can be printed, and cut down."""
+    return {"dtype": make().choice(("float32", "float64")), "arrange": make().boolean(), "seed": _seed(make)}
+
+
+@_row_check(lambda spec: spec.large and ours(spec), _large, share=0.1)
+def threads(spec: OpSpec, dtype: str, arrange: bool, seed: int) -> None:
+    """Result and gradients have the same bits with 1, 2, 3 and 7 threads, and with 1 again. Only rows that say how to
+    draw a large example: one thread does all of a small one, or there is nothing in the op to share out."""
+    case = spec.example(Seeded(seed, dtype, arrange=arrange), spec.large)
+    check_threads(lambda: with_gradients(spec, case))
 
 
 def _batch(spec: OpSpec, make: Make) -> Drawn:
@@ -349,3 +372,12 @@ def batch_invariance(spec: OpSpec, case: Case, row: int, seed: int) -> None:
     compared("in another order", lambda x: x[order], slice(place, place + 1))
     with np.errstate(all="ignore"):
         compared("beside NaN and infinities", poisoned, one)
+
+
+# ── manners ───────────────────────────────────────────────────────────────────────────────────────────
+
+@_row_check(lambda spec: spec.errors, lambda spec, make: {})
+def errors(spec: OpSpec) -> None:
+    """Each of the row's bad calls gives one line that names what it should."""
+    for case in spec.errors:
+        check_errors(case.call, case.kind, *case.words)

@@ -6,19 +6,11 @@ import numpy as np
 import pytest
 from table import generated, rows
 
-from engine.testing import OpSpec, Seeded, check_bits, check_threads
-from engine.testing.row_checks import with_gradients
+from engine.testing import OpSpec, Seeded, check_bits
 
 test_layouts = generated("layouts")
+test_threads = generated("threads")
 test_batch_invariance = generated("batch_invariance")
-
-
-@rows(lambda spec: spec.large)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_threads(spec: OpSpec, dtype: str) -> None:
-    """1, 2, 3 and 7 threads, and 1 again: result and gradients."""
-    case = spec.example(Seeded(11, dtype), spec.large)
-    check_threads(lambda: with_gradients(spec, case))
 
 
 @rows(lambda spec: spec.large and not spec.batch and ":" not in spec.name)

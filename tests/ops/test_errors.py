@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import inspect
 
-import pytest
-from table import rows
+from table import generated, rows
 
 import engine as eg
 from engine.ops import registry
-from engine.testing import ErrorCase, OpSpec, check_errors, specs
+from engine.testing import OpSpec, check_errors
 
-CASES = [(spec, i) for spec in specs.values() for i in range(len(spec.errors))]
-
-
-@pytest.mark.parametrize(("spec", "index"), [pytest.param(s, i, id=f"{s.name}-{i}") for s, i in CASES])
-def test_errors(spec: OpSpec, index: int) -> None:
-    case: ErrorCase = spec.errors[index]
-    check_errors(case.call, case.kind, *case.words)
+test_errors = generated("errors")
 
 
 @rows(lambda spec: ":" not in spec.name)

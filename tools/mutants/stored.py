@@ -104,7 +104,7 @@ STORED = [
            "if t is not None and t.dtype is not self.dtype:",
            "if t is x and t.dtype is not self.dtype:",
            "a wider bias converts the panels, whose width is that of their own type",
-           "'tests/ops/test_errors.py::test_errors[linear: packed-3]'"),
+           "'tests/ops/test_errors.py::test_errors[linear: packed]'"),
     Mutant("values of another shape", "engine/nn/attention.py",
            "if new.shape != expected or stop > self.capacity:",
            "if key.shape != expected or stop > self.capacity:",
