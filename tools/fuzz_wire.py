@@ -7,10 +7,11 @@
 What is fed: messages of every type with drawn fields, and what changes, cuts, splices, wrong lengths and noise make of
 them; as bodies, as frames, as frames signed again after the change (so that what stands behind the signature is
 reached), as frames repeated, out of turn, of another connection, direction, version or secret; hellos; compressed
-gradients. What must hold of every input:
+gradients; and pushes that no worker sends, given to a shard. What must hold of every input:
 
     it is refused by a WireError of one line, or it is what the encoder writes, byte for byte
     a frame is taken only if it is the very one that is due, and after a refusal the one that is due is still taken
+    a push that changes a shard fits it in all its parts; of any other the shard is as it was, to the bit
     nothing takes more memory than LIMIT or more time than SECONDS a slice
 
 The ledger (build/fuzz-wire.jsonl) has one line a slice: seed, inputs, how many were refused and taken, commit, failure.
@@ -27,10 +28,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
@@ -38,10 +39,18 @@ import numpy as np
 
 from engine.backend import Array, get_backend
 from engine.dtypes import ALL, DType, bool_, float32
+from engine.optim import SGDRule
 from engine.sharder import encoding, wire
 from engine.sharder.codecs import Payload, codec_of
+from engine.sharder.consistency import Consistency
+from engine.sharder.drivers.frozen import freeze
 from engine.sharder.encoding import WireError, decode, encode
-from engine.sharder.messages import Gone, Identity, Push
+from engine.sharder.events import Loaded
+from engine.sharder.journal import replay
+from engine.sharder.memory import Checkpoint
+from engine.sharder.messages import Gone, Identity, ProtocolError, Push, Restore, Term
+from engine.sharder.setup import Setup, as_hyper
+from engine.sharder.shard import Shard
 
 ROOT = Path(__file__).resolve().parent.parent
 SLICE = 20_000  # inputs
@@ -202,6 +211,45 @@ class Link:
         return frame == due
 
 
+class Target:
+    """A shard in the middle of its training: clock 2, version 2, of three microbatches one is there."""
+
+    SHAPES: ClassVar = {"w": (10, 10), "b": (3,)}
+
+    def __init__(self, consistency: Consistency):
+        self.setup = Setup(self.SHAPES, float32, K, SGDRule(), as_hyper({"lr": 0.5}), 3, consistency=consistency)
+        term = Term(1, 1, 2)
+        values = {name: np.ones(shape, np.float32) for name, shape in self.SHAPES.items()}
+        shard = Shard(0, self.setup)
+        replay(shard, [Restore(term), Loaded(term, Checkpoint(2, values, {}))])
+        self.version = shard.memory.version
+        shard.step(self.push((K.full((100,), 1.0, float32), K.full((3,), 1.0, float32))))
+        self.snapshot = shard.snapshot()
+
+    def push(self, gradients: tuple[Any, ...]) -> Push:
+        return Push(Identity(1, 0, 0), 1, 2, self.version, 0, 0.5, 1.0, gradients)
+
+    def fits(self, push: Push) -> bool:
+        """Whether a worker can have sent it."""
+        who, far = push.identity, self.setup.consistency
+        sizes = [int(np.prod(shape)) for shape in self.SHAPES.values()]
+        return (min(who.worker, who.epoch, who.sequence, push.version, push.microbatch) >= 0 and push.microbatch < 3
+                and 0 <= push.tokens < float("inf") and len(push.gradients) == len(sizes)
+                and (far.asynchronous or (push.clock <= 2 + far.staleness and push.version <= 2))
+                and all((g.shape, g.dtype) == ((n,), float32) if isinstance(g, Array) else check_payload(g.data, n)
+                        for g, n in zip(push.gradients, sizes)))
+
+    def check(self, push: Push) -> bool:
+        """Refused, or such as a worker sends; if it is not, nothing has changed."""
+        shard = Shard(0, self.setup)
+        shard.resume(self.snapshot)
+        before = bits(freeze(shard.snapshot()))
+        taken = not refused(shard.step, push, ProtocolError)
+        changed = bits(freeze(shard.snapshot())) != before
+        assert not changed or (taken and self.fits(push)), f"a shard took {push!r}"
+        return changed
+
+
 # ── changes ───────────────────────────────────────────────────────────────────────────────────────────
 
 FAR = np.zeros(4 * encoding.LARGE, np.uint8)
@@ -262,13 +310,14 @@ class Fuzzer:
         self.secret = self.random.randbytes(32)
         self.link = Link(self.secret)
         self.foreign = [Link(self.random.randbytes(32)), Link(self.secret, b"dt"), Link(self.secret, called=False)]
+        self.targets = [Target(Consistency.parse(text, b)) for text, b in (("bsp", 0), ("ssp:1", 1), ("asp", 0))]
         self.old: list[bytes] = []  # frames that were taken
         self.counts: Counter[tuple[str, bool]] = Counter()
         self.input = b""  # the last one
 
     def run(self, inputs: int) -> None:
         kinds = (self._body, self._body, self._body, self._signed_again, self._frame, self._same_checksum,
-                 self._foreign_frame, self._hello, self._segment, self._payload, self._noise)
+                 self._foreign_frame, self._hello, self._segment, self._payload, self._push, self._noise)
         other = b""
         for _ in range(inputs):
             body = b"".join(encode(draw_message(self.random)))
@@ -349,6 +398,24 @@ class Fuzzer:
 
     def _payload(self, body: bytes, other: bytes) -> bool:
         return check_payload(self._changed(_draw_payload(self.random).data, other))
+
+    def _push(self, body: bytes, other: bytes) -> bool:
+        """What is sent to a shard by somebody who has the secret."""
+        random, target = self.random, self.random.choice(self.targets)
+        gradients: list[Any] = [Array(np.frombuffer(random.randbytes(4 * n), np.float32)) for n in (100, 3)]
+        if random.random() < 0.5:
+            gradients[0] = _draw_payload(random)
+        push = replace(target.push(tuple(gradients)), microbatch=1, identity=Identity(0, 0, 0))
+        annotations = encoding._classes["Push"][1]
+        for field in random.sample(sorted(annotations), random.choice((0, 1, 1, 2))):
+            push = replace(push, **{field: draw(random, annotations[field])})
+        self.input = b"".join(encode(push))
+        if random.random() < 0.5:
+            self._changed(self.input, other)
+        found = None if refused(decode, self.input) else decode(self.input)
+        if not isinstance(found, Push):
+            return False
+        return target.check(found if found.tokens else replace(found, tokens=1.0))  # a clock without any is an error
 
     def _noise(self, body: bytes, other: bytes) -> bool:
         start = self.random.choice((b"", wire.MAGIC, wire.HELLO_MAGIC, b"grad", body[:2]))

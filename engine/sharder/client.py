@@ -130,7 +130,7 @@ class Client:
         gradients: the replica, whose .grad are taken, or a mapping name -> Tensor, Array, NumPy array, or RowSparse, of
         which the touched rows are sent. They are given away: nobody may write to them afterwards. The server divides by
         the tokens of all microbatches of the clock. Returns at once. Raises ValueError with one line for gradients that
-        do not fit and for an index not due.
+        do not fit, for an index not due, and for tokens that are none.
         """
         if hasattr(gradients, "named_parameters"):
             gradients = take_gradients(gradients)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from engine.backend import Array, Backend
 from engine.optim.accumulator import Accumulator
-from engine.sharder.messages import ProtocolError, Push, Reduced, Term
+from engine.sharder.messages import Push, Reduced, Term
 from engine.sharder.partition import Parameter, Partition, Piece
 from engine.sharder.setup import Setup
 from engine.sharder.versions import Version, Versions
@@ -118,24 +118,16 @@ class Gathering:
         if setup.needed == setup.microbatches:
             self.choose(tuple(range(setup.microbatches)))
 
-    def add(self, push: Push, gradients: tuple[Array, ...] | None = None) -> bool:
-        """Take one push. False if this microbatch is here already, or was left out: a microbatch's gradients are a
-        function of the clock and its index, so whatever incarnation computed them, they have the same bits.
-
-        gradients: to be summed instead of the push's own."""
+    def add(self, push: Push) -> bool:
+        """Take one push of dense gradients. False if this microbatch is here already, or was left out: a microbatch's
+        gradients are a function of the clock and its index, so whatever incarnation computed them, they have the same
+        bits."""
         if self.chosen is None:
             return self.held.setdefault(push.microbatch, push) is push
         if push.microbatch not in self.chosen or self.chosen.index(push.microbatch) in self.sum:
             return False
-        own = decoded(push, self.pieces, self.setup) if gradients is None else gradients
-        self.sum.add(self.chosen.index(push.microbatch), own, push.loss, push.tokens)
+        self.sum.add(self.chosen.index(push.microbatch), dense(push), push.loss, push.tokens)
         return True
-
-    def check(self, push: Push) -> None:
-        """Raise ProtocolError unless it was computed on the version that the others were."""
-        if self.version not in (None, push.version):
-            raise ProtocolError(f"got {push!r}, computed on version {push.version}, among others of {self.version}")
-        self.version = push.version
 
     def choose(self, microbatches: tuple[int, ...]) -> None:
         self.chosen, self.sum = microbatches, Accumulator(len(microbatches), self.k)
@@ -153,10 +145,25 @@ class Gathering:
         return twin
 
 
+def dense(push: Push) -> tuple[Array, ...]:
+    """The gradients of a push that was decoded when it came."""
+    return cast("tuple[Array, ...]", push.gradients)
+
+
 def decoded(push: Push, pieces: tuple[Piece, ...], setup: Setup) -> tuple[Array, ...]:
-    """The gradients of a push, dense: one a piece."""
-    return tuple(g if isinstance(g, Array) else g.decode(setup.k, piece.size, setup.dtype)
-                 for g, piece in zip(push.gradients, pieces, strict=True))
+    """The gradients of a push, dense: one a piece. Raises ValueError with one line for anything else."""
+    if len(push.gradients) != len(pieces):
+        raise ValueError(f"{len(push.gradients)} gradients, expected {len(pieces)}")
+    return tuple(_dense(*part, setup) for part in zip(push.gradients, pieces))
+
+
+def _dense(gradient: Any, piece: Piece, setup: Setup) -> Array:
+    if not isinstance(gradient, Array):
+        gradient = gradient.decode(setup.k, piece.size, setup.dtype)
+    if (gradient.shape, gradient.dtype) != ((piece.size,), setup.dtype):
+        raise ValueError(f"a gradient for {piece.parameter.name!r} is {gradient.dtype} {gradient.shape}, expected "
+                         f"{setup.dtype} {(piece.size,)}")
+    return gradient
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ The state machine is pure: step(event) -> actions, with no thread, clock, socket
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import replace
+from math import inf
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,7 +26,7 @@ import numpy as np
 from engine.optim.accumulator import Accumulated, Accumulator
 from engine.optim.clip import sums_of_squares
 from engine.sharder.events import COORDINATOR, Load, Loaded, Save, Send, Stored, Timeout, worker_address
-from engine.sharder.memory import Gathering, Memory, Snapshot, Window, decoded, place
+from engine.sharder.memory import Gathering, Memory, Snapshot, Window, decoded, dense, place
 from engine.sharder.messages import (
     Applied,
     Apply,
@@ -123,16 +125,37 @@ class Shard:
 
     def _push(self, push: Push) -> list[Any]:
         worker, epoch, sequence = push.identity.worker, push.identity.epoch, push.identity.sequence
+        if self.active and push.term == self._term():
+            push = self._read(push)
         answer = self._other_term(worker, epoch, push.term)
         if answer is not None:
             return self._repeated(*answer)
-        consistency = self.setup.consistency
-        if push.clock > self.clock + consistency.staleness and not self.asynchronous:
-            raise ProtocolError(f"shard {self.number}: got a push for clock {push.clock} at clock {self.clock}")
         acknowledgement = Send(worker_address(worker), Pushed(push.identity, self.number))
         if push.clock < self.clock or not self.windows[worker].first_time(sequence):
             return self._repeated(acknowledgement)
         return [acknowledgement, *self._take(push)]
+
+    def _read(self, push: Push) -> Push:
+        """The push with dense gradients. Raises ProtocolError, before anything has changed, for one that no correct
+        worker sends: kernels believe the lengths of arrays, and who has the secret may still be wrong."""
+        who, clock, at = push.identity, push.clock, self.clock
+        first, last = clock - self.setup.consistency.staleness, min(clock, self.memory.version)
+        if self.asynchronous:
+            first, last = 0, self.memory.version
+        elif clock in self.gatherings and (version := self.gatherings[clock].version) is not None:
+            first = last = version  # all its gradients are computed on one
+        for name, value, least, most in (
+                ("worker", who.worker, 0, inf), ("epoch", who.epoch, 0, inf), ("sequence", who.sequence, 0, inf),
+                ("clock", clock, 0, inf if self.asynchronous else at + self.setup.consistency.staleness),
+                ("version", push.version, first, last), ("microbatch", push.microbatch, 0, self.setup.microbatches - 1),
+                ("tokens", push.tokens, 0, np.finfo(float).max)):
+            if not least <= value <= most:
+                raise ProtocolError(f"shard {self.number}: got {push!r} at clock {at}: its {name} is {value}, expected "
+                                    f"{least} to {most}")
+        try:
+            return replace(push, gradients=decoded(push, self.pieces, self.setup))
+        except ValueError as error:
+            raise ProtocolError(f"shard {self.number}: got {push!r}: {error}") from None
 
     def _gathering(self, clock: int) -> Gathering:
         if clock not in self.gatherings:
@@ -143,12 +166,12 @@ class Shard:
         """Make a push count."""
         gathering = self._gathering(push.clock)
         if self.asynchronous:
-            if gathering.add(push, ()):
+            if gathering.add(replace(push, gradients=())):
                 alone = Accumulator(1, self.k)
-                alone.add(0, decoded(push, self.pieces, self.setup), push.loss, push.tokens)
+                alone.add(0, dense(push), push.loss, push.tokens)
                 self._update(alone.total(), 1.0, self.memory.version - push.version)
         elif gathering.add(push):
-            gathering.check(push)
+            gathering.version = push.version
         return self._report(push.clock)
 
     # ── the clock ───────────────────────────────────────────────────────────────────────────────────

@@ -17,6 +17,7 @@ The state machine is pure: step(event) -> actions, with no thread, clock, socket
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import inf
 from typing import Any, ClassVar
 
 from engine.backend import Array
@@ -140,6 +141,9 @@ class Worker:
         if request.microbatch not in self.due:
             raise ValueError(f"worker {self.number}: push of microbatch {request.microbatch} in clock {self.clock}, "
                              f"expected one of {sorted(self.due)}, each once")
+        if not 0 <= request.tokens < inf:
+            raise ValueError(f"worker {self.number}: push of microbatch {request.microbatch} with {request.tokens} "
+                             "tokens, expected a finite number of at least 0")
         shards: Iterable[int] = range(self.term.shards) if request.shard is None else (request.shard,)
         if request.shard is None:
             self.due.remove(request.microbatch)

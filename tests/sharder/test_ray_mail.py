@@ -16,7 +16,7 @@ from engine.sharder.drivers import ray_mail, ray_server
 from engine.sharder.drivers.ray_server import RayServer
 from engine.sharder.encoding import WireError
 from engine.sharder.events import worker_address
-from engine.sharder.messages import Parameters
+from engine.sharder.messages import Parameters, Pull
 from engine.sharder.versions import Version
 
 
@@ -68,6 +68,16 @@ def test_large_arrays_lie_elsewhere_and_are_put_there_once():
         found = ray_mail.read(letter).values.flat.data
         assert np.shares_memory(found, puts[worker // 2][0]) and not found.flags.writeable
         assert (found == 1 + worker // 2).all() and len(letter[0]) < 200
+
+
+def test_what_is_no_message_is_refused_by_one_line_and_the_others_are_taken(caplog):
+    mail, pull = ray_mail.ActorMail(SimpleNamespace(), {}), Pull(0, 0, 1, 0)
+    body, arrays = ray_mail.write(pull)
+    for letter in ((body[:-1], ()), (b"", ()), (body, ()), (b"\xff\xff" + body, arrays)):
+        mail.deliver(*letter)
+    assert mail.receive(0) == [pull]
+    assert [record.getMessage().startswith("wire: ") for record in caplog.records] == 3 * [True]
+    assert ray_mail.read_all([(b"?", ())]) == []
 
 
 def test_pieces_are_cut_where_each_begins_and_nowhere_else():

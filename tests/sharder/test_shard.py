@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
-from sharder_machines import TERM, machines, push_to
+from dataclasses import replace
 
+import pytest
+from fuzz_wire import bits
+from sharder_machines import TERM, K, machines, push_to
+
+import engine as eg
+from engine.sharder.codecs import Payload
+from engine.sharder.drivers.frozen import freeze
 from engine.sharder.events import COORDINATOR, Send, Timeout, worker_address
+from engine.sharder.journal import Journal
 from engine.sharder.memory import Window
-from engine.sharder.messages import Applied, Apply, Begin, Moved, ProtocolError, Pull, Push, Pushed, Reduced
+from engine.sharder.messages import Applied, Apply, Begin, Identity, Moved, ProtocolError, Pull, Push, Pushed, Reduced
 
 
 def acknowledged(actions):
@@ -69,14 +76,56 @@ def test_a_late_push_is_acknowledged_and_changes_nothing():
 
 def test_a_shard_refuses_what_no_correct_peer_sends():
     _, _, (shard, _), _ = machines()
-    with pytest.raises(ProtocolError, match="got a push for clock 1 at clock 0"):
-        shard.step(push_to(shard, clock=1))
     with pytest.raises(ProtocolError, match="told to apply clock 0 before all of it is here"):
         shard.step(Apply(1, 0, 1.0))
     with pytest.raises(ProtocolError, match="at clock 0"):
         shard.step(Apply(1, 3, 1.0))
     with pytest.raises(ProtocolError, match="is not for a shard"):
         shard.step(Begin(0, 0, 1, TERM, 0, 0, ()))
+
+
+def another_length(push):
+    first, *others = push.gradients
+    return replace(push, gradients=(first.reshaped((first.size, 1)), *others))
+
+
+WRONG = {  # what no worker sends, though it may be signed: the push made wrong, and the line
+    "clock": (lambda push: replace(push, clock=1),
+              r"shard 0: got Push\(.*\) at clock 0: its clock is 1, expected 0 to 0"),
+    "version": (lambda push: replace(push, version=1), "its version is 1, expected 0 to 0"),
+    "microbatch": (lambda push: replace(push, microbatch=2), "its microbatch is 2, expected 0 to 1"),
+    "tokens": (lambda push: replace(push, tokens=float("nan")), "its tokens is nan, expected 0 to"),
+    "sequence": (lambda push: replace(push, identity=Identity(0, 3, -1)), "its sequence is -1, expected 0 to"),
+    "a gradient more": (lambda push: replace(push, gradients=push.gradients * 2), ": 6 gradients, expected 3"),
+    "shape": (another_length, r"a gradient for 'w' is float32 \(15, 1\), expected float32 \(15,\)"),
+    "dtype": (lambda push: replace(push, gradients=(K.zeros((15,), eg.float64), *push.gradients[1:])),
+              r"a gradient for 'w' is float64 \(15,\), expected float32 \(15,\)"),
+    "payload": (lambda push: replace(push, gradients=(Payload(b"?"), *push.gradients[1:])),
+                "payload: 1 bytes, expected at least 16"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_push_that_no_worker_sends_is_refused_by_one_line_and_changes_nothing(wrong):
+    """Also when it names an incarnation that is new, and behind a log, which has no record of it."""
+    _, _, (shard, _), _ = machines()
+    shard.step(push_to(shard))
+    node, before = Journal(shard), bits(freeze(shard.snapshot()))
+    make, line = WRONG[wrong]
+    with pytest.raises(ProtocolError, match=f"{line}.*$") as caught:
+        node.step(make(push_to(shard, epoch=1, microbatch=1)))
+    assert "\n" not in str(caught.value)
+    assert bits(freeze(shard.snapshot())) == before and node.appended == 0
+    assert len(acknowledged(shard.step(push_to(shard, epoch=1, microbatch=1)))) == 1
+
+
+def test_all_of_a_clock_is_computed_on_one_version():
+    _, _, (shard, _), _ = machines(consistency="ssp:1", microbatches=2)
+    for clock, microbatch in ((0, 0), (0, 1), (1, 0)):
+        shard.step(push_to(shard, sequence=2 * clock + microbatch, clock=clock, microbatch=microbatch, version=0))
+    shard.step(Apply(1, 0, 1.0))
+    with pytest.raises(ProtocolError, match="its version is 1, expected 0 to 0"):
+        shard.step(push_to(shard, worker=1, clock=1, microbatch=1, version=1))
 
 
 def test_apply_is_answered_again_but_done_once():

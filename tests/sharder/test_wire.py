@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import replace
 from random import Random
 
 import fuzz_wire
 import numpy as np
 import pytest
-from fuzz_wire import Link, bits, draw_message, refused, wire_target
+from fuzz_wire import K, Link, bits, draw_message, refused, wire_target
 
 from engine.backend import Array, get_backend
 from engine.dtypes import ALL
-from engine.sharder import encoding, wire
+from engine.sharder import encoding, memory, wire
 from engine.sharder.codecs import Rows
 from engine.sharder.encoding import DEPTH, WireError, decode, encode
 from engine.sharder.events import Finish
 from engine.sharder.journal import Record
 from engine.sharder.messages import Identity, Message, Moved, Pull, Push, Ready, Reduced
+from engine.sharder.shard import Shard
 from engine.sharder.wire import Channel, Hello, arithmetic, read_hello
 
 SECRET = bytes(range(32))
@@ -287,6 +289,7 @@ def test_a_few_thousand_inputs(seed):
     line = fuzz_wire.run_slice(seed, 2000)
     assert line["failure"] == "" and line["inputs"] == 2000
     assert line["body taken"] > 50 and line["signed_again refused"] > 50 and line["payload refused"] > 50
+    assert line["push taken"] > 20 and line["push refused"] > 50
 
 
 def takes_no_notice_of_the_body_tag(plant):
@@ -331,6 +334,20 @@ def takes_what_is_there(plant):
     plant(encoding.Reader, "take", take)
 
 
+def any_version_will_do(plant):
+    def read(self, push, original=Shard._read):
+        original(self, replace(push, version=self.memory.version))
+        return push
+    plant(Shard, "_read", read)
+
+
+def looks_when_it_has_noted(plant):
+    def push(self, message, original=Shard._push):
+        self._alive(message.identity.worker, message.identity.epoch)
+        return original(self, message)
+    plant(Shard, "_push", push)
+
+
 BUGS = {
     "the tags are not looked at": lambda plant: plant(Channel, "_check_tag", lambda self, expected, found: None),
     "the body's tag is not looked at": takes_no_notice_of_the_body_tag,
@@ -348,6 +365,10 @@ BUGS = {
         encoding.Reader, "take_far", lambda self, size: self.segment()[:size]),
     "text that is almost UTF-8": text_that_is_almost_utf8,
     "any byte is a truth value": any_byte_is_a_truth_value,
+    "a push of any length": lambda plant: plant(
+        memory, "_dense", lambda g, piece, setup: g if isinstance(g, Array) else g.decode(K, piece.size, setup.dtype)),
+    "a push of a version to come": any_version_will_do,
+    "notes who pushed before it looks": looks_when_it_has_noted,
     "a damaged hello": lambda plant: plant(
         wire, "read_hello", lambda data: (wire.kind("Hello").read(encoding.Reader(data[wire.HELLO.size:])))),
 }

@@ -154,6 +154,9 @@ def test_a_program_that_breaks_the_rules_gets_one_clear_line():
         worker.step(ClockRequested())
     with pytest.raises(ValueError, match=r"push of microbatch 1 in clock 0, expected one of \[0, 2\], each once"):
         worker.step(PushRequested(1, flat(), 0.0, 1))
+    for tokens in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"push of microbatch 0 with {tokens} tokens, expected a finite number"):
+            worker.step(PushRequested(0, flat(), 0.0, tokens))
     worker.step(PushRequested(0, flat(), 0.0, 1))
     with pytest.raises(ValueError, match=r"push of microbatch 0 in clock 0, expected one of \[2\], each once"):
         worker.step(PushRequested(0, flat(), 0.0, 1))

@@ -19,6 +19,7 @@ as Ray's documentation says. What is carried here is bytes and arrays, and they 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from queue import Empty, SimpleQueue
@@ -33,6 +34,7 @@ from engine.sharder.events import RUN, Address
 
 Letter = tuple[bytes, Sequence[np.ndarray]]  # an encoded message, and its large arrays
 PAUSE = 0.05  # seconds until an actor that was out of reach is asked again
+log = logging.getLogger(__name__)
 
 
 class Pieces:
@@ -59,6 +61,17 @@ class Pieces:
 def read(letter: Letter) -> Any:
     body, arrays = letter
     return decode(body, lambda: Pieces(arrays))
+
+
+def read_all(letters: Iterable[Letter | None]) -> list[Any]:
+    """The messages of those that are one. What is none is refused, with one line in the log, and changes nothing."""
+    found = []
+    for letter in filter(None, letters):
+        try:
+            found.append(read(letter))
+        except WireError as error:
+            log.warning("%s", error)
+    return found
 
 
 def write(message: Any) -> tuple[bytes, list[np.ndarray]]:
@@ -127,7 +140,7 @@ class ActorMail:
             return []
         while not self.inbox.empty():
             letters.append(self.inbox.get())
-        return [read(letter) for letter in letters if letter]
+        return read_all(letters)
 
     def end(self) -> None:
         """There is no machine any more."""
@@ -222,7 +235,7 @@ class RunMail:
         self.stirred = time.monotonic()
         if not more:
             self.ended.add(address)
-        return [read(letter) for letter in letters]
+        return read_all(letters)
 
     def kill(self, seconds: float) -> None:
         """End all actors, and wait for so long until those that were not at their end are gone."""
