@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 import numpy as np
 
 from engine.optim import SGDRule
+from engine.sharder import Consistency
 from engine.sharder.drivers.faults import FAULTS, Weather
 from engine.sharder.drivers.simulator import DURABILITIES, Simulation
 from engine.sharder.drivers.timeline import timeline
@@ -42,6 +43,10 @@ def main() -> int:
     for name, default in (("workers", 4), ("shards", 2), ("microbatches", 4), ("clocks", 6), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--consistency", default="bsp", help="bsp, ssp:S or asp (default: bsp)")
+    parser.add_argument("--backups", type=int, default=0, help="microbatches of a clock that need not be waited for")
+    parser.add_argument("--compress", help="fp16, bf16, int8, 1bit or topk:SHARE (default: gradients as they are)")
+    parser.add_argument("--zero", type=int, default=1, help="stage of ZeRO: 1, 2 or 3 (default: 1)")
+    parser.add_argument("--save-every", type=int, default=2, help="clocks between two snapshots, 0: none (default: 2)")
     parser.add_argument("--durability", choices=DURABILITIES, default="log")
     for name in ("loss", "duplication", "stalling", "crashing"):
         parser.add_argument(f"--{name}", type=float, default=0.0, help="a probability")
@@ -51,8 +56,9 @@ def main() -> int:
     weather = Weather(loss=given.loss, duplication=given.duplication, stalling=given.stalling, crashing=given.crashing)
     try:
         simulation = Simulation({"w": np.ones((64, 64), np.float32)}, SGDRule(lr=0.1), workers=given.workers,
-                                shards=given.shards, microbatches=given.microbatches, consistency=given.consistency,
-                                durability=given.durability)
+                                shards=given.shards, microbatches=given.microbatches, zero=given.zero,
+                                consistency=Consistency.parse(given.consistency, given.backups),
+                                compress=given.compress, save_every=given.save_every, durability=given.durability)
     except ValueError as error:
         parser.error(str(error))
     history = simulation.run(gradient, given.clocks, given.seed, weather, given.fault,

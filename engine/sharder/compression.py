@@ -179,6 +179,15 @@ class Compression:
             self.shelf.write(index, _whole(parameters[name]), (clock - 1, 0), value)
 
 
+def expect_repeatable(driver: str, setup: Setup) -> None:
+    """Raise ValueError, with one line, if a driver in which workers die would have residuals that depend on it."""
+    consistency = setup.consistency
+    if setup.compress is not None and (consistency.asynchronous or consistency.backups):
+        which = "asp" if consistency.asynchronous else "has backups"
+        raise ValueError(f"{driver}: compress is {setup.compress!r} and consistency {which}: what a microbatch has "
+                         "left to say would depend on who died when; expected bsp or ssp, without backups")
+
+
 def compression_of(setup: Setup, goes_back: bool, shelf: Shelf | None = None) -> Compression | None:
     """As the setup says; None: gradients travel as they are. Raises ValueError as codec_for does.
 

@@ -8,10 +8,11 @@ from collections import Counter
 import pytest
 import timeline as program
 from sharder_problems import tiny
+from test_priced import PATIENT, WORK, priced, stand_in
 
 from engine.sharder.drivers.faults import Weather
 from engine.sharder.drivers.program import Computed
-from engine.sharder.drivers.timeline import UNIT, timeline
+from engine.sharder.drivers.timeline import SECOND, UNIT, timeline
 
 WEATHER = Weather(latency=(1, 20), loss=0.1, duplication=0.2)
 
@@ -67,12 +68,30 @@ def test_faults_and_clocks_are_shown(drawn):
     assert clocks == [1, 2, 3, 4]
 
 
+def test_a_priced_simulation_is_drawn_in_seconds_with_a_row_for_its_network():
+    simulation = priced(2, 2)
+    history = simulation.run(stand_in, 3, 0, weather=PATIENT)
+    events = json.loads(json.dumps(timeline(history, SECOND)))["traceEvents"]
+    assert "network 0" in named(events).values()
+    clocks = [e["ts"] for e in events if e["ph"] == "C"]
+    assert clocks == [time * 1e6 for time in history.committed_at] and len(clocks) == 3
+    computed = [e["dur"] for e in events if e["name"] == "compute"]
+    assert len(computed) == 6 and all(0 < dur <= WORK * 1e6 for dur in computed)
+
+
 def test_the_program(tmp_path, monkeypatch, capsys):
     out = tmp_path / "trace.json"
     monkeypatch.setattr("sys.argv", ["timeline", "--consistency", "ssp:1", "--fault", "20:shard", "--out", str(out)])
     assert program.main() == 0 and "6 clocks in" in capsys.readouterr().out
     assert json.loads(out.read_text())["traceEvents"]
-    for wrong, error in ((["--fault", "shard"], "got 'shard', expected an event number"),
+    monkeypatch.setattr("sys.argv", ["timeline", *"--backups 1 --zero 3 --save-every 1 --out".split(), str(out)])
+    assert program.main() == 0
+    assert "Choose(" in out.read_text() and "Saved(" in out.read_text()
+    for wrong, error in ((["--backups", "4"], "backups is 4, expected fewer than the 4 microbatches"),
+                         (["--zero", "4"], "zero is 4, expected 1, 2 or 3"),
+                         (["--compress", "int8", "--backups", "1"], "compress is 'int8' and consistency has backups"),
+                         (["--compress", "zip"], "compress is 'zip', expected fp16"),
+                         (["--fault", "shard"], "got 'shard', expected an event number"),
                          (["--consistency", "bsq"], "consistency is 'bsq', expected bsp")):
         monkeypatch.setattr("sys.argv", ["timeline", *wrong])
         with pytest.raises(SystemExit):

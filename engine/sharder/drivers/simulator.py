@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from engine.sharder.cluster import Cluster
-from engine.sharder.compression import compression_of
+from engine.sharder.compression import compression_of, expect_repeatable
 from engine.sharder.drivers.faults import FAIR, Weather
 from engine.sharder.drivers.history import History
 from engine.sharder.drivers.invariants import Invariants
@@ -45,6 +45,7 @@ class Simulation(Cluster):
         if durability not in DURABILITIES:
             raise ValueError(f"Simulation: durability is {durability!r}, expected one of {', '.join(DURABILITIES)}")
         super().__init__(parameters, rule, save_every=save_every, zero=zero, **arguments)
+        expect_repeatable("Simulation", self.setup)
         if durability == "snapshot" and not self.setup.consistency.replays:
             raise ValueError('Simulation: durability "snapshot" is for BSP without backups, whose clocks can be '
                              "computed again; the other modes need a log or a backup")

@@ -27,7 +27,7 @@ from typing import Any
 from engine.backend import get_num_threads
 from engine.sharder.client import Program
 from engine.sharder.cluster import Cluster
-from engine.sharder.compression import compression_of
+from engine.sharder.compression import compression_of, expect_repeatable
 from engine.sharder.drivers.child import (
     Failed,
     Inspect,
@@ -84,12 +84,8 @@ class SupervisedServer(Cluster, ABC):
                  folder: str | Path | None = None, hyper: Any = None, **arguments: Any):
         self.name = type(self).__name__
         super().__init__(parameters, rule, save_every=save_every, hyper=hyper, **arguments)
-        replays, consistency = self.setup.consistency.replays, self.setup.consistency
-        if self.compression and (consistency.asynchronous or consistency.backups):
-            which = "asp" if consistency.asynchronous else "has backups"
-            raise ValueError(f"{self.name}: compress is {self.setup.compress!r} and consistency {which}: what a "
-                             "microbatch has left to say would depend on who died when; expected bsp or ssp, "
-                             "without backups")
+        expect_repeatable(self.name, self.setup)
+        replays = self.setup.consistency.replays
         self.durability = durability or ("snapshot" if replays else "log")
         if self.durability not in DURABILITIES or (self.durability == "snapshot" and not replays):
             raise ValueError(f"{self.name}: durability is {durability!r}, expected "

@@ -4,7 +4,7 @@
 
 One row a machine. On it: what it reacts to, what a worker computes, and what befalls it; between rows, an arrow for
 each message from its sending to its arrival (a lost one has no end); above, how many clocks are committed. A unit of
-virtual time is a millisecond.
+virtual time is a millisecond; of a priced simulation, whose unit is the second: timeline(history, SECOND).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from engine.sharder.drivers.program import Computed
 from engine.sharder.events import Address
 from engine.sharder.messages import Parameters
 
-UNIT = 1000.0  # microseconds of the trace in a unit of virtual time
-REACTION = 0.4  # how long a reaction is drawn; in the simulation it takes no time
-ROWS = ("run", "coordinator", "shard", "backup", "worker")  # from the top
+UNIT, SECOND = 1e3, 1e6  # microseconds of the trace in a unit of virtual time
+REACTION = 400.0  # microseconds that a reaction is drawn; in the simulation it takes no time
+ROWS = ("run", "network", "coordinator", "shard", "backup", "worker")  # from the top
 
 Trace = dict[str, Any]
 
 
-def timeline(history: History) -> Trace:
+def timeline(history: History, unit: float = UNIT) -> Trace:
     """The trace, ready for json.dump."""
     rows = rows_of({*(to for _, to, _, _ in history.events), *(source for _, _, source, _, _ in history.carried)})
     return {"displayTimeUnit": "ms",
-            "traceEvents": [*names(rows, "simulated training"), *_reactions(history, rows), *_messages(history, rows),
-                            *_clocks(history)]}
+            "traceEvents": [*names(rows, "simulated training"), *_reactions(history, rows, unit),
+                            *_messages(history, rows, unit), *_clocks(history, unit)]}
 
 
 def rows_of(addresses: Iterable[Address]) -> dict[Address, int]:
@@ -52,40 +52,37 @@ def drawn(phase: str, row: int, microseconds: float, name: str, **more: Any) -> 
     return {"ph": phase, "pid": 1, "tid": row, "ts": microseconds, "name": name, **more}
 
 
-def _event(phase: str, row: int, time: float, name: str, **more: Any) -> Trace:
-    """At a virtual time."""
-    return drawn(phase, row, time * UNIT, name, **more)
-
-
-def _reactions(history: History, rows: dict[Address, int]) -> list[Trace]:
+def _reactions(history: History, rows: dict[Address, int], unit: float) -> list[Trace]:
     """What happens on each row."""
     found, since = [], dict.fromkeys(rows, 0.0)  # since when a worker computes
     for time, to, event, notes in history.events:
+        now = time * unit
         if isinstance(event, Computed):
             start = since[to]
-            found.append(_event("X", rows[to], start, "compute", dur=max(0.0, time - start) * UNIT, cat="compute"))
+            found.append(drawn("X", rows[to], start, "compute", dur=max(0.0, now - start), cat="compute"))
         else:
-            found.append(_event("X", rows[to], time, type(event).__name__, dur=REACTION * UNIT, cat="event",
-                                args={"event": describe(event)}))
+            found.append(drawn("X", rows[to], now, type(event).__name__, dur=REACTION, cat="event",
+                               args={"event": describe(event)}))
         if isinstance(event, (Computed, Parameters)):
-            since[to] = time + (REACTION if isinstance(event, Parameters) else 0)
-        found += [_event("i", rows[to], time, note, s="t", cat="fault") for note in notes]
+            since[to] = now + (REACTION if isinstance(event, Parameters) else 0)
+        found += [drawn("i", rows[to], now, note, s="t", cat="fault") for note in notes]
     return found
 
 
-def _messages(history: History, rows: dict[Address, int]) -> list[Trace]:
+def _messages(history: History, rows: dict[Address, int], unit: float) -> list[Trace]:
     """An arrow for each message."""
     found = []
     for number, (left, arrives, source, to, message) in enumerate(history.carried, 1):
         name = type(message).__name__
-        found.append(_event("s", rows[source], left, name, id=number, cat="message"))
+        found.append(drawn("s", rows[source], left * unit, name, id=number, cat="message"))
         if arrives is None:
-            found.append(_event("i", rows[source], left, f"{name} to {to[0]} {to[1]} is lost", s="t", cat="fault"))
+            found.append(drawn("i", rows[source], left * unit, f"{name} to {to[0]} {to[1]} is lost", s="t",
+                               cat="fault"))
         elif to in rows:
-            found.append(_event("f", rows[to], arrives, name, id=number, cat="message", bp="e"))
+            found.append(drawn("f", rows[to], arrives * unit, name, id=number, cat="message", bp="e"))
     return found
 
 
-def _clocks(history: History) -> list[Trace]:
-    return [_event("C", 0, time, "committed clocks", args={"clocks": committed.clock + 1})
+def _clocks(history: History, unit: float) -> list[Trace]:
+    return [drawn("C", 0, time * unit, "committed clocks", args={"clocks": committed.clock + 1})
             for time, committed in zip(history.committed_at, history.committed)]
