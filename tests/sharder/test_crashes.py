@@ -1,25 +1,38 @@
 """One crash at every event boundary of a whole history, for every kind of machine: the result has the same bits.
 
 `make test` takes a sample of the numbers of workers and shards, `make test-crashes` all of 1..8 x 1..7, with a reshard
-at every boundary as well; stopped, it goes on where it stopped (build/crashes.jsonl, a line for each that passed).
+at every boundary as well; stopped, it goes on where it stopped (build/crashes.jsonl, a line for each that passed). What
+passed counts for as long as nothing changes that decides it: the sources in DECIDES.
 """
 
 from __future__ import annotations
 
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from sharder_problems import tiny
 
 from engine.sharder.drivers.faults import CRASHES, Weather
-from tools.nightly import Ledger, commit
+from tools.nightly import Ledger
 
-LEDGER = Path(__file__).resolve().parents[2] / "build" / "crashes.jsonl"
+ROOT = Path(__file__).resolve().parents[2]
+LEDGER = ROOT / "build" / "crashes.jsonl"
+DECIDES = ("engine/sharder/**/*.py", "engine/optim/accumulator.py", "engine/optim/clip.py",
+           "tests/sharder/sharder_problems.py", "tests/sharder/test_crashes.py")
 
 WEATHER = Weather(latency=(1, 6), timeout=30, absence=12)
 SAMPLE = [(1, 1), (2, 2), (3, 1), (1, 3), (4, 2)]
 GRID = [(workers, shards) for workers in range(1, 9) for shards in range(1, 8)]
+
+
+def decisive(root=ROOT):
+    """A hash of the names and the text of all that decides."""
+    found = sha256()
+    for path in sorted(path for pattern in DECIDES for path in root.glob(pattern)):
+        found.update(f"{path.relative_to(root).as_posix()}\0{sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()[:16]
 
 
 def crash_everywhere(mode, workers, shards, kinds, microbatches=3):
@@ -54,15 +67,31 @@ def test_a_reshard_at_every_event_boundary():
     crash_everywhere("bsp, logs", 2, 2, ("reshard:3", "reshard:1"))
 
 
+def test_what_passed_counts_until_a_source_changes(tmp_path):
+    for name in ("engine/sharder/shard.py", "engine/sharder/drivers/run.py", "engine/sharder/README.md",
+                 "engine/optim/clip.py", "tests/sharder/test_crashes.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert len({str(path) for pattern in DECIDES for path in ROOT.glob(pattern)}) > 40
+    seen = [decisive(tmp_path)]
+    (tmp_path / "engine/sharder/README.md").write_text("another word")
+    assert decisive(tmp_path) == seen[0]
+    for name in ("engine/sharder/drivers/run.py", "engine/optim/clip.py", "engine/sharder/new.py"):
+        (tmp_path / name).write_text("another line")
+        seen.append(decisive(tmp_path))
+    assert len(set(seen)) == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "shards"), GRID)
 @pytest.mark.parametrize("mode", ["bsp, snapshots", "bsp, logs", "bsp, replicas"])
 def test_every_crash_for_every_number_of_workers_and_shards(mode, workers, shards):
     ledger, start = Ledger(LEDGER), time.monotonic()
-    what = {"mode": mode, "workers": workers, "shards": shards, "commit": commit()}
+    what = {"mode": mode, "workers": workers, "shards": shards, "decisive": decisive()}
     if any(what.items() <= line.items() for line in ledger.lines):
-        pytest.skip("passed on this commit before")
-    kinds = (*CRASHES, f"reshard:{shards % 7 + 1}")
+        pytest.skip("passed before, on the same sources")
+    # A shard is added where the number of workers is even, and removed where it is odd; 7 become 1, and 1 becomes 7.
+    kinds = (*CRASHES, f"reshard:{(shards % 7 if workers % 2 == 0 else (shards - 2) % 7) + 1}")
     events = crash_everywhere(mode, workers, shards, kinds, microbatches=max(3, workers))
     ledger.add({**what, "events": events, "histories": events * len(kinds),
                 "seconds": round(time.monotonic() - start, 1)})
