@@ -3,6 +3,7 @@
     imports point down            engine/README.md
     one owner for each backend    compiled kernels in the CPU backend, CuPy in the GPU backend, both when first used
     nobody asks for the device    outside engine.backend
+    the protocol is pure          no time, chance, threads, files or sockets in engine.sharder outside its drivers
     nothing is forgotten          every op has a row, every kernel is launched, the stub is up to date
 
 The rule of the one launch point has a file of its own, test_launch_point.py.
@@ -280,6 +281,58 @@ def test_every_exception_is_still_needed(tree: Sources, monkeypatch: pytest.Monk
 ])
 def test_a_question_for_the_device_is_found(tree: Sources, text: str) -> None:
     assert len(device_questions({**tree, "engine/ops/matmul.py": text})) == 1
+
+
+# ── the protocol is pure ──────────────────────────────────────────────────────────────────────────────
+
+MACHINES = {"engine/sharder/shard.py", "engine/sharder/worker.py", "engine/sharder/coordinator.py",
+            "engine/sharder/journal.py", "engine/sharder/memory.py"}
+IMPURE = {"asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "queue", "random", "secrets",
+          "selectors", "signal", "socket", "subprocess", "tempfile", "threading", "time", "uuid"}
+# (file, what it imports): why it may
+IMPURITIES = {
+    ("engine/sharder/versions.py", "threading"): "shards that are threads write one version together: its locks keep "
+                                                 "counts whole, and decide nothing",
+}
+
+
+def impurities(tree: Sources) -> list[str]:
+    """What the protocol's files, all of engine.sharder but its drivers, know of the world; what machines know of their
+    drivers."""
+    found = []
+    for path, text in tree.items():
+        if not path.startswith("engine/sharder/") or path.startswith("engine/sharder/drivers/"):
+            continue
+        for module in imported(path, tree):
+            if module.partition(".")[0] in IMPURE and (path, module) not in IMPURITIES:
+                found.append(f"{path}: imports {module}")
+            if path in MACHINES and inside(module, "engine.sharder.drivers"):
+                found.append(f"{path}: imports {module}")
+        for where, node in functions_of(text):
+            if (isinstance(node, ast.Attribute) and node.attr == "random") or (isinstance(node, ast.Call) \
+                    and isinstance(node.func, ast.Name) and node.func.id in ("open", "__import__")):
+                found.append(f"{path}: {where} uses {ast.unparse(node)}")
+    return found
+
+
+def test_the_protocol_is_pure(tree: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tree.keys() >= MACHINES and impurities(tree) == []
+    exceptions = {f"{path}: imports {module}" for path, module in IMPURITIES}
+    monkeypatch.setattr(sys.modules[__name__], "IMPURITIES", {})
+    assert set(impurities(tree)) == exceptions, "an exception that is no longer needed"
+
+
+@pytest.mark.parametrize(("path", "text"), [
+    ("engine/sharder/shard.py", "import time"),
+    ("engine/sharder/worker.py", "def f():\n    from random import random"),
+    ("engine/sharder/journal.py", "import os.path"),
+    ("engine/sharder/memory.py", "import numpy as np\ndef f():\n    return np.random.default_rng()"),
+    ("engine/sharder/codecs.py", "def f(path):\n    return open(path).read()"),
+    ("engine/sharder/coordinator.py", "from engine.sharder.drivers import threads"),
+    ("engine/sharder/partition.py", "from threading import Lock"),
+])
+def test_an_impurity_is_found(tree: Sources, path: str, text: str) -> None:
+    assert len(impurities({**tree, path: text})) == 1
 
 
 # ── nothing is forgotten ──────────────────────────────────────────────────────────────────────────────
