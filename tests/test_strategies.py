@@ -18,8 +18,8 @@ import engine.testing.rows
 from engine.backend import walkable
 from engine.testing import Seeded, check_errors, specs
 from engine.testing import strategies as st_eg
-from engine.testing.layouts import FOREIGN, LAYOUTS
-from engine.testing.source import reduction_killers
+from engine.testing.layouts import FOREIGN, LAYOUTS, zero_stride
+from engine.testing.source import reduction_killers, some_special
 
 
 @given(data=st.data())
@@ -49,6 +49,33 @@ def test_what_a_kernel_cannot_walk_is_copied_or_refused(data: Any) -> None:
         if x.size:
             check_errors(lambda y=y: eg.from_numpy(y), ValueError, "from_numpy", "strides")
     assert data.draw(st_eg.layouts(walkable=False)) in [*LAYOUTS.values(), *FOREIGN.values()]
+
+
+def test_a_stride_of_0_is_drawn_where_values_may_change() -> None:
+    repeating = find(st_eg.layouts(equal=False), lambda layout: layout is zero_stride)
+    assert 0 in repeating(np.arange(6.0).reshape(2, 3), np.random.default_rng(0)).strides
+    assert find(st_eg.layouts(equal=False), lambda layout: True) is LAYOUTS["C"]
+
+
+def neighbour(x: float, dtype: str) -> bool:
+    """Whether it is next to a power of two, and none itself."""
+    near = np.abs(np.dtype(dtype).type(x))
+    with np.errstate(over="ignore"):
+        around = [float(np.nextafter(near, near.dtype.type(to))) for to in (0, np.inf)]
+    return math.frexp(float(near))[0] != 0.5 and any(math.frexp(other)[0] == 0.5 for other in around)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_special_numbers_are_of_every_kind_and_sign(dtype: str) -> None:
+    kind = np.finfo(dtype)
+    x = some_special(np.dtype(dtype), np.random.default_rng(0), 4000)
+    finite = x[np.isfinite(x) & (x != 0)]
+    assert x.dtype == dtype and np.isnan(x).any() and np.isinf(x).any() and (x == 0).any()
+    for sign in (1, -1):
+        own = np.abs(finite[np.sign(finite) == sign])
+        assert np.sum(own < kind.tiny) > 300 and len({*own[own < kind.tiny].tolist()}) > 300
+        assert len({math.frexp(float(v))[1] for v in own if neighbour(v, dtype)}) > 100
+        assert neighbour(find(st_eg.floats(dtype), lambda v, s=sign: v * s > 2e4 and neighbour(v, dtype)), dtype)
 
 
 def test_killers_are_next_to_multiples_of_half_pi() -> None:

@@ -15,7 +15,7 @@ from engine.backend import Array
 from engine.testing.bounds import ulp_error, unit_roundoff
 from engine.testing.differences import complex_step, directional, second_directional
 from engine.testing.failure import CheckFailure, Reproduction, called, reproduction
-from engine.testing.layouts import LAYOUTS, placed, placement
+from engine.testing.layouts import LAYOUTS, placed, placement, zero_stride
 
 Function = Callable[..., Any]
 THREADS = (1, 2, 3, 7)
@@ -241,13 +241,22 @@ def check_no_alias(f: Function, *xs: Any) -> None:
 # ── the same bits ─────────────────────────────────────────────────────────────────────────────────────
 
 def check_layouts(f: Function, *xs: np.ndarray, seed: int = 0) -> None:
-    """f gives the same bits however its operands lie in memory."""
+    """f gives the same bits however its operands lie in memory: in every layout of layouts.py, and, with each operand's
+    first slice along one axis in place of the others, with a stride of 0 there."""
     rng = np.random.default_rng(seed)
-    want = as_numpy(f(*[as_tensor(LAYOUTS["C"](x, rng)) for x in xs])).copy()
+    again = reproduction("check_layouts", {"f": f}, xs, seed=seed)
+
+    def compare(name: str, given: Sequence[np.ndarray], want: np.ndarray) -> None:
+        check_bits(f(*map(as_tensor, given)), want, check=f"check_layouts: {name} against C order", reproduction=again)
+
+    def dense(given: Sequence[np.ndarray]) -> np.ndarray:
+        return as_numpy(f(*[as_tensor(LAYOUTS["C"](x, rng)) for x in given])).copy()
+
+    want = dense(xs)
     for name, layout in LAYOUTS.items():
-        got = f(*[as_tensor(layout(x, rng)) for x in xs])
-        check_bits(got, want, check=f"check_layouts: {name} against C order",
-                   reproduction=reproduction("check_layouts", {"f": f}, xs, seed=seed))
+        compare(name, [layout(x, rng) for x in xs], want)
+    repeated = [zero_stride(x, rng) for x in xs]
+    compare("zero stride", repeated, dense(repeated))
 
 
 def check_threads(f: Callable[[], Any], counts: Sequence[int] = THREADS) -> None:

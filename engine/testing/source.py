@@ -104,10 +104,8 @@ class Source:
         return self.arranged(np.asarray(self.generator().integers(0, 2, shape)).astype(bool))
 
     def _put_special(self, x: np.ndarray, rng: np.random.Generator) -> None:
-        values = special_values(x.dtype)
-        flat = x.reshape(-1)
-        for _ in range(1 + x.size // 8):
-            flat[rng.integers(flat.size)] = values[rng.integers(values.size)]
+        count = 1 + x.size // 8
+        x.reshape(-1)[rng.integers(x.size, size=count)] = some_special(x.dtype, rng, count)
         self.has_special = True
 
     def arranged(self, x: np.ndarray, repeat: bool = True) -> np.ndarray:
@@ -176,3 +174,14 @@ def special_values(dtype: np.dtype) -> np.ndarray:
                 float(kind.max), float(kind.eps), 0.5, 1.5, 2.5, edge, edge * 1.01, -least, -least * 1.01, 1e4]
     with np.errstate(over="ignore"):
         return np.array([*positive, *(-x for x in positive), np.nan, *reduction_killers(dtype)]).astype(dtype)
+
+
+def some_special(dtype: np.dtype, rng: np.random.Generator, count: int) -> np.ndarray:
+    """`count` numbers: half of special_values, a quarter neighbours of powers of two, a quarter subnormals, of either
+    sign."""
+    kind = np.finfo(dtype)
+    power = np.ldexp(np.ones(count, dtype), rng.integers(kind.minexp - kind.nmant, kind.maxexp, count))
+    near = np.nextafter(power, rng.choice([0, np.inf], count).astype(dtype))
+    subnormal = rng.integers(1, 2**kind.nmant, count) * kind.smallest_subnormal
+    signed = rng.choice([-1, 1], count) * np.where(rng.integers(2, size=count), near, subnormal)
+    return np.where(rng.integers(2, size=count), rng.choice(special_values(dtype), count), signed).astype(dtype)

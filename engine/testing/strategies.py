@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import engine as eg
 from engine.backend import Array
 from engine.testing.forms import FORMS
-from engine.testing.layouts import FOREIGN, LAYOUTS
+from engine.testing.layouts import FOREIGN, LAYOUTS, zero_stride
 from engine.testing.machine import EngineMachine
 from engine.testing.opspec import OpSpec
 from engine.testing.programs import SHAPES, build
@@ -83,23 +83,25 @@ def broadcastable(count: int, most: int = 3, largest_side: int = 6) -> Any:
 
 def floats(dtype: str = "float32", special: bool = True) -> Any:
     """Numbers that `dtype` holds. With `special` also ±0, subnormals, ±∞, NaN, the edges of exp, the neighbours of
-    every power of two, and what makes reducing an argument hard (source.reduction_killers); shrinks towards 0."""
+    ± every power of two, and what makes reducing an argument hard (source.reduction_killers); shrinks towards 0."""
     width: Any = np.dtype(dtype).itemsize * 8
     plain = st.floats(-1e4, 1e4, width=width)
     if not special:
         return plain
     kind = np.finfo(dtype)
     power = st.integers(kind.minexp - kind.nmant, kind.maxexp - 1).map(lambda e: np.ldexp(np.dtype(dtype).type(1), e))
-    direction = st.sampled_from([0.0, np.inf])
-    near_power = st.builds(lambda p, to: float(np.nextafter(p, p.dtype.type(to))), power, direction)
+    near_power = st.builds(lambda p, to, sign: float(sign * np.nextafter(p, p.dtype.type(to))), power,
+                           st.sampled_from([0.0, np.inf]), st.sampled_from([1, -1]))
     return plain | st.sampled_from(special_values(np.dtype(dtype)).tolist()) | near_power
 
 
-def layouts(walkable: bool = True) -> Any:
+def layouts(walkable: bool = True, equal: bool = True) -> Any:
     """Functions (array, generator) -> an equal array that lies otherwise in memory: in F order, permuted, backwards,
-    with gaps, at an offset, read-only. Unless `walkable` also misaligned, or with a stride of no whole elements.
-    Shrinks towards C order."""
-    return st.sampled_from([*LAYOUTS.values(), *([] if walkable else FOREIGN.values())])
+    with gaps, at an offset, read-only. Unless `walkable` also misaligned, or with a stride of no whole elements. Unless
+    `equal` also with an axis of stride 0, which repeats its first slice: the others' values are lost. Shrinks towards
+    C order."""
+    foreign, repeating = [] if walkable else FOREIGN.values(), [] if equal else [zero_stride]
+    return st.sampled_from([*LAYOUTS.values(), *foreign, *repeating])
 
 
 def arrays(dtype: str = "float32", shape: tuple[int, ...] | None = None, *, low: float = -4.0, high: float = 4.0,
