@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -173,6 +174,21 @@ def test_a_subtly_wrong_gradient_of_a_foreign_function_is_found() -> None:
     fails(lambda: check_adjoint(lambda p, q: p + q, a, a[0], vjp=lambda xs, g: (None, [g, g])), "shape (3, 3)")
 
 
+def off(y: eg.Tensor, share: float) -> eg.Tensor:
+    """y, whose gradients are wrong by this share of themselves."""
+    return y + (y - y.detach()) * share
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in specs.values() if spec.analytic])
+def test_rows_that_are_analytic_see_a_gradient_that_is_wrong_in_its_tenth_digit(name: str) -> None:
+    row, function = specs[name], getattr(eg, name)
+    case = row.example(Seeded(1, smooth=True, side=3, ndim=1))
+    wrong = replace(row, call=lambda x: off(function(x), 1e-10))
+    CHECKS["adjoint"].check(row, case=case, seed=0, create_graph=False)
+    failure = fails(lambda: CHECKS["adjoint"].check(wrong, case=case, seed=0, create_graph=False), "a complex step")
+    assert failure.bound < 1e-12 * abs(failure.want) + 1e-13
+
+
 def test_a_complex_step_sees_what_differences_do_not() -> None:
     """A slope wrong by 10⁻¹² of itself."""
     x = np.array([0.3, -1.5, 2.0])
@@ -180,6 +196,12 @@ def test_a_complex_step_sees_what_differences_do_not() -> None:
     check_adjoint(cube, x, vjp=cube_vjp(3.0 + 3e-12))
     fails(lambda: check_adjoint(cube, x, vjp=cube_vjp(3.0 + 3e-12), analytic=True), "a complex step")
     check_adjoint(eg.sin, x, reference=np.sin, analytic=True)
+    check_grads(eg.sin, x, reference=np.sin, analytic=True)
+    check_grads(lambda t: off(eg.sin(t), 1e-12), x, reference=np.sin)
+    fails(lambda: check_grads(lambda t: off(eg.sin(t), 1e-12), x, reference=np.sin, analytic=True), "a complex step")
+    fails(lambda: check_grads(eg.sin, x, reference=lambda z: 1.001 * np.sin(z)), "central differences")
+    with pytest.raises(TypeError, match="reference is None, expected a NumPy function"):
+        check_grads(eg.sin, x, analytic=True)
     with pytest.raises(TypeError, match="expected complex"):
         check_adjoint(cube, x, reference=lambda z: cube(z).real, vjp=cube_vjp(3.0), analytic=True)
 

@@ -140,6 +140,8 @@ def check_adjoint(f: Function, *xs: Any, reference: Function | None = None, vjp:
     Both sides are sums; they may differ by what the differences are wrong by (differences.py), weighted with |u|. The
     rounding of the vjp itself is that of a few evaluations, which the differences' 1/h leaves far behind.
     """
+    if analytic and reference is None and vjp is None:
+        raise TypeError("check_adjoint: analytic, but reference is None, expected a NumPy function of complex arrays")
     arrays = _float64("check_adjoint", xs)
     again = reproduction("check_adjoint", {"f": f, "reference": reference, "vjp": vjp}, arrays, rounding=rounding,
                          analytic=analytic, create_graph=create_graph, seed=seed)
@@ -198,12 +200,15 @@ def check_second_order(f: Function, *xs: Any, reference: Function | None = None,
                            reproduction=again)
 
 
-def check_grads(f: Function, *xs: Any, order: int = 2, seed: int = 0) -> None:
-    """f's gradients at xs (float64), and with order 2 the gradients of those, against central differences of f."""
-    check_adjoint(f, *xs, seed=seed)
+def check_grads(f: Function, *xs: Any, order: int = 2, reference: Function | None = None, analytic: bool = False,
+                seed: int = 0) -> None:
+    """The gradients at xs (float64) of f, a function of tensors, and with order 2 the gradients of those, against
+    central differences of f, or of its reference in NumPy; with a reference that is analytic and takes complex arrays,
+    the gradients themselves against a complex step (check_adjoint)."""
+    check_adjoint(f, *xs, reference=reference, analytic=analytic, seed=seed)
     if order > 1:
-        check_adjoint(f, *xs, create_graph=True, seed=seed)
-        check_second_order(f, *xs, seed=seed)
+        check_adjoint(f, *xs, reference=reference, analytic=analytic, create_graph=True, seed=seed)
+        check_second_order(f, *xs, reference=reference, seed=seed)
 
 
 def check_linear_vjp(vjp: Function, xs: Sequence[np.ndarray], shape: tuple[int, ...], *, seed: int = 0) -> None:

@@ -56,6 +56,8 @@ class OpSpec:
                 is a formula)
                 Neither formula nor ulps: the op is exact, or rounds once, correctly.
     wrt:        the operands that gradients flow to; () for none
+    analytic:   the op in NumPy on complex operands, where it is analytic and a few operations that do not cancel give
+                its derivative: the adjoint check takes a complex step then, and sees errors of 10⁻¹⁴
     gradient:   an equation of the vjp over Rounded (g, *operands), for ops with a kernel vjp
     linear:     the operands in which it is linear (each alone)
     batch:      how to draw an example with two rows or more, and which operands have them along their first axis:
@@ -80,6 +82,7 @@ class OpSpec:
     formula: Callable[..., Any] | None = None
     ulps: str | None = None
     wrt: tuple[int, ...] = (0,)
+    analytic: Callable[..., Any] | None = None
     gradient: Callable[..., Any] | None = None
     linear: tuple[int, ...] = ()
     batch: tuple[Drawing, tuple[int, ...]] | None = None
@@ -136,6 +139,11 @@ class OpSpec:
             with np.errstate(all="ignore"):
                 return np.asarray(self._oracle(self._filled(case, xs), case.attributes))
         return f
+
+    def complex_function(self, case: Case) -> Callable[..., np.ndarray] | None:
+        """The same for `analytic`, where the row has it."""
+        analytic = self.analytic
+        return analytic and (lambda *xs: np.asarray(analytic(*self._filled(case, xs), **case.attributes)))
 
     def _filled(self, case: Case, xs: Sequence[Any]) -> list[Any]:
         """The case's operands with those in `wrt` replaced. One list of operands counts as one."""

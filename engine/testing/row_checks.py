@@ -171,8 +171,10 @@ def _either_rule(spec: OpSpec, make: Make) -> Drawn | None:
 @_row_check(lambda spec: bool(spec.wrt), _either_rule)
 def adjoint(spec: OpSpec, case: Case, seed: int, create_graph: bool) -> None:
     """⟨J v, u⟩ = ⟨v, Jᵀu⟩, for the kernel's vjp and for the differentiable one; or for the row's own vjp."""
-    check_adjoint(spec.function(case), *spec.points(case), reference=spec.numpy_function(case), seed=seed,
-                  vjp=spec.vjp_function(case), rounding=spec.rounding(case), create_graph=create_graph)
+    analytic = spec.complex_function(case)
+    check_adjoint(spec.function(case), *spec.points(case), reference=analytic or spec.numpy_function(case), seed=seed,
+                  vjp=spec.vjp_function(case), rounding=spec.rounding(case), analytic=analytic is not None,
+                  create_graph=create_graph)
 
 
 @_row_check(lambda spec: bool(spec.wrt) and ours(spec), _smooth, share=0.3)
