@@ -382,6 +382,14 @@ def test_aliased_gradients_are_found() -> None:
     fails(lambda: check_no_alias(Same, x), "gradient 0 and cotangent share memory")
 
 
+def test_a_function_of_arrays_where_gradients_are_asked_for() -> None:
+    x = np.array([0.5, -2.0])
+    for check in (check_no_alias, check_second_order, check_adjoint, check_grads):
+        check_errors(lambda check=check: check(np.sin, x), TypeError, "f gave ndarray, expected a tensor")  # type: ignore
+    check_layouts(lambda t: np.sin(t.numpy()), x)
+    check_layouts(np.sin, x)
+
+
 def test_layout_dependence_is_found() -> None:
     x = np.random.default_rng(0).normal(size=(3, 4))
     check_layouts(lambda t: t * 2.0, x)

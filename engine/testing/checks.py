@@ -1,6 +1,10 @@
 """Checks of numerical code, each usable alone on any callable; each raises CheckFailure, which says what is wrong.
 
 The gradient checks ask for float64 and for points away from kinks: central differences of float32 tell nothing apart.
+
+What f takes and gives is said at each check. Where it takes tensors, they lie over the arrays that the check was given,
+in their layout, so that a function of arrays goes in as `lambda x: f(x.numpy())`; NumPy's own take tensors as they are.
+A result may be a tensor or an array wherever no gradient is asked of it.
 """
 
 from __future__ import annotations
@@ -112,15 +116,26 @@ def _plain(f: Function) -> Callable[..., np.ndarray]:
 
 
 def _rounding(y: np.ndarray, given: Any) -> Any:
-    """A bound on the rounding error of one evaluation; without a given one, 64 roundings of the largest element."""
+    """A bound on the rounding error of one evaluation of y. Without a given one 64 u (1 + max |y|): an assumption, that
+    y comes of at most eight functions of 4 ULPs (8 u) each, on numbers no larger than 1 or the largest element. If it
+    loses more there is a false alarm, and `rounding` says what it loses; if less, what the differences make of it,
+    64 u · 11/6h, hides an error of 7·10⁻¹² (1 + max |y|) in an element of J v, and no more.
+    """
     return 64 * unit_roundoff("float64") * (1 + float(np.max(np.abs(y), initial=0.0))) if given is None else given
+
+
+def _differentiable(check: str, y: Any, instead: str = "") -> Any:
+    """y, which gradients are asked of."""
+    if not hasattr(y, "backward"):
+        raise TypeError(f"{check}: f gave {type(y).__name__}, expected a tensor, for the engine's gradients{instead}")
+    return y
 
 
 def engine_vjp(f: Function, create_graph: bool = False) -> Callable[..., tuple[Any, list[np.ndarray]]]:
     """(y, gᵀ ∂f/∂x for each x) of a function of tensors, by the engine's reverse mode."""
     def run(xs: Sequence[np.ndarray], g: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         leaves = [as_tensor(x, True) for x in xs]
-        y = f(*leaves)
+        y = _differentiable("engine_vjp", f(*leaves), "; check_adjoint takes a vjp of one's own")
         grads = eg.grad(y, leaves, as_tensor(g), create_graph=create_graph, allow_unused=True)
         return y.numpy(), [np.zeros(x.shape) if d is None else d.numpy() for x, d in zip(xs, grads)]
     return run
@@ -169,7 +184,8 @@ def check_adjoint(f: Function, *xs: Any, reference: Function | None = None, vjp:
 
 def check_second_order(f: Function, *xs: Any, reference: Function | None = None, rounding: Any = None,
                        seed: int = 0) -> None:
-    """The derivatives of s(x, u) = ⟨v, J(x)ᵀu⟩, which the engine gets by differentiating its own vjp:
+    """The derivatives of s(x, u) = ⟨v, J(x)ᵀu⟩, f a function of tensors, which the engine gets by differentiating its
+    own vjp:
 
     along w, ∂s/∂x = ∂ₜ∂ₛ⟨f(x + t v + s w), u⟩, and ∂s/∂u = J v: both against differences of the reference.
     """
@@ -180,7 +196,8 @@ def check_second_order(f: Function, *xs: Any, reference: Function | None = None,
     y0 = np.asarray(plain(*arrays))
     u, vs, ws = _directions([y0], rng)[0], _directions(arrays, rng), _directions(arrays, rng)
     leaves, cotangent = [as_tensor(x, True) for x in arrays], as_tensor(u, True)
-    first = eg.grad(f(*leaves), leaves, cotangent, create_graph=True, allow_unused=True)
+    y = _differentiable("check_second_order", f(*leaves))
+    first = eg.grad(y, leaves, cotangent, create_graph=True, allow_unused=True)
     s = [(d * as_tensor(v)).sum() for d, v in zip(first, vs) if d is not None]
     total = s[0]
     for term in s[1:]:
@@ -212,9 +229,14 @@ def check_grads(f: Function, *xs: Any, order: int = 2, reference: Function | Non
 
 
 def check_linear_vjp(vjp: Function, xs: Sequence[np.ndarray], shape: tuple[int, ...], *, seed: int = 0) -> None:
-    """A vjp is linear in its cotangent, of shape `shape`: vjp(xs, −2u) = −2 vjp(xs, u) bit for bit, since scaling by 2
-    is exact, and vjp(xs, u − 2w) = vjp(xs, u) − 2 vjp(xs, w) in half of the digits, since nobody knows what cancels
-    inside a vjp; a rule that is not linear (clipped, squared, with a constant left in) is far beyond either.
+    """vjp(xs, u) -> (y, [Jᵀu for each x]), of arrays, is linear in its cotangent u, of shape `shape`:
+
+    vjp(xs, −2u) = −2 vjp(xs, u) bit for bit, since scaling by 2 is exact, and
+    vjp(xs, u − 2w) = vjp(xs, u) − 2 vjp(xs, w) in half of the digits, 2⁻²⁶ of the largest terms.
+
+    Half is an assumption: nobody knows what cancels inside a vjp, and one that loses 27 of its 53 bits is taken for
+    wrong. It hides little: the elements of u and w have sizes in [¼, 1), so a rule that is not linear (clipped,
+    squared, with a constant left in) is off in its first digits, not in its ninth.
     """
     rng = np.random.default_rng(seed)
     u, w = _directions([np.empty(shape)] * 2, rng)
@@ -228,9 +250,9 @@ def check_linear_vjp(vjp: Function, xs: Sequence[np.ndarray], shape: tuple[int, 
 
 
 def check_no_alias(f: Function, *xs: Any) -> None:
-    """After backward no two gradients, and no gradient and input, share memory."""
+    """After backward through f, a function of tensors, no two gradients, and no gradient and input, share memory."""
     leaves = [as_tensor(as_numpy(x), True) for x in xs]
-    y = f(*leaves)
+    y = _differentiable("check_no_alias", f(*leaves))
     g = as_tensor(np.random.default_rng(0).uniform(0.5, 1, y.shape).astype(y.numpy().dtype))
     y.backward(g)
     held = [(f"gradient {i}", x.grad.numpy()) for i, x in enumerate(leaves) if x.grad is not None]
@@ -246,8 +268,8 @@ def check_no_alias(f: Function, *xs: Any) -> None:
 # ── the same bits ─────────────────────────────────────────────────────────────────────────────────────
 
 def check_layouts(f: Function, *xs: np.ndarray, seed: int = 0) -> None:
-    """f gives the same bits however its operands lie in memory: in every layout of layouts.py, and, with each operand's
-    first slice along one axis in place of the others, with a stride of 0 there."""
+    """f, of tensors, gives the same bits however its operands lie in memory: in every layout of layouts.py, and, with
+    each operand's first slice along one axis in place of the others, with a stride of 0 there."""
     rng = np.random.default_rng(seed)
     again = reproduction("check_layouts", {"f": f}, xs, seed=seed)
 
@@ -265,7 +287,8 @@ def check_layouts(f: Function, *xs: np.ndarray, seed: int = 0) -> None:
 
 
 def check_threads(f: Callable[[], Any], counts: Sequence[int] = THREADS) -> None:
-    """f() gives the same bits with every number of kernel threads, and again with the first of them."""
+    """f(), a tensor, an array or several, has the same bits with every number of kernel threads, and again with the
+    first of them."""
     before = eg.get_num_threads()
     try:
         results = []
@@ -282,7 +305,7 @@ def check_threads(f: Callable[[], Any], counts: Sequence[int] = THREADS) -> None
 
 
 def check_backends(f: Function, *xs: np.ndarray, bound: Any, devices: tuple[str, str] = ("cpu", "reference")) -> None:
-    """f on two devices, within the bound."""
+    """f, of tensors, gives the same on two devices, within the bound, which is elementwise or one number."""
     results = []
     for device in devices:
         with eg.device(device):
@@ -292,7 +315,8 @@ def check_backends(f: Function, *xs: np.ndarray, bound: Any, devices: tuple[str,
 
 
 def check_capture(f: Function, captured: Function, *xs: np.ndarray, rounds: int = 3) -> None:
-    """A function and what a capture, compilation or cache has made of it give the same bits: every result, each time.
+    """A function of tensors, and what a capture, compilation or cache has made of it, give the same bits: every result,
+    each time.
 
     Both get arrays of their own. The first round may record and the others replay, on other values of the same shapes:
     a replay that remembers values, or keeps memory that a caller still holds, is found.
@@ -316,7 +340,7 @@ def check_capture(f: Function, captured: Function, *xs: np.ndarray, rounds: int 
 # ── manners ───────────────────────────────────────────────────────────────────────────────────────────
 
 def check_inputs_unmutated(f: Function, *xs: np.ndarray) -> Any:
-    """f leaves its inputs as they were, bit for bit; returns f's result."""
+    """f leaves its inputs, arrays that it gets as they are, bit for bit as they were; returns f's result."""
     before = [x.tobytes() for x in xs]
     out = f(*xs)
     for i, (x, was) in enumerate(zip(xs, before)):

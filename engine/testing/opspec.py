@@ -22,7 +22,11 @@ from engine.testing.rounded import Rounded, function_ulps
 from engine.testing.source import Source
 
 Drawing = Callable[[Source], "tuple[list[Any], dict[str, Any]]"]
-SEVERAL = 4.0  # ULPs that a float64 reference made of a few NumPy calls may be off itself
+
+# ULPs that a float64 reference may be off itself. It calls at most one function of the C library or NumPy, 3 ULPs (an
+# assumption: glibc's manual knows of at most 2), and rounds at most twice more, ½ ULP each. One that is further off
+# gives a false alarm; a kernel that is wrong gets 9·10⁻¹⁶ of its result more room.
+SEVERAL = 4.0
 
 
 @dataclass
@@ -196,11 +200,10 @@ class OpSpec:
             found = self.gradient(*[_rounded(_wide(o), case.dtype) for o in (g, *case.operands)], **case.attributes)
         return list(found) if isinstance(found, tuple) else [found]
 
-    def rounding(self, case: Case) -> np.ndarray:
-        """A bound on the error of one evaluation of the reference in float64, for the differences."""
+    def rounding(self, case: Case) -> np.ndarray | None:
+        """A bound on the error of one evaluation of the reference in float64, for the differences; None if unknown."""
         if self.vjp is not None and self.formula is None:
-            value = np.asarray(self.numpy_function(case)(*self.points(case)))
-            return np.full(value.shape, 64 * unit_roundoff("float64") * (1 + np.abs(value).max(initial=0.0)))
+            return None
         value, bound = self.expected(Case(case.operands, case.attributes, np.dtype("float64")))
         if value.dtype.kind != "f":
             return bound
