@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib")
 from tools import evaluate, generate, train
 from tools.training.checkpoint import run_lock, steps
 from tools.training.errors import run_program
+from tools.training.session import Session
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
@@ -99,6 +100,45 @@ def test_workers_shards_and_stages_do_not_change_a_bit(finished: tuple[Path, str
     more = ["--workers", str(workers), "--shards", str(shards), "--zero", str(zero)]
     assert call(train, *flags(tmp_path, text, *SMALL, *more), monkeypatch=monkeypatch) == 0
     assert result(tmp_path) == result(finished[0])
+
+
+@pytest.mark.parametrize("more", [["--placement", "hashing"], ["--driver", "processes", "--durability", "log"],
+                                  ["--driver", "processes", "--save-every", "2"]])
+def test_neither_do_placement_and_what_is_kept(finished: tuple[Path, str], text: Path, tmp_path: Path, more: list[str],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    made = watched(monkeypatch)
+    assert call(train, *flags(tmp_path, text, *SMALL, *more), monkeypatch=monkeypatch) == 0
+    assert result(tmp_path) == result(finished[0])
+    (server,) = made
+    wanted = dict(zip(more[::2], more[1::2]))
+    assert server.setup.placement == wanted.get("--placement", "ranges")
+    assert getattr(server, "durability", None) == (
+        wanted.get("--durability", "snapshot") if "--driver" in wanted else None)
+    assert server.setup.save_every == int(wanted.get("--save-every", 10 if "--driver" in wanted else 0))
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The servers that runs will make."""
+    made: list[Any] = []
+
+    def init(self: Any, *arguments: Any, original: Any = Session.__init__) -> None:
+        original(self, *arguments)
+        made.append(self.server)
+
+    monkeypatch.setattr(Session, "__init__", init)
+    return made
+
+
+def test_asp_trains_without_a_norm_and_damped(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = watched(monkeypatch)
+    more = ["--consistency", "asp", "--clip", "none", "--damping", "inverse"]
+    assert call(train, *flags(tmp_path, text, *SMALL, *more), monkeypatch=monkeypatch) == 0
+    (server,) = made
+    assert server.setup.damping(4) == 0.25 and server.memories[0].version == 4 * STEPS
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == STEPS and all(record["gradient_norm"] is None for record in records)
+    rates = [record["lr"] for record in records]
+    assert rates.index(max(rates)) == 1 and rates[-1] < 0.1 * max(rates)  # a warm-up of two steps; then to zero
 
 
 def test_a_compressed_run_goes_on_with_what_it_had_left_to_say(finished: tuple[Path, str], text: Path, tmp_path: Path,
@@ -210,8 +250,22 @@ def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, monkeypa
     (["--lr", "-1"], "--lr is -1.0, expected a positive number"),
     (["--dropout", "1"], "--dropout is 1.0, expected a number from 0 to below 1"),
     (["--driver", "mpi"], "--driver is mpi, expected threads, processes or ray"),
-    (["--driver", "ray", "--compress", "int8", "--backups", "1"], "--compress is int8 and --backups 1, expected 0"),
+    (["--driver", "ray", "--compress", "int8", "--backups", "1"], "--compress is int8, expected none with --backups 1"),
     (["--zero", "4"], "--zero is 4, expected 1, 2 or 3"),
+    (["--clip", "0"], "--clip is 0.0, expected a positive number"),
+    (["--consistency", "asp"], "--consistency is asp, expected bsp or ssp, or --clip none"),
+    (["--consistency", "asp", "--clip", "none", "--zero", "3"], "--zero is 3, expected 1 or 2 with --consistency asp"),
+    (["--consistency", "asp", "--clip", "none", "--driver", "processes", "--compress", "int8"],
+     "--compress is int8, expected none with --consistency asp and --driver processes"),
+    (["--damping", "half"], "--damping is half, expected none or inverse"),
+    (["--damping", "inverse"], "--damping is inverse, expected none with --consistency bsp"),
+    (["--placement", "random"], "--placement is random, expected ranges or hashing"),
+    (["--durability", "disk"], "--durability is disk, expected snapshot or log"),
+    (["--durability", "snapshot", "--driver", "processes", "--consistency", "ssp:1"], "--durability is snapshot, "
+     "expected log unless"),
+    (["--durability", "log"], "--durability is log, expected --driver processes or ray with it"),
+    (["--save-every", "2"], "--save-every is 2, expected --driver processes or ray with it"),
+    (["--driver", "processes", "--save-every", "-1"], "--save-every is -1, expected at least 0"),
     (["--workers", "5"], "--workers is 5, expected at most --microbatches (4)"),
     (["--compress", "zip"], "--compress is 'zip', expected fp16, bf16, int8"),
     (["--compress", "1bit"], "--compress is '1bit' and the rule AdamWRule"),

@@ -73,7 +73,9 @@ def add_cluster(group: Any) -> None:
                        help="bandwidth of a shard's memory, as 10GB/s: for sums and updates")
     group.add_argument("--straggler", default="none", metavar="HOW", help=f"{KINDS}; joined by + (default: none)")
     group.add_argument("--overlap", type=float, default=0.0, metavar="X",
-                       help="share of a microbatch during which gradients leave (default: 0, what the engine does)")
+                       help="share of a microbatch, at its end, during which gradients leave (default: 0: all at "
+                            "its end, as with zero=1; with the engine's default, zero=2, they leave during backward, "
+                            "shard by shard: up to 0.67 where that takes twice as long as forward)")
 
 
 def add_failures(group: Any) -> None:

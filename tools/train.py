@@ -32,7 +32,7 @@ from tools.training.ngram import baselines
 from tools.training.progress import Progress
 from tools.training.report import comparison
 from tools.training.session import Session, kernels
-from tools.training.settings import Settings, add_flags, given, resumed
+from tools.training.settings import Settings, add_flags, expect_effect, given, resumed
 from tools.training.status import Status
 
 
@@ -98,15 +98,23 @@ def choose_settings(arguments: argparse.Namespace) -> tuple[Settings, checkpoint
         if found:
             raise ProgramError(f"{arguments.run} already holds a run, at step {found[-1]}; go on with --resume, remove "
                                "the folder to start over, or choose another with --run")
-        return Settings(**given(arguments)), None
+        return new_settings(arguments), None
     if not found:
         say(f"no checkpoint in {arguments.run} yet: starting at step 0")
-        return Settings(**given(arguments)), None
+        return new_settings(arguments), None
     saved = checkpoint.read(checkpoint.locate(folder), optimizer=True)
     data = saved.facts["corpus"]["data"]
     if arguments.data not in (None, data):
         raise ProgramError(f"--data is {arguments.data}, but the run to resume reads {data or 'the standard library'}")
-    return resumed(saved.facts["settings"], given(arguments)), saved
+    settings = resumed(saved.facts["settings"], given(arguments))
+    expect_effect(settings, given(arguments))
+    return settings, saved
+
+
+def new_settings(arguments: argparse.Namespace) -> Settings:
+    settings = Settings(**given(arguments))
+    expect_effect(settings, given(arguments))
+    return settings
 
 
 def prepare(settings: Settings, corpus: Corpus, arguments: argparse.Namespace,
@@ -153,7 +161,7 @@ def train(session: Session, arguments: argparse.Namespace) -> tuple[float, bool]
                                    f"{saved_step}; start a new run with a smaller --lr, now {settings.lr}")
             bits_per_byte = done.mean_loss / log(2) / bytes_per_token
             record = {"bits_per_byte": bits_per_byte, "gradient_norm": done.norm,
-                      "lr": session.hyper(step, "")["lr"], "seconds": round(seconds, 2)}
+                      "lr": session.hyper(session.server.setup.updates(step), "")["lr"], "seconds": round(seconds, 2)}
             progress.update(step, bits_per_byte, status(done))
             last = step == settings.steps or interrupts.requested or (
                 arguments.minutes is not None and time.monotonic() - start > 60 * arguments.minutes)

@@ -11,7 +11,7 @@ from engine.backend import get_backend
 from engine.optim import clip
 from engine.optim.accumulator import Accumulator
 from engine.sharder import ParameterServer
-from engine.sharder.consistency import Consistency
+from engine.sharder.consistency import Consistency, inverse_staleness
 from engine.sharder.drivers.faults import FAULTS, Weather
 from engine.sharder.drivers.plain import Plain
 from engine.sharder.drivers.processes import ProcessServer
@@ -26,11 +26,12 @@ class Momentum:
     """velocity ← 0.9 velocity + g;  p ← p − lr · velocity"""
 
     slots = ("velocity",)
+    lr = 0.125
 
     def init(self, k, n, dtype):
         return {"velocity": k.zeros((n,), dtype)}
 
-    def apply(self, k, new_param, new_state, param, state, grad, step, divisor=1.0, scale=1.0, lr=0.125):
+    def apply(self, k, new_param, new_state, param, state, grad, step, divisor=1.0, scale=1.0, lr=lr):
         grad = k.map("divide", grad, k.constant(divisor, grad.dtype))
         grad = k.map("multiply", grad, k.constant(scale, grad.dtype))
         k.add(new_state["velocity"], k.map("multiply", state["velocity"], k.constant(0.9, grad.dtype)), grad, None)
@@ -132,7 +133,8 @@ def tiny_drawn(mode, seed, workers, shards, faults):
     clocks = 3 if "ssp" in mode or seed % 8 == 0 else 2
     return tiny(mode, workers, shards, (2, 3, 3, 4, 2)[seed // 5 % 5], clip_norm, seed, faults, clocks=clocks,
                 stride=3 if seed % 7 == 0 else 1, save_every=1 + (seed % 8 < 5),
-                zero=1 + seed // 2 % (2 if "asp" in mode else 3))
+                zero=1 + seed // 2 % (2 if "asp" in mode else 3),
+                damping=inverse_staleness if seed // 3 % 2 and not mode.startswith("bsp") else None)
 
 
 def arrays(values, k):

@@ -93,6 +93,12 @@ def forgets_to_scale_a_clipped_gradient(plant):
     plant(shard.Shard, "_update", update)
 
 
+def forgets_how_late_an_update_is(plant, modes=SSP + ASP):
+    def update(self, gradients, scale, staleness, original=shard.Shard._update):
+        original(self, gradients, scale, 0)
+    plant(shard.Shard, "_update", update)
+
+
 # ── workers ───────────────────────────────────────────────────────────────────────────────────────────
 
 def forgets_a_push_at_the_first_acknowledgement(plant):
@@ -454,7 +460,7 @@ def breaks(history):
 
 
 def test_there_are_bugs():
-    assert len(BUGS) == 50
+    assert len(BUGS) == 51
 
 
 def smaller(history):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 import engine as eg
+from engine.sharder.consistency import inverse_staleness
 from tools.training import checkpoint
 from tools.training.cache import TokenCache
 from tools.training.checkpoint import Checkpoint
@@ -36,7 +37,8 @@ def configuration(settings: Settings, vocab_size: int) -> eg.models.TransformerC
 
 def schedule(settings: Settings) -> Callable[[int, str], Mapping[str, float]]:
     """hyper(step, parameter name) for the shards: warm-up and cosine; matrices decay, gains do not."""
-    rate = eg.optim.warmup_cosine(settings.lr, settings.warmup, settings.steps)
+    updates = settings.microbatches if settings.consistency == "asp" else 1  # of a step: there each push is one
+    rate = eg.optim.warmup_cosine(settings.lr, settings.warmup * updates, settings.steps * updates)
 
     def hyper(step: int, name: str) -> dict[str, float]:
         return {"lr": rate(step), "weight_decay": 0.0 if "norm" in name else settings.weight_decay}
@@ -77,13 +79,19 @@ class Session:
             self.model = eg.models.Transformer(self.config)
         self.hyper = schedule(settings)
         rule = eg.optim.AdamWRule(beta1=0.9, beta2=settings.beta2)
-        kind, own = {"threads": (eg.sharder.ParameterServer, {}), "processes": (eg.sharder.ProcessServer, {}),
-                     "ray": (eg.sharder.RayServer, {"folder": folder})}[settings.driver]
+        kept: dict[str, Any] = {"durability": settings.durability}
+        if settings.save_every is not None:
+            kept["save_every"] = settings.save_every
+        kind: Any
+        own: dict[str, Any]
+        kind, own = {"threads": (eg.sharder.ParameterServer, {}), "processes": (eg.sharder.ProcessServer, kept),
+                     "ray": (eg.sharder.RayServer, {"folder": folder, **kept})}[settings.driver]
         self.server: Any = kind(
             self.model, rule, workers=settings.workers, shards=settings.shards,
             compress=None if settings.compress == "none" else settings.compress,
             microbatches=settings.microbatches, clip_norm=settings.clip, hyper=self.hyper,
             consistency=eg.sharder.Consistency.parse(settings.consistency, settings.backups),
+            damping=inverse_staleness if settings.damping == "inverse" else None, placement=settings.placement,
             zero=settings.zero, **own)
         self.seconds = 0.0  # of training in earlier sessions of this run
 

@@ -45,10 +45,12 @@ class Settings:
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices")
     beta2: float = flag(0.95, "AdamW's memory of squared gradients")
     compress: str = flag("none", "how gradients travel: none, fp16, bf16, int8, or topk: and a share, as in topk:0.01")
-    clip: float = flag(1.0, "the largest norm of a gradient")
+    clip: float | None = flag(1.0, "the largest norm of a gradient, or none")
     seed: int = flag(0, "of the initial weights, the order of the data and dropout")
 
-    consistency: str = flag("bsp", "how far workers may run ahead: bsp, or ssp: and a staleness bound, as in ssp:3")
+    consistency: str = flag("bsp", "how far workers may run ahead: bsp, ssp: and a staleness bound, as in ssp:3, or "
+                            "asp, which needs --clip none")
+    damping: str = flag("none", "of the learning rate of late updates: none, or inverse: by 1 / staleness")
     backups: int = flag(0, "microbatches of a step that need not be waited for")
 
     # how it is run
@@ -58,6 +60,10 @@ class Settings:
     shards: int = flag(2, "threads, processes or actors that hold and update parameters", free=True)
     zero: int = flag(2, "stage of ZeRO, what workers do not hold: 1: the optimizer's state; 2: nor all gradients; "
                      "3: nor all parameters", free=True)
+    placement: str = flag("ranges", "which shard owns what: ranges, or hashing", free=True)
+    durability: str | None = flag(None, "what a lost process or actor comes back with: snapshot (of bsp), or log "
+                                  "(default: snapshot for bsp without backups, else log)", free=True)
+    save_every: int | None = flag(None, "steps between two snapshots of processes or actors (default: 10)", free=True)
     validate_every: int | None = flag(None, "steps between quick validations (default: a tenth of --steps)", free=True)
     validate_windows: int = flag(64, "windows of a quick validation", free=True)
     checkpoint_every: int | None = flag(None, "steps between checkpoints (default: a tenth of --steps)", free=True)
@@ -67,13 +73,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, each with one line."""
-        at_least = {"vocab": 257, "warmup": 0, "seed": 0, "samples": 0, "weight_decay": 0, "backups": 0}
+        at_least = {"vocab": 257, "warmup": 0, "seed": 0, "samples": 0, "weight_decay": 0, "backups": 0,
+                    "save_every": 0}
         for setting in fields(self):
             name, value = setting.name, getattr(self, setting.name)
-            kind: Any = {"int": int, "int | None": int, "float": (int, float), "str": str}[str(setting.type)]
-            if value is None and setting.default is None:
+            kind: Any = KINDS[str(setting.type)]
+            if value is None and str(setting.type).endswith("None"):
                 continue
-            if not isinstance(value, kind) or isinstance(value, bool):
+            if not isinstance(value, (int, kind) if kind is float else kind) or isinstance(value, bool):
                 raise ProgramError(f"--{dashed(name)} is {value!r}, expected a value as {setting.default!r} is one")
             if isinstance(value, str):
                 continue
@@ -93,9 +100,6 @@ class Settings:
                 raise ProgramError(f"--{error}") from None
         if self.driver not in ("threads", "processes", "ray"):
             raise ProgramError(f"--driver is {self.driver}, expected threads, processes or ray")
-        if self.driver != "threads" and self.compress != "none" and self.backups:
-            raise ProgramError(f"--compress is {self.compress} and --backups {self.backups}, expected 0 with --driver "
-                               f"{self.driver}: what a microbatch has left to say would depend on who had died when")
         if self.zero not in (1, 2, 3):
             raise ProgramError(f"--zero is {self.zero}, expected 1, 2 or 3")
         if self.width % (2 * self.heads):
@@ -106,16 +110,36 @@ class Settings:
         if self.workers > self.microbatches:
             raise ProgramError(f"--workers is {self.workers}, expected at most --microbatches ({self.microbatches}): "
                                "a microbatch is computed by one worker")
-
-        try:
-            asynchronous = Consistency.parse(self.consistency).asynchronous
-        except ValueError as error:
-            raise ProgramError(f"--{error}") from None
-        if asynchronous:
-            raise ProgramError("--consistency is asp, expected bsp or ssp: the norm that --clip bounds is that of the "
-                               "whole step, which asp never sees")
         if self.backups >= self.microbatches:
             raise ProgramError(f"--backups is {self.backups}, expected fewer than --microbatches ({self.microbatches})")
+        for name, words in (("damping", ("none", "inverse")), ("placement", ("ranges", "hashing")),
+                            ("durability", ("snapshot", "log"))):
+            if getattr(self, name) not in (*words, None):
+                raise ProgramError(f"--{name} is {getattr(self, name)}, expected {' or '.join(words)}")
+        self._expect_consistent()
+
+    def _expect_consistent(self) -> None:
+        """Refuse what does not go with the consistency."""
+        try:
+            consistency = Consistency.parse(self.consistency, self.backups)
+        except ValueError as error:
+            raise ProgramError(f"--{error}") from None
+        if consistency.asynchronous and self.clip is not None:
+            raise ProgramError("--consistency is asp, expected bsp or ssp, or --clip none: the norm that --clip bounds "
+                               "is that of the whole step, which asp never sees")
+        if consistency.asynchronous and self.zero == 3:
+            raise ProgramError("--zero is 3, expected 1 or 2 with --consistency asp: what is pulled again for the "
+                               "backward pass would be another version")
+        if self.driver != "threads" and self.compress != "none" and (self.backups or consistency.asynchronous):
+            which = "--consistency asp" if consistency.asynchronous else f"--backups {self.backups}"
+            raise ProgramError(f"--compress is {self.compress}, expected none with {which} and --driver {self.driver}: "
+                               "what a microbatch has left to say would depend on who had died when")
+        if self.damping != "none" and not (consistency.asynchronous or consistency.staleness):
+            raise ProgramError(f"--damping is {self.damping}, expected none with --consistency {self.consistency}: "
+                               "nothing is late there")
+        if self.durability == "snapshot" and not consistency.replays:
+            raise ProgramError("--durability is snapshot, expected log unless --consistency is bsp and --backups 0: "
+                               "other clocks cannot be computed again")
 
     @property
     def tokens_per_step(self) -> int:
@@ -130,17 +154,25 @@ class Settings:
         return self.checkpoint_every or max(1, self.steps // 10)
 
 
+def number_or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+KINDS: dict[str, type] = {"int": int, "int | None": int, "float": float, "float | None": float, "str": str,
+                          "str | None": str}
+
+
 def dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag for each setting; a flag that is not given does not show up in the parsed arguments."""
-    kinds = {"int": int, "int | None": int, "float": float, "str": str}
+    kinds: dict[str, Any] = {**KINDS, "float | None": number_or_none}
     for setting in fields(Settings):
         default = "" if setting.default is None else f" (default: {setting.default})"
         parser.add_argument(f"--{dashed(setting.name)}", type=kinds[str(setting.type)], default=argparse.SUPPRESS,
-                            metavar={"float": "X", "str": "HOW"}.get(str(setting.type), "N"),
+                            metavar={float: "X", str: "HOW", int: "N"}[KINDS[str(setting.type)]],
                             help=setting.metadata["text"] + default)
 
 
@@ -148,6 +180,13 @@ def given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given on the command line."""
     names = {setting.name for setting in fields(Settings)}
     return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def expect_effect(settings: Settings, changes: dict[str, Any]) -> None:
+    """Refuse flags that were given and would change nothing."""
+    for name in changes.keys() & {"durability", "save_every"} if settings.driver == "threads" else ():
+        raise ProgramError(f"--{dashed(name)} is {changes[name]}, expected --driver processes or ray with it: threads "
+                           "die together, and keep nothing")
 
 
 def resumed(saved: dict[str, Any], changes: dict[str, Any]) -> Settings:
