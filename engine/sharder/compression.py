@@ -41,7 +41,7 @@ import numpy as np
 
 from engine.backend import Array, Backend
 from engine.dtypes import DType, bool_
-from engine.optim.rules import AdamRule, Rule
+from engine.optim.rules import AdagradRule, AdamRule, RMSpropRule, Rule
 from engine.sharder.codecs import Codec, OneBit, Payload, codec_of
 from engine.sharder.partition import Parameter, Piece
 from engine.sharder.setup import Setup
@@ -50,10 +50,11 @@ from engine.sharder.setup import Setup
 def codec_for(text: str, rule: Rule) -> Codec:
     """The codec that `text` names. Raises ValueError, with the reason, if the update rule cannot work with it."""
     codec = codec_of(text)
-    if isinstance(codec, OneBit) and isinstance(rule, AdamRule):
+    if isinstance(codec, OneBit) and isinstance(rule, (AdamRule, AdagradRule, RMSpropRule)):
         raise ValueError(f"compress is '1bit' and the rule {type(rule).__name__}: all elements of a block arrive with "
                          "one size, so √v no longer tells them apart and Adam diverges (Tang et al. 2021, "
-                         "arXiv:2102.02888); expected SGD with momentum, or another codec")
+                         "arXiv:2102.02888), as may what else divides by √v; expected SGD with momentum, or another "
+                         "codec")
     return codec
 
 

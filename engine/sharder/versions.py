@@ -115,7 +115,8 @@ class Versions:
 
 
 class Counter:
-    """Bytes that were copied because an array was not where or how it was needed. In one process it stays at 0."""
+    """Bytes that were copied because an array was not where or how it was needed. Of threads, in BSP and SSP, it stays
+    at 0: there a parameter lies in one place."""
 
     def __init__(self) -> None:
         self.bytes = 0

@@ -343,8 +343,8 @@ def test_what_is_configured() -> None:
             codec_of(text)
 
 
-@pytest.mark.parametrize("rule", [optim.AdamRule(), optim.AdamWRule()])
-def test_one_bit_is_refused_for_adam(rule: optim.Rule) -> None:
+@pytest.mark.parametrize("rule", [optim.AdamRule(), optim.AdamWRule(), optim.AdagradRule(), optim.RMSpropRule()])
+def test_one_bit_is_refused_for_what_divides_by_root_v(rule: optim.Rule) -> None:
     with pytest.raises(ValueError, match=f"compress is '1bit' and the rule {type(rule).__name__}: .*√v .*expected SGD"):
         codec_for("1bit", rule)
     assert codec_for("1bit", optim.SGDRule(momentum=0.9)) == OneBit() and codec_for("int8", rule) == Int8()
