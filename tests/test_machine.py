@@ -60,8 +60,10 @@ def test_a_planted_bug_is_noticed(name: str, cycles_stay: None, monkeypatch: pyt
     monkeypatch.setattr(target, attribute, wrong)
     search = settings(derandomize=True, max_examples=3000, stateful_step_count=50, database=None, deadline=None,
                       phases=[Phase.generate], report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
-    with pytest.raises((CheckFailure, RuntimeError)):
+    with pytest.raises((CheckFailure, RuntimeError)) as caught:
         run_state_machine_as_test(EngineMachine, settings=search)
+    if isinstance(caught.value, CheckFailure):
+        assert caught.value.bound and "model" in caught.value.origin and "Hypothesis" in caught.value.reproduction
 
 
 def test_retain_grad_is_backwards_business() -> None:

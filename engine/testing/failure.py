@@ -26,8 +26,8 @@ class CheckFailure(AssertionError):
     ulps:         their distance in units in the last place, where that means something
     bound:        what was allowed
     origin:       where the bound comes from
-    reproduction: a few lines of Python that fail in the same way; given as text, or as a function that writes it. A
-                  state machine's failure (machine.py) has none: the steps that Hypothesis prints are the program.
+    reproduction: a few lines of Python that fail in the same way; given as text, or as a function that writes it. Of
+                  a state machine (machine.py) it is the steps that Hypothesis prints.
     nodes:        how many ops those lines apply, where that is known
     """
 

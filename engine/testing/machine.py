@@ -37,6 +37,13 @@ ENGINE_VIEWS: dict[str, Callable[[eg.Tensor], eg.Tensor]] = {
 }
 
 
+MODEL: dict[str, Any] = {"origin": "the naive model (model.py)", "reproduction": "# the steps that Hypothesis prints"}
+
+
+def _failure(what: str, got: Any, want: Any) -> CheckFailure:
+    return CheckFailure(f"EngineMachine: {what}", got=got, want=want, bound="no difference", **MODEL)
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Shrinks towards few steps on few tensors of shape (2,)."""
 
@@ -57,8 +64,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.removers.clear()
         failing = sys.exc_info()[0] is not None  # an error on its way holds on to memory
         if self.pool and not failing and self.pool.figures().blocks_live > self.blocks:
-            raise CheckFailure("EngineMachine: memory", got=f"{self.pool.figures().blocks_live} blocks alive",
-                               want=f"at most {self.blocks}, as at the start")
+            raise _failure("memory", f"{self.pool.figures().blocks_live} blocks alive",
+                           f"at most {self.blocks}, as at the start")
 
     # ── helpers ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -72,7 +79,7 @@ class EngineMachine(RuleBasedStateMachine):
         naive = self.naive.pop(i)
         gone = weakref.ref(self.real.pop(i))
         if gone() is not None and not naive.leaf:
-            raise CheckFailure("EngineMachine: free", got="a tensor outlives its last reference", want="it dies")
+            raise _failure("free", "a tensor outlives its last reference", "it dies")
 
     def chosen(self, i: int, wanted: Callable[[ModelTensor], bool] = lambda x: True) -> int:
         """The index of a wanted tensor, counted back from the newest."""
@@ -93,9 +100,9 @@ class EngineMachine(RuleBasedStateMachine):
             run()
         except RuntimeError as error:
             if not any(word in str(error) for word in words) or "\n" in str(error):
-                raise CheckFailure("EngineMachine", got=str(error), want=f"one line with {words!r}") from None
+                raise _failure("refusal", str(error), f"one line with {words!r}") from None
             return
-        raise CheckFailure("EngineMachine", got="no error", want=f"a RuntimeError with {words!r}")
+        raise _failure("refusal", "no error", f"a RuntimeError with {words!r}")
 
     # ── making ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -268,9 +275,9 @@ class EngineMachine(RuleBasedStateMachine):
         got = eg.grad(self.real[c], self.real[d], eg.tensor(found[1]), retain_graph=True, allow_unused=True)
         want = found[0].get(id(target))
         if (got is None) != (want is None):
-            raise CheckFailure("EngineMachine: grad", got=got, want=want)
+            raise _failure("grad", got, want)
         if got is not None and want is not None:
-            check_bits(got.numpy() + 0.0, want + 0.0, check="EngineMachine: grad")
+            check_bits(got.numpy() + 0.0, want + 0.0, check="EngineMachine: grad", **MODEL)
 
     @precondition(lambda self: any(x.grad is not None for x in self.naive))
     @rule(i=pick, clear=st.booleans())
@@ -334,15 +341,15 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def same_bits(self) -> None:
         for real, naive in zip(self.real, self.naive):
-            check_bits(real.numpy() + 0.0, naive.data + 0.0, check="EngineMachine: value")  # −0 is 0
+            check_bits(real.numpy() + 0.0, naive.data + 0.0, check="EngineMachine: value", **MODEL)  # −0 is 0
             if real.requires_grad != naive.needs or real.is_leaf != (naive.leaf or not naive.needs):
-                raise CheckFailure("EngineMachine: graph", got=f"requires_grad {real.requires_grad}, {real.is_leaf=}",
-                                   want=f"requires_grad {naive.needs}, leaf {naive.leaf}")
+                raise _failure("graph", f"requires_grad {real.requires_grad}, {real.is_leaf=}",
+                               f"requires_grad {naive.needs}, leaf {naive.leaf}")
             if (real.grad is None) != (naive.grad is None):
-                raise CheckFailure("EngineMachine: grad", got=real.grad, want=naive.grad)
+                raise _failure("grad", real.grad, naive.grad)
             if naive.grad is not None:
                 assert isinstance(real.grad, eg.Tensor)
-                check_bits(real.grad.numpy() + 0.0, naive.grad + 0.0, check="EngineMachine: grad")
+                check_bits(real.grad.numpy() + 0.0, naive.grad + 0.0, check="EngineMachine: grad", **MODEL)
 
     @invariant()
     def gradients_of_their_own(self) -> None:
@@ -352,6 +359,6 @@ class EngineMachine(RuleBasedStateMachine):
             if not isinstance(x.grad, eg.Tensor):
                 continue
             if holders.setdefault(id(x.grad.array.storage), x) is not x:
-                raise CheckFailure("EngineMachine: gradients", got="two in one memory", want="each in its own")
+                raise _failure("gradients", "two in one memory", "each in its own")
             if not x.grad.array.writeable:
-                raise CheckFailure("EngineMachine: gradients", got="a read-only one", want="one to write to")
+                raise _failure("gradients", "a read-only one", "one to write to")
