@@ -80,8 +80,8 @@ test-tsan: export TSAN_OPTIONS = halt_on_error=1:die_after_fork=0
 test-tsan: TSAN_PRELOAD = LD_PRELOAD="$$($(CC) -print-file-name=libtsan.so) $$($(CC) -print-file-name=libstdc++.so)"
 test-tsan: $(READY) ## the same with the thread sanitizer
 	@$(BUILD_SANITIZED) "-fsanitize=thread -g"
-	@$(TSAN_PRELOAD) $(SANITIZED) -k "not processes"
-	@$(TSAN_PRELOAD) $(subst THREADS=2,THREADS=1,$(SANITIZED)) -k processes
+	@$(TSAN_PRELOAD) $(SANITIZED) -k "not process"
+	@$(TSAN_PRELOAD) $(subst THREADS=2,THREADS=1,$(SANITIZED)) -k process
 
 test-peers: build $(VENV)/peers ## hold ops, layers, optimizers and models against PyTorch and transformers
 	@ENGINE_NUM_THREADS=1 $(RUN) -m pytest -q tests/peers tests/test_foreign.py $(ARGS)

@@ -129,6 +129,17 @@ def test_a_test_that_fails_anyway_catches_nothing(tree: Path, capsys: pytest.Cap
     assert "fails without the bug too" in capsys.readouterr().out
 
 
+def test_a_kill_by_a_test_that_is_gone_counts_for_nothing(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An automatic mutant's kill stands until its lines change, and so may outlive the test."""
+    automatic, ledger, tests = MINUS._replace(then=()), tree / "build" / "mutate.json", tree / "tests" / "test_maths.py"
+    assert run([automatic], tree, ledger) == 0
+    tests.write_text(tests.read_text().replace("def test_add", "def test_sum_of_two"))
+    gone = automatic._replace(tests="tests/test_maths.py")
+    assert run([gone], tree, ledger) == 1
+    assert "which is there no more" in capsys.readouterr().out
+    assert run([gone], tree, ledger) == 0
+
+
 def test_tests_that_cannot_run_decide_nothing(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mutant = record("case", "a + b", "a - b", "tests/test_maths.py::test_add[3]")
     assert run([mutant, MINUS], tree, tree / "build" / "mutate.json") == 1

@@ -312,15 +312,23 @@ def sizes_of(copy: Copy, mutant: Mutant, killer: str) -> list[int | None]:
     return found
 
 
-def confirm(copy: Copy, verdicts: Iterable[dict[str, Any]]) -> set[str]:
-    """Which tests, of those that caught something, fail without any bug too."""
-    tests = sorted({v["by"] for v in verdicts if v["verdict"] == KILLED and ".py" in v["by"]})
+def confirm(copy: Copy, verdicts: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Which tests, of those that caught something, have caught nothing, and why: they fail without any bug too, or are
+    there no more, where a ledger is older than the name of a test."""
+    tests = {v["by"] for v in verdicts if v["verdict"] == KILLED and ".py" in v["by"]}
     if not tests:
-        return set()
-    status, output = copy.test(tests, stop=False)
-    if status == 0:
-        return set()
-    return set(re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, flags=re.M)) or set(tests)
+        return {}
+    status, output = copy.test(sorted(tests), stop=False)
+    missing = {test for test in tests if re.search(rf"^ERROR: not found: .*{re.escape(test)}$", output, flags=re.M)}
+    unfit = dict.fromkeys(missing, "which is there no more")
+    if missing == tests:
+        return unfit
+    if missing:  # and so nothing has run
+        status, output = copy.test(sorted(tests - missing), stop=False)
+    if status != 0:
+        failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, flags=re.M)
+        unfit.update(dict.fromkeys(failed or tests - missing, "which fails without the bug too"))
+    return unfit
 
 
 # ── the run ───────────────────────────────────────────────────────────────────────────────────────────
@@ -359,7 +367,7 @@ def run(mutants: Sequence[Mutant], root: Path, ledger: Path, fresh: bool = False
         unfit = confirm(copy, verdicts)
     for verdict in verdicts:
         if verdict["by"] in unfit:
-            verdict.update(verdict=SURVIVED, by=f"{verdict['by']}, which fails without the bug too")
+            verdict.update(verdict=SURVIVED, by=f"{verdict['by']}, {unfit[verdict['by']]}")
             show(verdict)
     write(ledger, known)
     return report(mutants, verdicts)
