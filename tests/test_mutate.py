@@ -132,8 +132,11 @@ def test_a_test_that_fails_anyway_catches_nothing(tree: Path, capsys: pytest.Cap
 def test_a_kill_by_a_test_that_is_gone_counts_for_nothing(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An automatic mutant's kill stands until its lines change, and so may outlive the test."""
     automatic, ledger, tests = MINUS._replace(then=()), tree / "build" / "mutate.json", tree / "tests" / "test_maths.py"
+    text = tests.read_text()
+    tests.write_text("import pytest\n\n" + text.replace(
+        "def test_add(", "@pytest.mark.parametrize('kind', ['old kind'])\ndef test_add(kind"))
     assert run([automatic], tree, ledger) == 0
-    tests.write_text(tests.read_text().replace("def test_add", "def test_sum_of_two"))
+    tests.write_text(tests.read_text().replace("old kind", "new kind"))
     gone = automatic._replace(tests="tests/test_maths.py")
     assert run([gone], tree, ledger) == 1
     assert "which is there no more" in capsys.readouterr().out
