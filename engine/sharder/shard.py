@@ -19,6 +19,7 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import replace
 from math import inf
+from sys import float_info
 from typing import Any, ClassVar
 
 import numpy as np
@@ -148,7 +149,7 @@ class Shard:
                 ("worker", who.worker, 0, inf), ("epoch", who.epoch, 0, inf), ("sequence", who.sequence, 0, inf),
                 ("clock", clock, 0, inf if self.asynchronous else at + self.setup.consistency.staleness),
                 ("version", push.version, first, last), ("microbatch", push.microbatch, 0, self.setup.microbatches - 1),
-                ("tokens", push.tokens, 0, np.finfo(float).max)):
+                ("tokens", push.tokens, 0, float_info.max)):
             if not least <= value <= most:
                 raise ProtocolError(f"shard {self.number}: got {push!r} at clock {at}: its {name} is {value}, expected "
                                     f"{least} to {most}")
