@@ -304,10 +304,10 @@ class Team(ABC):
     def _bear(self, address: Address) -> None:
         server, incarnation = self.server, self.incarnations[address]
         program = self.program if address[0] == "worker" else None
+        self.tape.birth(address, f"incarnation {incarnation}")  # first, for what is born may begin at once
         self.bear(Order(address, incarnation, self.folder, server.recipe, self.origin, self.epoch + incarnation,
                         server.workers, self.last, server.durability, program, self.threads(address),
                         server.recording is not None, self.computers))
-        self.tape.birth(address, f"incarnation {incarnation}")
         self.incarnations[address] += 1
 
     def fail(self, why: str) -> WorkFailed:
