@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.internal.conjecture import providers
 
@@ -33,3 +34,17 @@ providers._get_local_constants = lambda: _NO_CONSTANTS
 if threading.current_thread() is threading.main_thread():
     # A shell in the background starts its children with Ctrl-C ignored, and children hand that on. The tests send it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def told_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of kernel threads is what was set, also where no kernels were compiled: there it is always 1, and what
+    depends on it would not show."""
+    from engine.backend import get_backend
+    from engine.backend.cpu import CpuBackend
+
+    backend = get_backend("cpu")
+    if not isinstance(backend, CpuBackend):
+        told = [1]
+        monkeypatch.setattr(backend, "set_num_threads", lambda n: told.__setitem__(0, n), raising=False)
+        monkeypatch.setattr(backend, "get_num_threads", lambda: told[0], raising=False)

@@ -309,8 +309,8 @@ def impurities(tree: Sources) -> list[str]:
             if path in MACHINES and inside(module, "engine.sharder.drivers"):
                 found.append(f"{path}: imports {module}")
         for where, node in functions_of(text):
-            if (isinstance(node, ast.Attribute) and node.attr == "random") or (isinstance(node, ast.Call) \
-                    and isinstance(node.func, ast.Name) and node.func.id in ("open", "__import__")):
+            called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            if called in ("open", "__import__") or (isinstance(node, ast.Attribute) and node.attr == "random"):
                 found.append(f"{path}: {where} uses {ast.unparse(node)}")
     return found
 

@@ -26,6 +26,12 @@ def backend(compute: Any = halves) -> Any:
     return SimpleNamespace(map=compute, from_numpy=lambda x: x)
 
 
+def test_a_zero_of_the_other_sign_is_no_result() -> None:
+    """Of what is zero, and of what rounds to it; where there is no result a zero is wrong anyway."""
+    got, want = np.float32([0, -0.0, 0, -0.0, 0]), np.array([0, 0, -1e-60, -1e-60, np.nan])
+    assert units(got, want).tolist() == [0, np.inf, np.inf, pytest.approx(0, abs=1e-14), np.inf]
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_units_are_those_of_the_slower_program(name: str) -> None:
     """In every binade, next to zero and infinity too, for results that are off by a few units."""

@@ -56,7 +56,7 @@ COPIED = ("engine", "kernels", "tests", "tools", "pyproject.toml")
 # The wider suite: not what builds trees, runs programs, looks at records and prose, or at how examples shrink.
 WIDER = ["tests", *(f"--ignore-glob=tests/{name}" for name in (
     "test_packaging.py", "test_tools_*.py", "test_examples.py", "test_readme.py", "test_mutate.py", "test_testing.py",
-    "test_strategies.py"))]
+    "test_row_checks.py", "test_strategies.py"))]
 SECONDS_ALLOWED = 900  # a bug that makes the tests hang is caught by this
 SANITIZERS = {"thread": ("libtsan.so", "ThreadSanitizer")}  # the library to load first, and how its reports begin
 LIMITS = {resource.RLIMIT_CPU: 240, resource.RLIMIT_AS: 8 << 30}  # seconds, bytes: of the tests of an automatic mutant

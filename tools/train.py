@@ -64,6 +64,7 @@ def main() -> int:
         require(module, "training")  # now, not when the training is done
     with run_lock(arguments.run):
         settings, saved = choose_settings(arguments)
+        expect_effect(settings, given(arguments))
         if settings.driver == "ray":
             require("ray", "--driver ray", extra="cluster")
         corpus = open_corpus(saved.facts["corpus"]["data"] if saved else arguments.data)
@@ -98,23 +99,15 @@ def choose_settings(arguments: argparse.Namespace) -> tuple[Settings, checkpoint
         if found:
             raise ProgramError(f"{arguments.run} already holds a run, at step {found[-1]}; go on with --resume, remove "
                                "the folder to start over, or choose another with --run")
-        return new_settings(arguments), None
+        return Settings(**given(arguments)), None
     if not found:
         say(f"no checkpoint in {arguments.run} yet: starting at step 0")
-        return new_settings(arguments), None
+        return Settings(**given(arguments)), None
     saved = checkpoint.read(checkpoint.locate(folder), optimizer=True)
     data = saved.facts["corpus"]["data"]
     if arguments.data not in (None, data):
         raise ProgramError(f"--data is {arguments.data}, but the run to resume reads {data or 'the standard library'}")
-    settings = resumed(saved.facts["settings"], given(arguments))
-    expect_effect(settings, given(arguments))
-    return settings, saved
-
-
-def new_settings(arguments: argparse.Namespace) -> Settings:
-    settings = Settings(**given(arguments))
-    expect_effect(settings, given(arguments))
-    return settings
+    return resumed(saved.facts["settings"], given(arguments)), saved
 
 
 def prepare(settings: Settings, corpus: Corpus, arguments: argparse.Namespace,

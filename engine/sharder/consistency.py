@@ -58,6 +58,10 @@ class Consistency:
             return clock < granted
         return clock <= committed + self.staleness and clock < granted + self.staleness
 
+    def updates(self, clocks: int, microbatches: int) -> int:
+        """How many updates make so many clocks: one each, or one for each microbatch."""
+        return clocks * microbatches if self.asynchronous else clocks
+
     @property
     def replays(self) -> bool:
         """Whether clocks that are computed again from an older version give the same bits."""

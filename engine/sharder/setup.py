@@ -63,7 +63,7 @@ class Setup:
 
     def updates(self, clock: int) -> int:
         """How many updates make so many clocks."""
-        return clock * self.microbatches if self.consistency.asynchronous else clock
+        return self.consistency.updates(clock, self.microbatches)
 
     def hyper_at(self, step: int, name: str, staleness: int) -> Mapping[str, Any]:
         """The hyper-parameters of an update that comes `staleness` updates late."""

@@ -12,6 +12,7 @@ import pytest
 import engine as eg
 from engine.backend import get_backend
 from engine.backend.cpu import CpuBackend
+from engine.testing.rounded import function_ulps
 from tools.accuracy import FUNCTIONS, POWERS, ROWS, worst
 from tools.exhaustive import BOUNDS, sweep
 
@@ -21,18 +22,18 @@ STRIDE, STRIDE_OF_POWERS = 251, 1009
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_251st_float(name: str) -> None:
     backend = get_backend("cpu")
-    if not isinstance(backend, CpuBackend):
-        pytest.skip("no compiled kernels: NumPy's functions have no stated accuracy here")
-    error, argument = sweep(name, {backend.level: backend}, 0, 2**32, STRIDE)[backend.level]
-    assert 0 < error <= BOUNDS[name], f"{name}: {error} units at {argument!r}"
+    compiled = isinstance(backend, CpuBackend)
+    if not compiled and ROWS[name].numpy is None:  # x · e⁻ˣ/(1 + e⁻ˣ) rounds inside, and loses its tail altogether
+        pytest.skip("no compiled kernels: a composition of NumPy's functions promises nothing")
+    error, argument = sweep(name, {"": backend}, 0, 2**32, STRIDE)[""]
+    allowed = BOUNDS[name] if compiled else function_ulps(name, "float32")
+    assert 0 < error <= allowed, f"{name}: {error} units at {argument!r}"
 
 
 @pytest.mark.parametrize("name", POWERS)
 def test_every_1009th_float_with_a_base_or_an_exponent(name: str) -> None:
-    if not isinstance(get_backend("cpu"), CpuBackend):
-        pytest.skip("no compiled kernels: NumPy's functions have no stated accuracy here")
     error, argument = worst(name, ROWS[name].ours, STRIDE_OF_POWERS)
-    assert 0 < error <= BOUNDS["pow"], f"{name}: {error} units at {argument!r}"
+    assert 0 < error <= function_ulps("pow", "float32"), f"{name}: {error} units at {argument!r}"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

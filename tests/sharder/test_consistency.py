@@ -111,6 +111,11 @@ def test_what_does_not_go_together_gets_one_line(arguments, message):
         make(ParameterServer, microbatches=3, **arguments)
 
 
+@pytest.mark.parametrize(("text", "updates"), [("bsp", 3), ("ssp:2", 3), ("asp", 12)])
+def test_updates_of_three_clocks_of_four_microbatches(text, updates):
+    assert Consistency.parse(text).updates(3, 4) == updates
+
+
 def test_a_consistency_that_cannot_be_gets_one_line():
     with pytest.raises(ValueError, match="staleness is -1, expected a whole number of at least 0"):
         Consistency(staleness=-1)

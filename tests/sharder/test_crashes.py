@@ -19,7 +19,7 @@ from tools.nightly import Ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "build" / "crashes.jsonl"
-DECIDES = ("engine/sharder/**/*.py", "engine/optim/accumulator.py", "engine/optim/clip.py",
+DECIDES = ("engine/sharder/**/*.py", "engine/optim/*.py", "engine/backend/*.py", "engine/dtypes.py",
            "tests/sharder/sharder_problems.py", "tests/sharder/test_crashes.py")
 
 WEATHER = Weather(latency=(1, 6), timeout=30, absence=12)
@@ -88,7 +88,7 @@ def test_what_passed_counts_until_a_source_changes(tmp_path):
 def test_every_crash_for_every_number_of_workers_and_shards(mode, workers, shards):
     ledger, start = Ledger(LEDGER), time.monotonic()
     what = {"mode": mode, "workers": workers, "shards": shards, "decisive": decisive()}
-    if any(what.items() <= line.items() for line in ledger.lines):
+    if any(what.items() <= line.items() for line in ledger.lines):  # a history follows from its sources and its seed
         pytest.skip("passed before, on the same sources")
     # A shard is added where the number of workers is even, and removed where it is odd; 7 become 1, and 1 becomes 7.
     kinds = (*CRASHES, f"reshard:{(shards % 7 if workers % 2 == 0 else (shards - 2) % 7) + 1}")

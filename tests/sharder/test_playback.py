@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import Counter
 from functools import partial
 from itertools import product
@@ -17,7 +18,7 @@ from sharder_supervised import expected, slow_program
 from sharder_traces import check_trace, read_trace, spans
 
 from engine.backend import Array
-from engine.sharder.drivers import child, tape
+from engine.sharder.drivers import child, processes, tape
 from engine.sharder.drivers.playback import playback
 from engine.sharder.drivers.tape import Tape, read, weight
 from engine.sharder.encoding import decode, encode
@@ -64,7 +65,13 @@ def test_computing_is_where_the_time_goes(tmp_path):
     assert computed >= CLOCKS * MICROBATCHES * 0.02e9
 
 
-def test_a_killed_worker_shows(tmp_path):
+def test_a_killed_worker_shows(tmp_path, monkeypatch):
+    """Also if the supervisor is interrupted between a birth and whatever it does next."""
+    def bear(self, order, original=processes._Processes.bear):
+        original(self, order)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(processes._Processes, "bear", bear)
     server, path = server_of(Processes), tmp_path / "trace.json"
     for done in server.run(partial(slow_program, seconds=0.01), CLOCKS, trace=path):
         if done.clock == 0:

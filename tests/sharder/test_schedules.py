@@ -28,6 +28,7 @@ from sharder_problems import (
 from engine.sharder.drivers.faults import FAULTS, Weather
 from engine.sharder.drivers.invariants import Violated
 from engine.sharder.drivers.plain import Plain
+from engine.sharder.versions import Versions
 
 CLOCKS = 3
 
@@ -95,6 +96,19 @@ def test_an_oracle_that_differs_in_one_bit_is_noticed():
     wrong = Wrong(simulation.setup, simulation.checkpoint(), tiny_gradient)
     with pytest.raises(Violated, match="shard 1, version 2: velocity/b has other bits than plain training"):
         simulation.run(tiny_gradient, 3, 0, plain=wrong)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_parameters_that_change_while_somebody_holds_them_are_noticed(zero, monkeypatch):
+    """Of a clock that is over: no bit of the training depends on them any more. Pulled whole, or shard by shard."""
+    def commit(self, original=Versions.commit):
+        before = self.current
+        original(self)
+        before.flat.data[...] = 0
+
+    monkeypatch.setattr(Versions, "commit", commit)
+    with pytest.raises(Violated, match="parameters of version 0 have changed while workers hold them"):
+        tiny("bsp, logs", zero=zero, weather=Weather())
 
 
 def test_the_oracle_is_plain_training():

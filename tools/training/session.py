@@ -37,8 +37,9 @@ def configuration(settings: Settings, vocab_size: int) -> eg.models.TransformerC
 
 def schedule(settings: Settings) -> Callable[[int, str], Mapping[str, float]]:
     """hyper(step, parameter name) for the shards: warm-up and cosine; matrices decay, gains do not."""
-    updates = settings.microbatches if settings.consistency == "asp" else 1  # of a step: there each push is one
-    rate = eg.optim.warmup_cosine(settings.lr, settings.warmup * updates, settings.steps * updates)
+    consistency = eg.sharder.Consistency.parse(settings.consistency)
+    warmup, steps = (consistency.updates(n, settings.microbatches) for n in (settings.warmup, settings.steps))
+    rate = eg.optim.warmup_cosine(settings.lr, warmup, steps)
 
     def hyper(step: int, name: str) -> dict[str, float]:
         return {"lr": rate(step), "weight_decay": 0.0 if "norm" in name else settings.weight_decay}
