@@ -40,7 +40,7 @@ struct attention {
 
 enum {
     Q_BATCH, Q_HEAD, Q_TIME, K_BATCH, K_HEAD, K_KEY, V_BATCH, V_HEAD, V_KEY, MASK_BATCH, MASK_HEAD, MASK_TIME,
-    MASK_KEY
+    MASK_KEY, DQ_TIME, DKV_KEY
 };
 
 /* A tile of queries at work; every array is in the thread's scratch. */

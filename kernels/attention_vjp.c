@@ -51,7 +51,7 @@ static void softmax_gradient(struct query_tile *w, struct gradient_tile *z, int6
 
 /* dk or dv: to[key, :] += Σ_query tile[key, query] rows[query, :], from the first query that sees any of the keys. */
 static void add_over_queries(struct query_tile *w, real *to, const real *tile, const real *rows, int64_t keys) {
-    int64_t d = w->x->d, to_row = w->x->kv_heads * d, first = 0;
+    int64_t d = w->x->d, to_row = w->x->strides[DKV_KEY], first = 0;
     for (int64_t i = 0; i < keys; i += 2 * MR) {
         while (first < w->rows && w->visible[first] <= i)
             first++;
@@ -70,9 +70,9 @@ static void tile_gradient(struct query_tile *w, struct gradient_tile *z, int64_t
     if (part->want_dq)
         add_over_keys(w, z->dq, z->dscores, keys_of(w, key), x->strides[K_KEY], NULL);
     if (part->want_dkv) {
-        int64_t row = ((w->batch * x->s + key) * x->kv_heads + w->kv_head) * x->d;
-        add_over_queries(w, x->dv + row, w->scores, z->g_rows, keys);
-        add_over_queries(w, x->dk + row, z->dscores, w->q_rows, keys);
+        int64_t at = (w->batch * x->s + key) * x->strides[DKV_KEY] + w->kv_head * x->d;
+        add_over_queries(w, x->dv + at, w->scores, z->g_rows, keys);
+        add_over_queries(w, x->dk + at, z->dscores, w->q_rows, keys);
     }
 }
 
@@ -100,17 +100,20 @@ static void open_gradient_tile(struct query_tile *w, struct gradient_tile *z, re
 }
 
 static void store_dq(const struct query_tile *w, const struct gradient_tile *z) {
+    const struct attention *x = w->x;
     for (int64_t i = 0; i < w->rows; i++)
-        memcpy(w->x->dq + w->row[i] * w->x->d, z->dq + i * w->x->d, (size_t)w->x->d * sizeof(real));
+        memcpy(x->dq + (w->batch * x->t + w->time[i]) * x->strides[DQ_TIME] + w->head[i] * x->d, z->dq + i * x->d,
+               (size_t)x->d * sizeof(real));
 }
 
 static void gradient_part(const struct attention *x, int64_t head, const struct part *part) {
     real *scratch = thread_scratch(SCRATCH_ATTENTION, (size_t)gradient_size(x) * sizeof(real));
     if (part->want_dkv) {
-        int64_t first = head / x->kv_heads * x->s * x->kv_heads + head % x->kv_heads;
+        int64_t batch = head / x->kv_heads * x->s, kv_head = head % x->kv_heads;
         for (int64_t key = part->first_keys * KEYS; key < at_most(part->last_keys * KEYS, x->s); key++) {
-            memset(x->dk + (first + key * x->kv_heads) * x->d, 0, (size_t)x->d * sizeof(real));
-            memset(x->dv + (first + key * x->kv_heads) * x->d, 0, (size_t)x->d * sizeof(real));
+            int64_t at = (batch + key) * x->strides[DKV_KEY] + kv_head * x->d;
+            memset(x->dk + at, 0, (size_t)x->d * sizeof(real));
+            memset(x->dv + at, 0, (size_t)x->d * sizeof(real));
         }
     }
     for (int64_t n = part->first_queries; n < part->last_queries; n++) {

@@ -8,12 +8,10 @@
  * composition) pays, and a cleverer loop does not.
  *
  * Each kernel is its element function below plus the walk of elementwise.h. */
+#include "activations.h"
 #include "elementwise.h"
 
 /* ── y = f(x) ───────────────────────────────────────────────────────────────────────────────────── */
-
-/* x within ±limit, for where a function has long reached its limit: ∞ · 0 must not arise on the way. NaN stays. */
-static inline vf clamp(vf x, real limit) { return vf_max(vf_set1(-limit), vf_min(vf_set1(limit), x)); }
 
 static inline vf identity(vf x) { return x; }
 static inline vf negate(vf x) { return -x; }
@@ -24,30 +22,6 @@ static inline vf reciprocal_of(vf x) { return vf_set1(1) / x; }
 static inline vf sign_of(vf x) {
     vf one = vf_copysign(vf_set1(1), x);
     return vf_select((x < 0) | (x > 0), one, vf_select(x == 0, vf_zero(), x));
-}
-
-/* max(x, 0). A NaN stays. */
-static inline vf relu_of(vf x) { return vf_select(x <= 0, vf_zero(), x); }
-
-/* x σ(x). Hendrycks and Gimpel 2016, arXiv:1606.08415; also called swish. */
-static inline vf silu_of(vf x) {
-    sigmoid_parts s = vf_sigmoid_parts(x, vf_zero());
-    return x * s.part / (s.part + s.rest);
-}
-
-/* x Φ(x), Φ the normal distribution function. Hendrycks and Gimpel 2016, arXiv:1606.08415. */
-static inline vf gelu_of(vf x) {
-    vf bell;
-    return x * vf_normal_cdf(x, &bell);
-}
-
-/* x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) = x σ(v) with v = TANH_1 x + TANH_3 x³: the same paper, section 2. */
-#define TANH_1 1.5957691216057308  /* 2 √(2/π) */
-#define TANH_3 0.07135481627260025 /* 2 √(2/π) · 0.044715 */
-static inline vf gelu_tanh_of(vf x) {
-    vf v_lo, v = vf_cubic(clamp(x, 100), TANH_1, TANH_3, &v_lo);
-    sigmoid_parts s = vf_sigmoid_parts(v, v_lo);
-    return x * s.part / (s.part + s.rest);
 }
 
 UNARY(copy, identity)
@@ -70,50 +44,24 @@ UNARY(cos, vf_cos)
 UNARY(tanh, vf_tanh)
 UNARY(sigmoid, vf_sigmoid)
 UNARY(erf, vf_erf)
-UNARY(relu, relu_of)
-UNARY(silu, silu_of)
 UNARY(softplus, vf_softplus)
-UNARY(gelu, gelu_of)
-UNARY(gelu_tanh, gelu_tanh_of)
 
-/* ── dx = g f′(x) ───────────────────────────────────────────────────────────────────────────────── */
+/* ── activations: y = f(x), and dx = g f′(x) ────────────────────────────────────────────────────── */
 
-static inline vf relu_slope(vf g, vf x) { return vf_select(x > 0, g, vf_zero()); }
-
-/* (x σ)′ = σ (1 + x (1 − σ)) */
-static inline vf silu_slope(vf g, vf x) {
-    sigmoid_parts s = vf_sigmoid_parts(x, vf_zero());
-    vf inverse = vf_set1(1) / (s.part + s.rest);
-    return g * (s.part * inverse * vf_fma(clamp(x, 1000), s.rest * inverse, vf_set1(1)));
-}
-
-/* (x Φ)′ = Φ + x φ, φ(x) = e^(−x²/2)/√(2π) */
-static inline vf gelu_slope(vf g, vf x) {
-    vf bell, cdf = vf_normal_cdf(x, &bell);
-    return g * vf_fma(clamp(x, 100), bell * vf_set1((real)0.3989422804014327), cdf);
-}
-
-/* (x σ(v))′ = σ (1 + x (1 − σ) v′), v′ = TANH_1 + 3 TANH_3 x² */
-static inline vf gelu_tanh_slope(vf g, vf x) {
-    vf near = clamp(x, 100), v_lo, v = vf_cubic(near, TANH_1, TANH_3, &v_lo);
-    sigmoid_parts s = vf_sigmoid_parts(v, v_lo);
-    vf inverse = vf_set1(1) / (s.part + s.rest);
-    vf v_slope = vf_fma(near * near, vf_set1((real)(3 * TANH_3)), vf_set1((real)TANH_1));
-    return g * (s.part * inverse * vf_fma(near * (s.rest * inverse), v_slope, vf_set1(1)));
-}
-
-#define SLOPE(name, f) \
-    ALWAYS_INLINE void name##_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
-        vf_store_any(REAL_AT(0), stride[0], f(LOAD(1), LOAD(2)), n); \
+#define ACTIVATION(name, gradient) \
+    ALWAYS_INLINE vf name##_value(vf x) { return name##_of(x).y; } \
+    UNARY(name, name##_value) \
+    ALWAYS_INLINE void name##_vjp_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
+        vf_store_any(REAL_AT(0), stride[0], gradient(LOAD(1), name##_of(LOAD(2)).slope), n); \
     } \
-    RUN_OF(name, 3) \
-    KERNEL(name)(real *dx, const real *g, const real *x, const int64_t *layout) { \
-        walk_layout(layout, 3, (void *const[]){dx, (void *)g, (void *)x}, REAL_SIZES, name##_run); \
+    RUN_OF(name##_vjp, 3) \
+    KERNEL(name##_vjp)(real *dx, const real *g, const real *x, const int64_t *layout) { \
+        walk_layout(layout, 3, (void *const[]){dx, (void *)g, (void *)x}, REAL_SIZES, name##_vjp_run); \
     }
-SLOPE(relu_vjp, relu_slope)
-SLOPE(silu_vjp, silu_slope)
-SLOPE(gelu_vjp, gelu_slope)
-SLOPE(gelu_tanh_vjp, gelu_tanh_slope)
+ACTIVATION(relu, relu_gradient)
+ACTIVATION(silu, smooth_gradient)
+ACTIVATION(gelu, smooth_gradient)
+ACTIVATION(gelu_tanh, smooth_gradient)
 
 /* ── y = f(a, b) ────────────────────────────────────────────────────────────────────────────────── */
 

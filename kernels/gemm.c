@@ -125,10 +125,16 @@ static void multiply_panel(const struct stage *s, int64_t panel, const real *a, 
     }
 }
 
+static void finish_panel(const struct product *x, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+    if (x->finish)
+        x->finish->part(x->finish, x, row, at_most(x->m - row, rows), column, columns);
+}
+
 /* Index: group of row panels × span of column panels. */
 static void multiply_tasks(void *context, int64_t begin, int64_t end) {
     const struct stage *s = context;
-    int64_t k = s->product->k;
+    const struct product *x = s->product;
+    int64_t k = x->k;
     for (int64_t t = begin; t < end; t++) {
         int64_t first = t / s->spans * s->group, last = at_most(first + s->group, s->row_panels);
         int64_t left = t % s->spans * s->span * NR, columns = at_most(s->columns - left, s->span * NR), p = 0;
@@ -138,9 +144,12 @@ static void multiply_tasks(void *context, int64_t begin, int64_t end) {
             struct span span = pack_b(s->product, left, columns, p, depths);
             for (int64_t panel = first; panel < last;) {
                 struct bundle bundle = pack_a(s, panel, last - panel, columns, p, depths);
-                for (int64_t i = 0; i < bundle.panels; i++, panel++)
+                for (int64_t i = 0; i < bundle.panels; i++, panel++) {
                     multiply_panel(s, panel, bundle.a + i * bundle.panel_stride, &bundle, &span, left, columns, p,
                                    depths);
+                    if (p + depths == k)
+                        finish_panel(x, panel * s->panel_rows, s->panel_rows, left, columns);
+                }
             }
             p += KC;
         } while (p < k);
@@ -173,10 +182,12 @@ static void choose_tasks(struct stage *s) {
 }
 
 void TYPED(multiply_product)(const struct product *x) {
-    if (x->m <= FEW_ROWS && x->panels)
-        return TYPED(multiply_few_panels)(x);
-    if (x->m <= FEW_ROWS && x->b_row == 1)
-        return TYPED(multiply_few)(x);
+    int few = x->m <= FEW_ROWS && (x->panels || x->b_row == 1);
+    if (few) {
+        x->panels ? TYPED(multiply_few_panels)(x) : TYPED(multiply_few)(x);
+        finish_panel(x, 0, x->m, 0, x->n);
+        return;
+    }
     int in_scratch = x->accumulate && x->k > KC; /* C must keep its old value until the sum is finished */
     int64_t panels = divide_up(x->m, MR), width = in_scratch ? COLUMNS : x->n;
     struct stage s = {.product = x};

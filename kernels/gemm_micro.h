@@ -35,7 +35,9 @@
 
 /* C = A B (+ bias) (+ C), and the strides of A and B; the rows of C are dense. B may be stored otherwise: in panels of NR
  * columns, k · NR apart, as pack_panels leaves them for a depth of k; or in a way that only `unpack` knows, which writes
- * `columns` columns of a block of the depth into panels of NR, panel_size(NR, depths) apart. */
+ * `columns` columns of a block of the depth into panels of NR, panel_size(NR, depths) apart. finish, if it is not NULL,
+ * gets every part of C when it is whole. */
+struct finish;
 struct product {
     real *c;
     const real *a, *b, *bias;
@@ -45,6 +47,17 @@ struct product {
     void (*unpack)(real *packed, const struct product *x, int64_t column, int64_t columns, int64_t p, int64_t depths);
     const void *stored;
     int64_t scheme;
+    const struct finish *finish;
+};
+
+/* What is computed from a part of C (rows × columns, the first at row, column) as soon as it is whole, by the thread
+ * that made it and while it is in that thread's caches. */
+struct finish {
+    void (*part)(const struct finish *finish, const struct product *x, int64_t row, int64_t rows, int64_t column,
+                 int64_t columns);
+    const real *slope;
+    real *h;
+    int activation;
 };
 
 /* gemm.c: one product, spread over the threads. */

@@ -121,6 +121,12 @@ KERNEL(gemm)(real *c, const real *a, const real *b, const real *bias, int64_t ba
 KERNEL(pack_weight)(real *panels, const real *weight, int64_t n, int64_t k, int64_t row, int64_t column);
 KERNEL(packed_linear)(real *y, const real *x, const real *panels, const real *bias, int64_t m, int64_t n, int64_t k);
 
+/* ── gemm_activation.c: all dense; activation f: 0 relu, 1 silu, 2 gelu, 3 gelu_tanh. Bits as of gemm and then f. ── */
+/* h (m, n) = f(z), slope = f′(z) or NULL, with z = x (m, k) Wᵀ + bias for W (n, k). */
+KERNEL(linear_activation)(real *h, real *slope, const real *x, const real *weight, const real *bias, int64_t m, int64_t n, int64_t k, int activation);
+/* dz (m, n) = (g (m, k) W) ∘ f′(z) for W (k, n): what the gradient of y = f(z) Wᵀ is in z. */
+KERNEL(linear_activation_vjp)(real *dz, const real *g, const real *weight, const real *slope, int64_t m, int64_t n, int64_t k, int activation);
+
 /* ── quantized.c: the same for a W of quantised blocks. 32 weights of a row are a block: a scale d (and with Q4_1
  * a minimum m) in float16, then quants. scheme is GGUF's number: 2 Q4_0, d(q − 8); 3 Q4_1, d q + m; 8 Q8_0, d q with signed
  * bytes q. Of 4-bit quants byte i holds weight i in its lower half and weight i + 16 in the upper. k is a multiple of 32,
@@ -130,8 +136,8 @@ KERNEL(quantized_linear)(real *y, const real *x, const uint8_t *panels, const re
 
 /* ── attention.c: softmax(scale · Q Kᵀ + mask) V, tiled; nothing of size T × S is ever held.
  * q: (batch, T, heads, D); k, v: (batch, S, kv_heads, D), heads a multiple of kv_heads; the last axis is
- * dense, the others go by strides = { q: b,h,t; k: b,h,s; v: b,h,s; mask: b,h,t,s }; out and the gradients
- * are dense and shaped as these, lse is (batch, T, heads). mask is added to the scores, or NULL. lengths[b]
+ * dense, the others go by strides = { q: b,h,t; k: b,h,s; v: b,h,s; mask: b,h,t,s; dq: t; dk and dv: s }; out is
+ * dense and shaped as q, and so are the gradients but for the distance from one time to the next; lse is (batch, T, heads). mask is added to the scores, or NULL. lengths[b]
  * is how many keys of sequence b are real (a key beyond is as if not there), or NULL for all S. causal:
  * query t sees key s where s ≤ t + (S − T). A row that sees nothing gives zeros and lse = −inf. Dropout
  * multiplies the probabilities by keep/(1 − p), Philox site as below, index ((b·heads + h)·T + t)·S + s. */

@@ -203,7 +203,7 @@ static inline vf scaled_normal_tail(vf a) {
     vf p = POLYNOMIAL(t, 0x1.7d6514p-1f, -0x1.22885p-1f, 0x1.461f66p-2f, -0x1.e6b20ap-4f, 0x1.34dfdap-6f,
                       0x1.95cac6p-8f, -0x1.b0b0a4p-9f, -0x1.948deap-12f, 0x1.d96a88p-12f, 0x1.fff2dp-15f,
                       -0x1.e824ecp-16f);
-    return vf_fma(p, inverse, p * inverse_lo);
+    return vf_fma_once(p, inverse, p * inverse_lo);
 }
 
 /* Φ(x), the normal distribution function, and e^(−x²/2). The square is taken exactly, as a sum of two:
@@ -211,7 +211,7 @@ static inline vf scaled_normal_tail(vf a) {
 static inline vf vf_normal_cdf(vf x, vf *bell) {
     vf a = vf_min(vf_set1(15), vf_abs(x)), square = a * a;
     exp_parts e = vf_exp_parts(vf_set1(-0.5f) * square, vf_set1(-0.5f) * vf_fma_once(a, a, -square));
-    vf tail = vf_ldexp(e.hi * scaled_normal_tail(a), e.n);
+    vf scaled = scaled_normal_tail(a), tail = vf_ldexp(vf_fma_once(e.hi, scaled, e.lo * scaled), e.n);
     *bell = vf_ldexp(e.hi, e.n);
     return vf_select(x < 0, tail, vf_set1(1) - tail);
 }

@@ -8,9 +8,10 @@ from engine import ops
 from engine.autograd import is_grad_enabled
 from engine.backend import get_backend
 from engine.dtypes import DType, float32
-from engine.nn.layers import Linear
+from engine.nn.layers import Linear, fusible
 from engine.nn.module import Module, Parameter
-from engine.ops.attention import attend, turned
+from engine.ops.attention import attend, attend_joined, turned
+from engine.ops.matmul import joined_linear
 from engine.tensor import Tensor
 
 
@@ -110,6 +111,14 @@ class MultiHeadAttention(Module):
         cache:   keys and values of earlier positions; these are added. In cross attention it is filled by the first
                  call, and later calls do not look at `context` again
         """
+        dropout = self.dropout if self.training else 0.0
+        parts = () if self.joined is not None else (self.query, self.key, self.value)
+        alone = context is None and rotary is None and cache is None
+        if alone and is_grad_enabled() and parts and fusible(*parts):
+            joined = joined_linear(x, *[part.weight for part in parts], *[part.bias for part in parts])
+            y = attend_joined(self._heads(joined, self.heads + 2 * self.kv_heads), self.kv_heads, mask, causal=causal,
+                              lengths=lengths, dropout=dropout)
+            return self.output(y.reshape(*x.shape[:2], self.heads * self.head_width))
         if context is not None and cache is not None and cache.length:
             query = self._heads(self.query(x), self.heads)
             key, value = (turned(x) for x in cache.filled())
@@ -120,7 +129,7 @@ class MultiHeadAttention(Module):
             if cache is not None:
                 key, value = (turned(x) for x in cache.append(turned(key), turned(value)))
         y = attend(query, key, value, mask, causal=causal, lengths=lengths, scale=1 / math.sqrt(self.head_width),
-                   dropout=self.dropout if self.training else 0.0)
+                   dropout=dropout)
         return self.output(y.reshape(*x.shape[:2], self.heads * self.head_width))
 
     def _projected(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,6 +46,11 @@ class Linear(Module):
         return f"{inputs}, {outputs}" + (", bias=False" if self.bias is None else "")
 
 
+def fusible(*maps: Module) -> bool:
+    """Whether one op may stand for these: they are Linear and nothing derived from it, and their weights tensors."""
+    return all(type(m) is Linear and isinstance(m.weight, Tensor) for m in maps)
+
+
 class Embedding(Module):
     """y = W[index]: a row of W `weight` (count, width) ~ N(0, std²) for each integer in [0, count).
 
@@ -140,9 +145,11 @@ class FeedForward(Module):
         self.down = Linear(hidden, width, bias, std=output_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        f = ACTIVATIONS[self.activation]
-        inner = f(self.up(x)) if self.gate is None else f(self.gate(x)) * self.up(x)
-        return self.down(inner)
+        f, up, down = ACTIVATIONS[self.activation], self.up, self.down
+        if self.gate is None and fusible(up, down):
+            return ops.feed_forward(x, up.weight, down.weight, up.bias, down.bias, self.activation)
+        inner = f(up(x)) if self.gate is None else f(self.gate(x)) * up(x)
+        return down(inner)
 
     def extra_repr(self) -> str:
         return self.activation

@@ -62,6 +62,7 @@ from engine.ops.elementwise import (
     tanh,
     where,
 )
+from engine.ops.feed_forward import feed_forward
 from engine.ops.functions import (
     acos,
     acosh,
@@ -228,6 +229,7 @@ __all__ = [
     "expand_dims",
     "expm1",
     "eye",
+    "feed_forward",
     "flatten",
     "flip",
     "floor",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.backend import Array, get_backend
-from engine.dtypes import as_dtype, float32, int64
+from engine.dtypes import DType, as_dtype, float32, int64
 from engine.ops.creation import arange, masked_scale
 from engine.ops.elementwise import where
 from engine.ops.matmul import matmul
@@ -28,7 +28,7 @@ def _strides(k: Any, x: Array) -> Array:
 
 
 def _arguments(k: Any, q: Array, key: Array, value: Array, mask: Array | None, lengths: Array | None, scale: float,
-               causal: bool, p: float, draw: Key) -> tuple[Any, ...]:
+               causal: bool, p: float, draw: Key, *, gradients: tuple[Array, ...] = ()) -> tuple[Any, ...]:
     """What the two attention kernels share: sizes, strides and scalars, in the order of kernels.h."""
     batch, t, heads, d = q.shape
     s, kv_heads = key.shape[1:3]
@@ -39,8 +39,24 @@ def _arguments(k: Any, q: Array, key: Array, value: Array, mask: Array | None, l
         strides += [n // size for n in mask.data.strides]
     else:
         strides += [0, 0, 0, 0]
+    strides += [x.data.strides[1] // size for x in gradients]
+    if lengths is not None:
+        lengths = k.contiguous(lengths if lengths.dtype is int64 else cast(k, lengths, int64))
     record = k.array(np.array(strides, np.int64), int64)
     return (q, key, value, mask, lengths, batch, heads, kv_heads, t, s, d, record, scale, int(causal), p, *draw)
+
+
+def _forward(k: Any, q: Array, key: Array, value: Array, *rest: Any) -> Any:
+    """The output, and what backward needs; `rest` as in _arguments."""
+    out, lse = k.empty(q.shape, q.dtype), k.empty(q.shape[:3], q.dtype)
+    k.attention(out, lse, *_arguments(k, q, key, value, *rest))
+    return out, {"out": out, "lse": lse}
+
+
+def _backward(k: Any, dq: Array, dk: Array, dv: Array, g: Array, out: Array, lse: Array, *operands: Any) -> None:
+    """Fills dq, dk and dv, whose heads lie side by side; `operands` as in _arguments."""
+    q, key, value, mask, lengths, *sizes = _arguments(k, *operands, gradients=(dq, dk))
+    k.attention_vjp(dq, dk, dv, k.empty(lse.shape, lse.dtype), g, q, key, value, out, lse, mask, lengths, *sizes)
 
 
 @op("bthd, bsgd, bsgd, ..., b -> bthd",
@@ -52,14 +68,7 @@ def attention(k: Any, query: Array, key: Array, value: Array, mask: Array | None
     The heads of a token stand beside each other, as projections give and take them: nothing is moved on the way in or
     out, forward or backward.
     """
-    q, key, value = _strides(k, query), _strides(k, key), _strides(k, value)
-    out, lse = k.empty(q.shape, q.dtype), k.empty(q.shape[:3], q.dtype)
-    k.attention(out, lse, *_arguments(k, q, key, value, mask, _lengths(k, lengths), scale, causal, p, draw))
-    return out, {"out": out, "lse": lse}
-
-
-def _lengths(k: Any, lengths: Array | None) -> Array | None:
-    return None if lengths is None else k.contiguous(lengths if lengths.dtype is int64 else cast(k, lengths, int64))
+    return _forward(k, _strides(k, query), _strides(k, key), _strides(k, value), mask, lengths, scale, causal, p, draw)
 
 
 @attention.kernel_vjp
@@ -67,10 +76,7 @@ def _(k: Any, g: Array, query: Array, key: Array, value: Array, mask: Array | No
       out: Array, lse: Array, scale: float, causal: bool, p: float, draw: Key) -> Any:
     q, key, value = _strides(k, query), _strides(k, key), _strides(k, value)
     dq, dk, dv = k.empty(q.shape, q.dtype), k.empty(key.shape, q.dtype), k.empty(value.shape, q.dtype)
-    delta = k.empty(lse.shape, q.dtype)
-    q, key, value, mask, lengths, *sizes = _arguments(k, q, key, value, mask, _lengths(k, lengths), scale, causal,
-                                                      p, draw)
-    k.attention_vjp(dq, dk, dv, delta, g, q, key, value, out, lse, mask, lengths, *sizes)
+    _backward(k, dq, dk, dv, g, out, lse, q, key, value, mask, lengths, scale, causal, p, draw)
     return dq, dk, dv, None, None
 
 
@@ -92,6 +98,37 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, lengths: T
     alive = any_over(scores > -math.inf, -1, keepdims=True)
     weights = where(alive, softmax_rows(where(alive, scores, 0.0)), 0.0)
     return turned(matmul(masked_scale(weights, p, draw) if p else weights, value))
+
+
+def _split(x: Array, kv_heads: int) -> tuple[Array, Array, Array]:
+    """Views of queries, keys and values that stand beside each other in (batch, T, heads + 2 kv_heads, d)."""
+    heads = x.shape[2] - 2 * kv_heads
+    return (x.view(x.data[:, :, :heads]), x.view(x.data[:, :, heads:-kv_heads]), x.view(x.data[:, :, -kv_heads:]))
+
+
+@op("btnd, ..., b -> bt",
+    types="float!", fixed=("lengths",), kernel="attention", public=False, part_of="scaled_dot_product_attention")
+def self_attention(k: Any, joined: Array, mask: Array | None = None, lengths: Array | None = None, kv_heads: int = 1,
+                   scale: float = 1.0, causal: bool = False, p: float = 0.0, draw: Key = NO_DRAW) -> Any:
+    """attention whose queries, keys and values are one array, and so is their gradient: one projection makes them."""
+    return _forward(k, *_split(_strides(k, joined), kv_heads), mask, lengths, scale, causal, p, draw)
+
+
+@self_attention.kernel_vjp
+def _(k: Any, g: Array, joined: Array, mask: Array | None, lengths: Array | None, out: Array, lse: Array,
+      kv_heads: int, scale: float, causal: bool, p: float, draw: Key) -> Any:
+    gradient = k.empty(joined.shape, joined.dtype)
+    _backward(k, *_split(gradient, kv_heads), g, out, lse, *_split(_strides(k, joined), kv_heads), mask, lengths, scale,
+              causal, p, draw)
+    return gradient, None, None
+
+
+@self_attention.composition
+def _(joined: Tensor, mask: Tensor | None, lengths: Tensor | None, kv_heads: int, scale: float, causal: bool, p: float,
+      draw: Key) -> Tensor:
+    heads = joined.shape[2] - 2 * kv_heads
+    parts = joined[:, :, :heads], joined[:, :, heads:-kv_heads], joined[:, :, -kv_heads:]
+    return attention(*parts, mask, lengths, scale, causal, p, draw)
 
 
 def turned(x: Tensor) -> Tensor:
@@ -132,19 +169,32 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
                          "expected a multiple")
     if not 0 <= dropout < 1:
         raise ValueError(f"scaled_dot_product_attention: dropout is {dropout!r}, expected a number in [0, 1)")
-    if mask is not None:
-        if mask.requires_grad:
-            raise ValueError("scaled_dot_product_attention: mask requires grad, which the fused kernel does not "
-                             "compute; write the attention with matmul and softmax")
-        mask = where(mask, 0.0, -math.inf).to(dtype=query.dtype) if not mask.dtype.is_floating else mask
-        try:
-            np.broadcast_shapes(mask.shape, wanted := (query.shape[0], heads, query.shape[1], key.shape[1]))
-        except ValueError:
-            raise ValueError(f"scaled_dot_product_attention: mask has shape {mask.shape}, which does not "
-                             f"broadcast to (batch, heads, T, S) = {wanted}") from None
+    mask = None if mask is None else _bias(mask, query.dtype, (query.shape[0], heads, query.shape[1], key.shape[1]))
     draw = (generator or default_generator()).key() if dropout else NO_DRAW
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     return attention(query, key, value, mask, lengths, scale, causal, dropout, draw)
+
+
+def attend_joined(joined: Tensor, kv_heads: int, mask: Tensor | None = None, *, causal: bool = False,
+                  lengths: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """attend for queries, keys and values side by side in (batch, T, heads + 2 kv_heads, d), with the same bits."""
+    batch, t, heads, d = joined.shape
+    mask = None if mask is None else _bias(mask, joined.dtype, (batch, heads - 2 * kv_heads, t, t))
+    draw = default_generator().key() if dropout else NO_DRAW
+    return self_attention(joined, mask, lengths, kv_heads, 1 / math.sqrt(d), causal, dropout, draw)
+
+
+def _bias(mask: Tensor, dtype: DType, expected: tuple[int, ...]) -> Tensor:
+    """What a mask adds to the scores: itself, or 0 where it is true and −∞ elsewhere."""
+    if mask.requires_grad:
+        raise ValueError("scaled_dot_product_attention: mask requires grad, which the fused kernel does not "
+                         "compute; write the attention with matmul and softmax")
+    try:
+        np.broadcast_shapes(mask.shape, expected)
+    except ValueError:
+        raise ValueError(f"scaled_dot_product_attention: mask has shape {mask.shape}, which does not "
+                         f"broadcast to (batch, heads, T, S) = {expected}") from None
+    return mask if mask.dtype.is_floating else where(mask, 0.0, -math.inf).to(dtype=dtype)
 
 
 def _four_axes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.backend import Array
 from engine.backend.launch import broadcast_shapes
-from engine.ops.movement import matrix_transpose, pad, permute_dims, reshape
+from engine.ops.movement import concat, matrix_transpose, pad, permute_dims, reshape
 from engine.ops.registry import axes_tuple, axis_index, composite, op
 from engine.tensor import Tensor
 
@@ -105,7 +105,7 @@ def transposed(x: Array) -> Array:
 
 
 @linear.kernel_vjp
-def _(k: Any, g: Array, x: Array, weight: Array, bias: Array | None, needs: tuple[bool, ...]) -> Any:
+def _(k: Any, g: Array, x: Array, weight: Array, needs: tuple[bool, ...]) -> Any:
     outputs, inputs = weight.shape
     rows = g.size // outputs if outputs else math.prod(x.shape[:-1])
     x = k.contiguous(x)
@@ -115,17 +115,69 @@ def _(k: Any, g: Array, x: Array, weight: Array, bias: Array | None, needs: tupl
         dx = gemm(k, flat_g, weight)
         dx = dx.seen_as(dx.data.reshape(x.shape))
     dweight = gemm(k, transposed(flat_g), flat_x) if needs[1] else None
-    dbias = None
-    if bias is not None and needs[2]:
-        dbias = k.empty((outputs,), g.dtype)
-        k.sum(dbias, flat_g, 1, rows, outputs)
-    return dx, dweight, dbias
+    return dx, dweight, column_sums(k, flat_g) if needs[2] else None
+
+
+def column_sums(k: Any, x: Array) -> Array:
+    """Σ over the rows of x (rows, n), dense: the gradient of a bias."""
+    y = k.empty(x.shape[1:], x.dtype)
+    k.sum(y, x, 1, *x.shape)
+    return y
 
 
 @linear.composition
 def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = matmul(x, matrix_transpose(weight))
     return y if bias is None else y + bias
+
+
+@op("...i, qi, ki, vi, q, k, v -> ...", types="float!", kernel="gemm", public=False, part_of="linear")
+def joined_linear(k: Any, x: Array, query: Array, key: Array, value: Array, query_bias: Array | None = None,
+                  key_bias: Array | None = None, value_bias: Array | None = None) -> Array:
+    """[x W_qᵀ + b_q, x W_kᵀ + b_k, x W_vᵀ + b_v], side by side: three maps of one x, in one product.
+
+    x is packed once, and backward its gradient is one sum. W_q, W_k and W_v put together are a small copy, made again
+    for backward.
+    """
+    biases = [bias for bias in (query_bias, key_bias, value_bias) if bias is not None]
+    return gemm(k, x, transposed(_stacked(k, [query, key, value])), _stacked(k, biases) if biases else None)
+
+
+def _stacked(k: Any, parts: Sequence[Array]) -> Array:
+    """The parts one above the other."""
+    whole = k.empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), parts[0].dtype)
+    for here, part in zip(_rows(whole, parts), parts):
+        k.copy(here, part, k.layout(here, part))
+    return whole
+
+
+def _rows(x: Array, parts: Sequence[Array]) -> list[Array]:
+    """x cut into as many rows as each of the parts has: views."""
+    ends = list(itertools.accumulate(part.shape[0] for part in parts))
+    return [x.view(x.data[end - part.shape[0]:end]) for end, part in zip(ends, parts)]
+
+
+@joined_linear.kernel_vjp
+def _(k: Any, g: Array, x: Array, query: Array, key: Array, value: Array, needs: tuple[bool, ...]) -> Any:
+    weights, outputs, inputs = (query, key, value), g.shape[-1], x.shape[-1]
+    rows = math.prod(x.shape[:-1])
+    x = k.contiguous(x)
+    flat_g, flat_x = g.seen_as(g.data.reshape(rows, outputs)), x.seen_as(x.data.reshape(rows, inputs))
+    dx = None
+    if needs[0]:
+        dx = gemm(k, flat_g, _stacked(k, weights))
+        dx = dx.seen_as(dx.data.reshape(x.shape))
+    dweights = [gemm(k, part, flat_x) if wanted else None
+                for part, wanted in zip(_rows(transposed(flat_g), weights), needs[1:4])]
+    dbiases = [k.contiguous(part) if wanted else None
+               for part, wanted in zip(_rows(column_sums(k, flat_g), weights), needs[4:])] if any(needs[4:]) else ()
+    return (dx, *dweights, *dbiases, *[None] * (3 - len(dbiases)))
+
+
+@joined_linear.composition
+def _(x: Tensor, query: Tensor, key: Tensor, value: Tensor, query_bias: Tensor | None = None,
+      key_bias: Tensor | None = None, value_bias: Tensor | None = None) -> Tensor:
+    return concat([linear(x, query, query_bias), linear(x, key, key_bias), linear(x, value, value_bias)], -1)
 
 
 @composite("bct, ock, o -> bot")

@@ -79,6 +79,10 @@ def _inner(x: Number) -> Number:
     return (x + x * x * x * 0.044715) * math.sqrt(2 / math.pi)
 
 
+ACTIVATIONS = {"relu": (relu, relu_vjp), "silu": (silu, silu_vjp), "gelu": (gelu, gelu_vjp),
+               "gelu_tanh": (gelu_tanh, gelu_tanh_vjp)}
+
+
 # ── softmax and norms over the last axis ──────────────────────────────────────────────────────────────
 
 def logsumexp(x: Number, axis: Any = None, keepdims: bool = False) -> Number:
@@ -166,6 +170,20 @@ def linear_vjp(g: Number, x: Number, weight: Number, bias: Number | None = None)
     flat_g, flat_x = g.reshape(rows, weight.shape[0]), x.reshape(rows, weight.shape[1])
     return (matrix_product(g, weight), matmul(swap(flat_g), flat_x),
             None if bias is None else total(flat_g, 0))
+
+
+def feed_forward(x: Number, up: Number, down: Number, up_bias: Number | None = None,
+                 down_bias: Number | None = None, activation: str = "gelu") -> Number:
+    return linear(ACTIVATIONS[activation][0](linear(x, up, up_bias)), down, down_bias)
+
+
+def feed_forward_vjp(g: Number, x: Number, up: Number, down: Number, up_bias: Number | None = None,
+                     down_bias: Number | None = None, activation: str = "gelu") -> tuple[Number | None, ...]:
+    f, f_vjp = ACTIVATIONS[activation]
+    z = linear(x, up, up_bias)
+    dh, ddown, ddown_bias = linear_vjp(g, f(z), down, down_bias)
+    dx, dup, dup_bias = linear_vjp(f_vjp(dh, z), x, up, up_bias)
+    return dx, dup, ddown, dup_bias, ddown_bias
 
 
 def tensordot(a: Number, b: Number, axes: Any = 2) -> Number:

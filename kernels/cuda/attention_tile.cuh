@@ -84,7 +84,7 @@ static __device__ inline void clear_tile(real o[OWN][PARTS]) {
 
 enum {
     Q_BATCH, Q_HEAD, Q_TIME, K_BATCH, K_HEAD, K_KEY, V_BATCH, V_HEAD, V_KEY,
-    MASK_BATCH, MASK_HEAD, MASK_TIME, MASK_KEY
+    MASK_BATCH, MASK_HEAD, MASK_TIME, MASK_KEY, DQ_TIME, DKV_KEY
 };
 
 struct attention {

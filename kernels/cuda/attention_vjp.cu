@@ -56,7 +56,8 @@ static __device__ inline void query_gradient(const gradient &y, const attention 
         }
         tile_accumulate(dq, dp, keys_of(x, b, kv_head, tile), first, x.d, right);
     }
-    store_tile(y.dq + row_of(x, b, head, query) * x.d, x.heads * x.d, dq, one, x.t - query, first, x.d);
+    const int64_t stride = x.strides[DQ_TIME];
+    store_tile(y.dq + (b * x.t + query) * stride + head * x.d, stride, dq, one, x.t - query, first, x.d);
 }
 
 /* ── a tile of keys: dk and dv ──────────────────────────────────────────────────────────────────── */
@@ -99,7 +100,7 @@ static __device__ inline void key_gradient(const gradient &y, const attention &x
         for (int64_t query = 0; query < x.t; query += TILE)
             if (tile < visible_keys(x, b, at_most(query + TILE, x.t) - 1))
                 add_queries(dk, dv, y, x, b, head, tile, query, first, left, right, delta);
-    const int64_t at = ((b * x.s + tile) * x.kv_heads + kv_head) * x.d, stride = x.kv_heads * x.d;
+    const int64_t stride = x.strides[DKV_KEY], at = (b * x.s + tile) * stride + kv_head * x.d;
     store_tile(y.dk + at, stride, dk, one, x.s - tile, first, x.d);
     store_tile(y.dv + at, stride, dv, one, x.s - tile, first, x.d);
 }

@@ -7,6 +7,7 @@ that PyTorch has no counterpart of, and why.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,12 @@ def quantized_linear(x: T, weight: T, bias: T | None = None, *, scheme: str) -> 
     """With the weights that the blocks stand for."""
     meant = blocks.decoded(blocks.encoded(weight.numpy(), scheme), scheme)
     return F.linear(x, torch.as_tensor(meant, dtype=x.dtype), bias)
+
+
+def feed_forward(x: T, up: T, down: T, up_bias: T | None = None, down_bias: T | None = None, *,
+                 activation: str = "gelu") -> T:
+    f = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}[activation]
+    return F.linear(f(F.linear(x, up, up_bias)), down, down_bias)
 
 
 def linear_cross_entropy(x: T, weight: T, target: T, bias: T | None = None, reduction: str = "none",
@@ -260,7 +267,8 @@ FUSED: dict[str, Callable[..., T]] = {
     "batch_norm": batch_norm, "binary_cross_entropy": F.binary_cross_entropy,
     "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
     "conv1d": F.conv1d, "cross_entropy": cross_entropy,
-    "einsum": lambda operands, subscripts: torch.einsum(subscripts, *operands), "huber_loss": F.huber_loss,
+    "einsum": lambda operands, subscripts: torch.einsum(subscripts, *operands), "feed_forward": feed_forward,
+    "huber_loss": F.huber_loss,
     "kl_div": F.kl_div, "layer_norm": lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps),
     "linear": F.linear, "linear: quantized": quantized_linear, "linear_cross_entropy": linear_cross_entropy,
     "log_softmax": lambda x, axis: F.log_softmax(x, axis), "matmul": torch.matmul,

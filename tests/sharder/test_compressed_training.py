@@ -214,6 +214,7 @@ def test_pieces_written_by_several_workers_are_one_residual(tmp_path):
     assert shelves[0].read(5, own[0], (-1, 2)) is None and shelves[1].marks(5, parameter) == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("computers", [False, True])
 def test_residuals_are_on_the_disk_before_a_push_leaves_where_a_computer_may_be_lost(computers, tmp_path, monkeypatch):
     def shelf(*arguments):

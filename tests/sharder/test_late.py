@@ -249,6 +249,7 @@ def test_a_transformer_has_the_same_bits_at_every_stage(kind):
     assert_same_bits(trained(kind, Work(recompute=True), workers=1, shards=6, zero=3), expected)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("durability", "zero"), [("snapshot", 2), ("snapshot", 3), ("log", 3)])
 def test_machines_are_killed_while_gradients_leave_and_parameters_come(durability, zero):
     expected = trained(ParameterServer, Work(), clocks=6)

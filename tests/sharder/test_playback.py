@@ -65,6 +65,7 @@ def test_computing_is_where_the_time_goes(tmp_path):
     assert computed >= CLOCKS * MICROBATCHES * 0.02e9
 
 
+@pytest.mark.process
 def test_a_killed_worker_shows(tmp_path, monkeypatch):
     """Also if the supervisor is interrupted between a birth and whatever it does next."""
     def bear(self, order, original=processes._Processes.bear):
