@@ -12,6 +12,7 @@ import pytest
 
 from tools import exhaustive
 from tools.accuracy import FUNCTIONS, TAIL, units
+from tools.c_parts import definitions, needed
 
 ONE = 0x3F800000  # the bits of 1.0
 
@@ -119,7 +120,7 @@ def test_the_ledger_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest
     ledger = tmp_path / "made" / "ledger.json"
     with pytest.raises(KeyboardInterrupt):
         exhaustive.run(["exp"], level, ledger, 1e9)
-    assert json.loads(ledger.read_text())[exhaustive.digest(level)]["exp"]["segments"] == 2
+    assert json.loads(ledger.read_text())[exhaustive.digest(level, "exp")]["exp"]["segments"] == 2
     done = exhaustive.run(["exp"], level, ledger, 1e9)["exp"]
     size = 2**32 // exhaustive.SEGMENTS
     assert [first for first, _ in swept[3:]] == [i * size for i in range(2, exhaustive.SEGMENTS)]
@@ -129,18 +130,74 @@ def test_the_ledger_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_proof_holds_for_what_decides_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every text that the kernels include, the flags, and which levels took part."""
-    assert {"elementwise.c", "elementwise.h", "simd.h", "simd_math.h", "simd_math_wide.h", "kernels.h"} \
-        <= exhaustive.sources().keys()
-    known = {exhaustive.digest(["v2"]), exhaustive.digest(["v2", "v3"])}
+    """Which levels took part, the flags, and every definition that the function uses, in whatever file; no other."""
     real = exhaustive.sources()
-    for name in real:
-        monkeypatch.setattr(exhaustive, "sources", lambda name=name: {**real, name: real[name] + b" "})
-        known.add(exhaustive.digest(["v2"]))
-    monkeypatch.setattr(exhaustive, "sources", lambda: real)
+    assert {"elementwise.c", "elementwise.h", "simd.h", "simd_math.h", "simd_math_wide.h", "kernels.h",
+            "activations.h"} <= real.keys()
+
+    def changed(file: str, old: str, new: str) -> set[str]:
+        """The functions whose proofs end with this change."""
+        text = real[file].decode()
+        assert text.count(old) == 1, old
+        before = {name: exhaustive.digest(["v2"], name) for name in FUNCTIONS}
+        with monkeypatch.context() as patch:
+            patch.setattr(exhaustive, "sources", lambda: {**real, file: text.replace(old, new).encode()})
+            return {name for name in FUNCTIONS if exhaustive.digest(["v2"], name) != before[name]}
+
+    assert changed("simd_math.h", "vf vf_log(vf x) {", "vf vf_log(vf x) { x += 1;") == {"log"}
+    assert changed("simd_math.h", "-0x1.e824ecp-16f", "-0x1.e824eep-16f") == {"gelu", "erf"}
+    assert changed("activations.h", "#define TANH_3 0.0713548", "#define TANH_3 0.0713549") == {"gelu_tanh"}
+    assert changed("activations.h", "return (activated){x * cdf,", "return (activated){cdf * x,") == {"gelu"}
+    assert changed("elementwise.h", "#define RUN 8192", "#define RUN 4096") == FUNCTIONS.keys()
+    assert changed("simd.h", "#ifndef SIMD_H", "#pragma STDC FP_CONTRACT ON\n#ifndef SIMD_H") == FUNCTIONS.keys()
+    assert changed("elementwise.c", "/* y = condition ? a : b */", "/* y = a or b */") == set()
+    assert changed("elementwise.c", "BINARY(add, sum_of)", "BINARY(add, difference)") == set()
+    known = {exhaustive.digest(["v2"], "exp"), exhaustive.digest(["v2", "v3"], "exp")}
     monkeypatch.setattr(exhaustive, "FLAGS", ["-ffast-math"])
-    known.add(exhaustive.digest(["v2"]))
-    assert len(known) == len(real) + 3
+    assert len({*known, exhaustive.digest(["v2"], "exp")}) == 3
+
+
+def test_definitions_are_told_apart() -> None:
+    """By their names, over several lines, with comments, strings and pasted names."""
+    parts = definitions(["""\
+#if LEVEL > 1 /* a { that opens nothing */
+#define HALF(name) \\
+    static int name##_half(int x) { return name##_of(x) / 2; }
+#endif
+typedef struct { int a, b; } pair;
+static const int table[] = {
+    1, 2,
+
+    3};
+/* odd { */ static inline __attribute__((always_inline)) int odd_of(int x) {
+    const char *s = "}";
+    return x % 2 + (int)s[0];
+}
+#ifdef SLOW
+static int even_of(int x) { return x % 2 == 0; }
+#else
+static int even_of(int x) { return !odd_of(x); }
+#endif
+#pragma once
+static int unused(pair p) { return p.a + table[1]; }
+HALF(odd)
+HALF(even)
+"""])
+    assert [sorted(part.names) for part in parts] == [
+        ["HALF"], ["pair"], ["table"], ["odd_of"], ["even_of"], ["even_of"], [], ["unused"], ["odd"], ["even"]]
+    assert [part.when for part in parts if part.when] == [
+        ("#if LEVEL > 1",), ("#ifdef SLOW",), ("#ifdef SLOW #else",)]
+    assert [part.text for part in parts if not part.names] == ["#pragma once"]
+
+    def names(name: str) -> set[str]:
+        return {one for part in needed(parts, name) for one in part.names}
+
+    assert names("odd") == {"odd", "HALF", "odd_of"} and len(needed(parts, "even")) == 6
+    assert definitions(["#ifndef A_H\n#define A_H\nint a;\n#endif"])[1:] == definitions(["int a;"])
+    assert names("even") == {"even", "HALF", "even_of", "odd_of"}
+    assert names("unused") == {"unused", "pair", "table"}
+    with pytest.raises(LookupError, match="'third'"):
+        needed(parts, "third")
 
 
 def test_a_failed_bound_and_a_wrong_name_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -5,8 +5,8 @@
     python tools/exhaustive.py --table             print what has been proved so far and compute nothing
 
 All 2³² bit patterns are taken, a segment at a time, the levels side by side on one reference, so that the reference is
-computed once. What is done is kept in a ledger (build/exhaustive.json) under a hash of what the kernels are compiled
-from and with, and by; stopped, the run goes on at the next segment.
+computed once. What is done is kept in a ledger (build/exhaustive.json) under a hash of all that the function is made of
+in C (c_parts.py), the flags and the compiler; stopped, the run goes on at the next segment.
 
 The reference is float64 (accuracy.py), wrong by at most 4 of its own units: 4 · 2⁻²⁹ = 2⁻²⁷ of float32's. A result
 whose error is nearer to its bound than DOUBT is decided with 80 digits (mpmath).
@@ -35,6 +35,7 @@ from engine.backend.cpu import CpuBackend, load_level
 from engine.testing.rounded import FLOAT32_ULPS
 from tools.accuracy import FUNCTIONS, Function, allow_floor, units, wrong_zeros
 from tools.build_kernels import FLAGS, find_compiler, levels_here
+from tools.c_parts import definitions, needed
 
 ROOT = Path(__file__).resolve().parent.parent
 SEGMENTS, CHUNK = 64, 1 << 17  # a chunk and what is computed from it stay in the second-level cache
@@ -161,22 +162,24 @@ def sources(name: str = "elementwise.c") -> dict[str, bytes]:
     return found
 
 
-def digest(chosen: Iterable[str]) -> str:
-    """What the proofs hold for: the sources of the elementwise kernels, the flags of these levels, the compiler."""
+def digest(chosen: Iterable[str], name: str) -> str:
+    """What a proof holds for: all that the kernel is made of, the flags of these levels, the compiler."""
     flags = levels_here()
     version = subprocess.run([*find_compiler(), "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
-    decides = [sources(), FLAGS, {level: flags.get(level) for level in chosen}, version]
-    return hashlib.sha256(repr(decides).encode()).hexdigest()[:16]
+    parts = sorted((*part.when, part.text)
+                   for part in needed(definitions(text.decode() for text in sources().values()), name))
+    return hashlib.sha256(repr([parts, FLAGS, {level: flags.get(level) for level in chosen}, version]).encode()
+                          ).hexdigest()[:16]
 
 
 def run(names: list[str], backends: dict[str, CpuBackend], ledger: Path, seconds: float) -> dict[str, Any]:
     """Go on with every function until all segments are done or the time is over; returns the ledger's entries."""
-    key = digest(backends)
     known = json.loads(ledger.read_text()) if ledger.exists() else {}
-    done: dict[str, Any] = known.setdefault(key, {})
+    done: dict[str, Any] = {}
     size, start = 2**32 // SEGMENTS, time.monotonic()
     for name in names:
-        entry = done.setdefault(name, {"segments": 0, "worst": {level: [-1.0, 0.0] for level in backends}})
+        fresh = {"segments": 0, "worst": {level: [-1.0, 0.0] for level in backends}}
+        entry = done[name] = known.setdefault(digest(backends, name), {}).setdefault(name, fresh)
         while entry["segments"] < SEGMENTS and time.monotonic() - start < seconds:
             at = entry["segments"]
             for level, found in sweep(name, backends, at * size, (at + 1) * size).items():
