@@ -141,7 +141,7 @@ static void multiply_tasks(void *context, int64_t begin, int64_t end) {
         left += s->column;
         do { /* at least once: with k = 0 the sums are zero */
             int64_t depths = at_most(k - p, KC);
-            struct span span = pack_b(s->product, left, columns, p, depths);
+            struct span span = pack_b(x, left, columns, p, depths);
             for (int64_t panel = first; panel < last;) {
                 struct bundle bundle = pack_a(s, panel, last - panel, columns, p, depths);
                 for (int64_t i = 0; i < bundle.panels; i++, panel++) {

@@ -118,7 +118,7 @@ def test_joined_maps_are_three(seed: int, biased: bool) -> None:
     got, want = results(joined_linear, operands, g), results(apart, operands, g)
     assert_same([got[0], *got[2:]], [want[0], *want[2:]])
     wide = [x if x is None else x.to(dtype="float64").detach().requires_grad_() for x in operands]
-    exact = results(joined_linear, wide, g.to(dtype="float64"))[1]  # dx is one sum here and three there
+    exact = results(apart, wide, g.to(dtype="float64"))[1]  # dx is one sum here and three there
     bound = (q + 2 * kv + 3) * 2.0**-24 * (np.abs(g.numpy()) @ np.concatenate([np.abs(w.numpy())
                                                                              for w in operands[1:4]]))
     assert np.all(np.abs(got[1] - exact) <= bound)
