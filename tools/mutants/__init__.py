@@ -1,8 +1,8 @@
 """The bugs that tools/mutate.py plants: in C (kernels.py), in Python (engine.py), on the GPU (cuda.py), in the
-breadth of the ops (surface.py), in products that do more than one thing (fused.py), in what is sparse or compressed (sparse.py), in matrices that are only read
-(stored.py), in what the array API standard asks for (standard.py), in what runs the parameter server (drivers.py), in
-what its workers hold (zero.py), and data races (races.py). automatic.py has those that a library makes by itself,
-equivalent.py which of them change nothing."""
+breadth of the ops (surface.py), in products that do more than one thing (fused.py), in what is sparse or compressed
+(sparse.py), in matrices that are only read (stored.py), in what the array API standard asks for (standard.py), in what
+runs the parameter server (drivers.py), in what its workers hold (zero.py), and data races (races.py). automatic.py has
+those that a library makes by itself, equivalent.py which of them change nothing."""
 
 from __future__ import annotations
 

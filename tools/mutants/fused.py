@@ -10,7 +10,8 @@ JOINED = f"{TESTS}::test_attention_over_one_array_has_the_bits_of_attention_over
 
 FUSED = [
     Mutant("activation before the last block", "kernels/gemm.c",
-           "if (p + depths == k)\n                        finish_panel(", "if (p == 0)\n                        finish_panel(",
+           "if (p + depths == k)\n                        finish_panel(",
+           "if (p == 0)\n                        finish_panel(",
            "f is applied to the first 256 products, and the others are added to its derivative",
            PARTS),
     Mutant("activation of few rows", "kernels/gemm.c",
