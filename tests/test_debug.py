@@ -76,6 +76,14 @@ def test_profile_counts_the_pairs_that_attention_sees(causal: bool) -> None:
     assert flops["attention"] == 2 * 2 * pairs * 8 and flops["attention_vjp"] == 5 * 2 * pairs * 8
 
 
+def test_profile_counts_both_products_of_a_network() -> None:
+    x, up, down = eg.ones(2, 3, 8, requires_grad=True), eg.ones(12, 8), eg.ones(5, 12)
+    with profile() as recorded:
+        eg.feed_forward(x, up, down).sum().backward()
+    flops = {name: flops for name, *_, flops in recorded.rows()}
+    assert flops["linear_activation"] == 2 * 6 * 8 * 12 and flops["linear_activation_vjp"] == 2 * 6 * 12 * 5
+
+
 def test_drawing_has_every_op_leaf_and_shape() -> None:
     x = eg.ones(2, 3, requires_grad=True)
     picture = draw((eg.exp(x) * x).sum())

@@ -34,6 +34,9 @@ def _flops(name: str, arguments: tuple[Any, ...]) -> float:
     if name == "gemm":
         batch, m, n, k = arguments[4:8]
         return 2.0 * batch * m * n * k
+    if name in ("linear_activation", "linear_activation_vjp"):
+        m, n, k = arguments[5:8] if name == "linear_activation" else arguments[4:7]
+        return 2.0 * m * n * k
     if name in ("attention", "attention_vjp"):
         batch, heads, _, t, s, d, _, _, causal = arguments[7:16] if name == "attention" else arguments[12:21]
         seen = sum(max(0, s - t + 1 + query) for query in range(t)) if causal else t * s  # pairs of query and key

@@ -230,7 +230,7 @@ def attention_case(dtype: Any, rng: Any, sizes: tuple[int, ...], causal: bool = 
     keep = kept(batch * heads * t * s, dropout, dtype).reshape(batch, heads, t, s) if dropout else 1.0
     scale = d ** -0.5
     strides = [*element_strides(turned(q), 3), *element_strides(turned(k), 3), *element_strides(turned(v), 3),
-               *(element_strides(added, 4) if mask else [0] * 4)]
+               *(element_strides(added, 4) if mask else [0] * 4), heads * d, kv_heads * d]
     options = {"causal": causal, "lengths": lengths, "scale": scale, "keep": keep, "mask": added}
     scalars = [*sizes, np.array(strides, np.int64), scale, int(causal), dropout, *KEY]
     return [q, k, v], options, [added, lengths], scalars

@@ -23,6 +23,7 @@ import engine as eg
 import engine.testing.rows
 from engine.backend import cuda_source, get_backend, observers
 from engine.backend.numpy_rows import random_words
+from engine.ops.attention import attend_joined
 from engine.sharder import ParameterServer
 from engine.testing import OpSpec, check_bits, check_close, specs
 from engine.testing.opspec import Case
@@ -176,6 +177,20 @@ def test_special_values_are_those_of_the_cpu() -> None:
                     found.append([y.detach().numpy(), leaf.grad.numpy()])
             for got, want in zip(*found):
                 np.testing.assert_allclose(got, want, rtol=2.0**-40)
+
+
+def test_queries_keys_and_values_may_be_one_array() -> None:
+    """And so may their gradients, as one projection has them: fewer heads of keys than of queries, several tiles."""
+    x, g = (np.random.default_rng(3).uniform(-1, 1, (2, 40, heads, 5)) for heads in (8, 4))
+    found = []
+    for name in ("cuda", "cpu"):
+        with eg.device(name):
+            leaf = eg.tensor(x, requires_grad=True)
+            y = attend_joined(leaf, 2, causal=True)
+            y.backward(eg.tensor(g))
+            found.append((y.detach(), leaf.grad))
+    for got, want in zip(*found):
+        check_close(got, want, 2.0**-45, check="attention over one array")
 
 
 def test_random_draws_are_those_of_the_reference() -> None:
