@@ -91,6 +91,7 @@ def test_a_killed_worker_shows(tmp_path, monkeypatch):
             assert event["ts"] + event["dur"] <= death["ts"] + 1e-3 if first else event["ts"] >= births[1]
 
 
+@pytest.mark.process
 def test_a_run_that_fails_leaves_its_trace(tmp_path):
     def failing(client):
         client.clock()
@@ -103,6 +104,7 @@ def test_a_run_that_fails_leaves_its_trace(tmp_path):
         check_trace(path, MACHINES)
 
 
+@pytest.mark.process
 def test_nothing_is_recorded_unless_it_is_asked_for(monkeypatch):
     def refuse(*_):
         raise AssertionError("recorded")
@@ -112,6 +114,7 @@ def test_nothing_is_recorded_unless_it_is_asked_for(monkeypatch):
         list(server_of(driver).run(program, 1))
 
 
+@pytest.mark.process
 def test_a_file_that_cannot_be_written_is_one_line_before_anything_begins(tmp_path):
     for driver in (Threads, Processes):
         server = server_of(driver)
