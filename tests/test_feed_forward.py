@@ -142,7 +142,9 @@ def test_attention_over_one_array_has_the_bits_of_attention_over_three(case, hea
     assert_same(got, [want[0], np.concatenate(want[1:], 2)])
 
 
-def test_a_mask_that_does_not_fit_is_one_line() -> None:
+def test_what_does_not_fit_is_one_line() -> None:
+    with pytest.raises(ValueError, match=r"dropout is 1.5, expected a number in \[0, 1\)"):
+        nn.MultiHeadAttention(4, 2, dropout=1.5)(eg.ones(1, 3, 4))
     with pytest.raises(ValueError, match=r"mask has shape \(3, 3\).*\(2, 1, 4, 4\)"):
         attend_joined(eg.zeros(2, 4, 3, 5), 1, eg.zeros(3, 3))
 
@@ -161,6 +163,13 @@ def test_self_attention_is_one_product_unless_a_map_is_replaced(replaced: str | 
         plain = layer(x).numpy()  # three products
     assert launched(lambda: layer(x)).count("gemm") == 2
     assert layer(x).numpy().tobytes() == plain.tobytes()
+    layer.key.bias = None
+    assert launched(lambda: layer(x)).count("gemm") == 4  # they are not alike any more
+    with eg.no_grad():
+        plain = layer(x).numpy()
+    assert layer(x).numpy().tobytes() == plain.tobytes()
+    layer = nn.MultiHeadAttention(8, 2)
+    plain = layer(x).numpy()
     if replaced is not None:
         map_ = Doubled(8, 8)
         map_.load_state_dict(getattr(layer, replaced).state_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from engine import ops
 from engine.autograd import is_grad_enabled
@@ -111,26 +112,36 @@ class MultiHeadAttention(Module):
         cache:   keys and values of earlier positions; these are added. In cross attention it is filled by the first
                  call, and later calls do not look at `context` again
         """
-        dropout = self.dropout if self.training else 0.0
-        parts = () if self.joined is not None else (self.query, self.key, self.value)
-        alone = context is None and rotary is None and cache is None
-        if alone and is_grad_enabled() and parts and fusible(*parts):
-            joined = joined_linear(x, *[part.weight for part in parts], *[part.bias for part in parts])
-            y = attend_joined(self._heads(joined, self.heads + 2 * self.kv_heads), self.kv_heads, mask, causal=causal,
-                              lengths=lengths, dropout=dropout)
-            return self.output(y.reshape(*x.shape[:2], self.heads * self.head_width))
-        if context is not None and cache is not None and cache.length:
-            query = self._heads(self.query(x), self.heads)
-            key, value = (turned(x) for x in cache.filled())
+        options: dict[str, Any] = {"causal": causal, "lengths": lengths,
+                                   "dropout": self.dropout if self.training else 0.0}
+        if context is None and rotary is None and cache is None and is_grad_enabled() and self._one_product():
+            maps = (self.query, self.key, self.value)
+            joined = joined_linear(x, *[each.weight for each in maps], *[each.bias for each in maps])
+            y = attend_joined(self._heads(joined, self.heads + 2 * self.kv_heads), self.kv_heads, mask, **options)
         else:
-            query, key, value = self._projected(x, context)
-            if rotary is not None and context is None:
-                query, key = (turned(ops.rope(turned(x), *rotary)) for x in (query, key))
-            if cache is not None:
-                key, value = (turned(x) for x in cache.append(turned(key), turned(value)))
-        y = attend(query, key, value, mask, causal=causal, lengths=lengths, scale=1 / math.sqrt(self.head_width),
-                   dropout=dropout)
+            query, key, value = self._operands(x, context, rotary, cache)
+            y = attend(query, key, value, mask, scale=1 / math.sqrt(self.head_width), **options)
         return self.output(y.reshape(*x.shape[:2], self.heads * self.head_width))
+
+    def _one_product(self) -> bool:
+        """Whether W_q, W_k and W_v may be multiplied as one matrix, put together each time: it pays in training."""
+        if self.joined is not None:
+            return False
+        maps = (self.query, self.key, self.value)
+        return fusible(*maps) and len({each.bias is None for each in maps}) == 1
+
+    def _operands(self, x: Tensor, context: Tensor | None, rotary: tuple[Tensor, Tensor] | None,
+                  cache: KeyValueCache | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (batch, length, its heads, d); those of the cache among them."""
+        if context is not None and cache is not None and cache.length:
+            key, value = (turned(x) for x in cache.filled())
+            return self._heads(self.query(x), self.heads), key, value
+        query, key, value = self._projected(x, context)
+        if rotary is not None and context is None:
+            query, key = (turned(ops.rope(turned(x), *rotary)) for x in (query, key))
+        if cache is not None:
+            key, value = (turned(x) for x in cache.append(turned(key), turned(value)))
+        return query, key, value
 
     def _projected(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries from x, keys and values from x or the context, each (batch, length, its heads, d)."""

@@ -167,12 +167,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"scaled_dot_product_attention: query has {heads} heads and key {kv_heads}, "
                          "expected a multiple")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"scaled_dot_product_attention: dropout is {dropout!r}, expected a number in [0, 1)")
     mask = None if mask is None else _bias(mask, query.dtype, (query.shape[0], heads, query.shape[1], key.shape[1]))
-    draw = (generator or default_generator()).key() if dropout else NO_DRAW
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return attention(query, key, value, mask, lengths, scale, causal, dropout, draw)
+    return attention(query, key, value, mask, lengths, scale, causal, dropout, _draw(dropout, generator))
 
 
 def attend_joined(joined: Tensor, kv_heads: int, mask: Tensor | None = None, *, causal: bool = False,
@@ -180,8 +177,13 @@ def attend_joined(joined: Tensor, kv_heads: int, mask: Tensor | None = None, *, 
     """attend for queries, keys and values side by side in (batch, T, heads + 2 kv_heads, d), with the same bits."""
     batch, t, heads, d = joined.shape
     mask = None if mask is None else _bias(mask, joined.dtype, (batch, heads - 2 * kv_heads, t, t))
-    draw = default_generator().key() if dropout else NO_DRAW
-    return self_attention(joined, mask, lengths, kv_heads, 1 / math.sqrt(d), causal, dropout, draw)
+    return self_attention(joined, mask, lengths, kv_heads, 1 / math.sqrt(d), causal, dropout, _draw(dropout, None))
+
+
+def _draw(dropout: float, generator: Generator | None) -> Key:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"scaled_dot_product_attention: dropout is {dropout!r}, expected a number in [0, 1)")
+    return (generator or default_generator()).key() if dropout else NO_DRAW
 
 
 def _bias(mask: Tensor, dtype: DType, expected: tuple[int, ...]) -> Tensor:
