@@ -199,7 +199,7 @@ static inline vf scaled_normal_tail(vf a) {
     vf k = vf_set1(0x1.c28p+1f), one = vf_set1(1), sum = a + k, sum_lo = a - (sum - k);
     vf inverse = one / sum;
     vf inverse_lo = -inverse * vf_fma(inverse, sum_lo, vf_fma_once(inverse, sum, -one));
-    vf t = vf_fma(vf_set1(-2) * k, inverse, one) - (k + k) * inverse_lo;
+    vf t = vf_fma_once(vf_set1(-2) * k, inverse, one) - (k + k) * inverse_lo;
     vf p = POLYNOMIAL(t, 0x1.7d6514p-1f, -0x1.22885p-1f, 0x1.461f66p-2f, -0x1.e6b20ap-4f, 0x1.34dfdap-6f,
                       0x1.95cac6p-8f, -0x1.b0b0a4p-9f, -0x1.948deap-12f, 0x1.d96a88p-12f, 0x1.fff2dp-15f,
                       -0x1.e824ecp-16f);
