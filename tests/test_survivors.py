@@ -124,7 +124,8 @@ USUAL = {"keepdims": False, "dtype": None, "reduction": "mean", "generator": Non
          "mask": None, "causal": False, "lengths": None, "scale": None, "dropout": 0.0, "interleaved": False,
          "sparse": False, "side": "left", "sorter": None, "weight": None, "ignore_index": -100, "label_smoothing": 0.0,
          "delta": 1.0, "invert": False, **dict.fromkeys([("axis", op) for op in LAST], -1),
-         **dict.fromkeys([("axis", op) for op in FIRST], 0), "axis": None, ("eps", "rms_norm"): 1e-6}
+         **dict.fromkeys([("axis", op) for op in FIRST], 0), "axis": None, ("eps", "rms_norm"): 1e-6,
+         "activation": "gelu"}  # of the layer that the op is made for
 
 
 def test_what_is_left_out_is_as_published() -> None:
