@@ -17,9 +17,5 @@ limited_memory = pytest.mark.skipif("libasan.so" in LOADED or "libtsan.so" in LO
 # mostly does: 0.074 s of the processor for 0.050. The tests run with the other sanitizers, which stay within bounds.
 counted = pytest.mark.skipif("libtsan.so" in LOADED, reason="the thread sanitizer takes pages and time of its own")
 
-# A signal reaches a thread when that next calls something that the thread sanitizer knows, and sem_clockwait, by which
-# Python waits for a lock with a time limit, is unknown to it: Ctrl-C comes after the run has ended, or never.
-interrupted = pytest.mark.skipif("libtsan.so" in LOADED, reason="the thread sanitizer hands signals on too late")
-
 # How many times as long a program takes: tools/examples/tiny_gpt.py 39.4 s with the thread sanitizer, 2.8 without.
 SLOWNESS = 14 if "libtsan.so" in LOADED else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -19,7 +20,7 @@ from sharder_traces import check_trace, read_trace, spans
 
 from engine.backend import Array
 from engine.sharder.drivers import child, processes, tape
-from engine.sharder.drivers.playback import playback
+from engine.sharder.drivers.playback import Recording, playback
 from engine.sharder.drivers.tape import Tape, read, weight
 from engine.sharder.encoding import decode, encode
 from engine.sharder.messages import Identity, Push
@@ -123,6 +124,18 @@ def test_a_file_that_cannot_be_written_is_one_line_before_anything_begins(tmp_pa
         list(server.run(program, 1))
 
 
+@pytest.mark.process
+def test_a_trace_that_cannot_be_written_any_more_leaves_ctrl_c_as_it_was(tmp_path, monkeypatch):
+    def full(self, folder=None):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Recording, "write", full)
+    for driver in (Threads, Processes):
+        with pytest.raises(OSError, match="No space left"):
+            list(server_of(driver).run(program, 1, trace=tmp_path / "t.json"))
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 # ── tapes ─────────────────────────────────────────────────────────────────────────────────────────────
 
 @given(sequence=st.integers(0, 9), loss=st.sampled_from([0, 1, 2.5]), size=st.sampled_from([1, 3, 5000]))
@@ -179,6 +192,15 @@ def test_a_question_that_is_asked_again_and_lost(left, came, arrows):
     assert list(zip(times[::2], times[1::2])) == list(arrows)
     unheard = [e for e in trace["traceEvents"] if e["name"] == "Pull to shard 0 is not taken up"]
     assert len(unheard) == len(left) - len(arrows)
+
+
+def test_who_died_before_it_noted_anything_has_a_row():
+    run = of("run", 0, ["birth", 10, "coordinator", 0, "incarnation 0"], ["death", 50, "coordinator", 0, "dies"],
+             ["turn", 90, "stop", {}])
+    trace = playback([run])["traceEvents"]
+    row = {e["tid"] for e in trace if e["name"] in ("incarnation 0", "dies")}
+    assert len(row) == 1 and {e["args"]["name"] for e in trace if e["name"] == "thread_name" and e["tid"] in row} \
+        == {"coordinator 0"}
 
 
 def test_what_never_ended_ends_with_the_death_and_what_came_after_is_not_drawn():

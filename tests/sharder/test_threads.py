@@ -8,7 +8,6 @@ import time
 
 import numpy as np
 import pytest
-from limited import interrupted
 from sharder_problems import Momentum, assert_same_bits, gradient, make, plain, program
 
 import engine as eg
@@ -142,7 +141,6 @@ def send_interrupt(client=None):
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
-@interrupted
 def test_an_interrupt_ends_the_run_at_the_end_of_its_clock():
     server = server_of()
     done = []
@@ -155,7 +153,6 @@ def test_an_interrupt_ends_the_run_at_the_end_of_its_clock():
     assert_same_bits(server.state(), expected(4))
 
 
-@interrupted
 def test_a_second_interrupt_ends_it_at_once():
     def twice(client):
         send_interrupt()

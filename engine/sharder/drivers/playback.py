@@ -85,7 +85,8 @@ def playback(tapes: list[list[Entry]]) -> Trace:
     """The trace, ready for json.dump; the first tape is that of who called for the run."""
     lives = _lives(tapes)
     start = min(life.entries[0][1] for life in lives)
-    rows = rows_of({life.address for life in lives})
+    named = {(entry[2], entry[3]) for life in lives for entry in life.entries if entry[0] in ("birth", "death")}
+    rows = rows_of({life.address for life in lives} | named)  # some die before they have a tape
 
     def draw(phase: str, address: Address | None, time: int, name: str, **more: Any) -> Trace:
         return drawn(phase, rows[address] if address else 0, (time - start) / MICROSECOND, name, **more)

@@ -24,6 +24,7 @@ import secrets
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from engine.sharder.client import Program
@@ -54,6 +55,16 @@ class ProcessServer(SupervisedServer):
         return _Processes(self, program, origin, last, epoch)
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C waits until this is over, however it ends."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 class _Processes(Team):
     """The processes of one run."""
 
@@ -72,12 +83,9 @@ class _Processes(Team):
         let_go = (self.end.close, self.mail.close) if forks else ()
         child = self.server.context.Process(target=live, args=(order, self.secret, self.lifeline, let_go),
                                             name=f"{order.address[0]} {order.address[1]}", daemon=True)
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child ignores it
-        try:
+        with _undisturbed():  # until the child ignores Ctrl-C
             child.start()
             self.children[order.address] = child
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def alive(self, address: Address) -> bool:
         return address in self.children and self.children[address].is_alive()
@@ -103,13 +111,12 @@ class _Processes(Team):
                 raise self.fail(f"{address[0]} {address[1]}: its process ended with exit code {child.exitcode}{why}")
 
     def close(self) -> None:
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        for child in self.children.values():
-            child.kill()
-        for child in self.children.values():
-            child.join()
-        self.mail.close()
-        self.end.close()
-        self.lifeline.close()
-        self.clear()
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        with _undisturbed():
+            for child in self.children.values():
+                child.kill()
+            for child in self.children.values():
+                child.join()
+            self.mail.close()
+            self.end.close()
+            self.lifeline.close()
+            self.clear()
