@@ -162,14 +162,14 @@ def sources(name: str = "elementwise.c") -> dict[str, bytes]:
     return found
 
 
-def digest(chosen: Iterable[str], name: str) -> str:
-    """What a proof holds for: all that the kernel is made of, the flags of these levels, the compiler."""
+def digests(chosen: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+    """What each proof holds for: all that the kernel is made of, the flags of these levels, the compiler."""
     flags = levels_here()
     version = subprocess.run([*find_compiler(), "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
-    parts = sorted((*part.when, part.text)
-                   for part in needed(definitions(text.decode() for text in sources().values()), name))
-    return hashlib.sha256(repr([parts, FLAGS, {level: flags.get(level) for level in chosen}, version]).encode()
-                          ).hexdigest()[:16]
+    around = [FLAGS, {level: flags.get(level) for level in chosen}, version]
+    parts = definitions(text.decode() for text in sources().values())
+    made_of = {name: sorted((*part.when, part.text) for part in needed(parts, name)) for name in names}
+    return {name: hashlib.sha256(repr([own, *around]).encode()).hexdigest()[:16] for name, own in made_of.items()}
 
 
 def run(names: list[str], backends: dict[str, CpuBackend], ledger: Path, seconds: float) -> dict[str, Any]:
@@ -177,9 +177,9 @@ def run(names: list[str], backends: dict[str, CpuBackend], ledger: Path, seconds
     known = json.loads(ledger.read_text()) if ledger.exists() else {}
     done: dict[str, Any] = {}
     size, start = 2**32 // SEGMENTS, time.monotonic()
-    for name in names:
+    for name, key in digests(backends, names).items():
         fresh = {"segments": 0, "worst": {level: [-1.0, 0.0] for level in backends}}
-        entry = done[name] = known.setdefault(digest(backends, name), {}).setdefault(name, fresh)
+        entry = done[name] = known.setdefault(key, {}).setdefault(name, fresh)
         while entry["segments"] < SEGMENTS and time.monotonic() - start < seconds:
             at = entry["segments"]
             for level, found in sweep(name, backends, at * size, (at + 1) * size).items():

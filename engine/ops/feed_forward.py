@@ -12,14 +12,13 @@ in place of z; backward it multiplies a part of dh likewise, and neither z nor d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from engine import autograd
 from engine.backend import Array
 from engine.ops.elementwise import gelu, gelu_tanh, relu, silu
-from engine.ops.matmul import column_sums, gemm, linear, transposed
+from engine.ops.matmul import as_rows, column_sums, gemm, linear, shaped, transposed
 from engine.ops.registry import composite, op
 from engine.tensor import Tensor
 
@@ -32,30 +31,26 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "silu": silu
 def two_layers(k: Any, x: Array, up: Array, down: Array, up_bias: Array | None = None, down_bias: Array | None = None,
                activation: str = "gelu", recorded: bool = True) -> Any:
     """y = f(x W₁ᵀ + b₁) W₂ᵀ + b₂; f′(z) is computed and kept if `recorded`."""
-    x, up, up_bias = k.contiguous(x), k.contiguous(up), up_bias if up_bias is None else k.contiguous(up_bias)
-    hidden, inputs = up.shape
-    rows = math.prod(x.shape[:-1])
-    h = k.empty((rows, hidden), x.dtype)
+    rows, up = as_rows(k, x), k.contiguous(up)
+    up_bias, down_bias = (bias if bias is None else k.contiguous(bias) for bias in (up_bias, down_bias))
+    h = k.empty((rows.shape[0], up.shape[0]), x.dtype)
     slope = k.empty_like(h) if recorded else None
-    k.linear_activation(h, slope, x, up, up_bias, rows, hidden, inputs, list(ACTIVATIONS).index(activation))
-    y = gemm(k, h, transposed(down), down_bias if down_bias is None else k.contiguous(down_bias))
-    return y.seen_as(y.data.reshape(*x.shape[:-1], down.shape[0])), {"slope": slope, "h": h}
+    k.linear_activation(h, slope, rows, up, up_bias, *h.shape, up.shape[1], list(ACTIVATIONS).index(activation))
+    y = gemm(k, h, transposed(down), down_bias)
+    return shaped(y, (*x.shape[:-1], down.shape[0])), {"slope": slope, "h": h}
 
 
 @two_layers.kernel_vjp
 def _(k: Any, g: Array, x: Array, up: Array, down: Array, slope: Array, h: Array, activation: str,
       needs: tuple[bool, ...]) -> Any:
-    (rows, hidden), (outputs, inputs) = h.shape, (down.shape[0], up.shape[1])
-    x, flat_g = k.contiguous(x), g.seen_as(g.data.reshape(rows, outputs))
+    flat_g = as_rows(k, g)
     dx = dup = dup_bias = None
     if needs[0] or needs[1] or needs[3]:
         dz = k.empty_like(h)
-        k.linear_activation_vjp(dz, flat_g, k.contiguous(down), slope, rows, hidden, outputs,
+        k.linear_activation_vjp(dz, flat_g, k.contiguous(down), slope, *dz.shape, flat_g.shape[1],
                                 list(ACTIVATIONS).index(activation))
-        if needs[0]:
-            dx = gemm(k, dz, up)
-            dx = dx.seen_as(dx.data.reshape(x.shape))
-        dup = gemm(k, transposed(dz), x.seen_as(x.data.reshape(rows, inputs))) if needs[1] else None
+        dx = shaped(gemm(k, dz, up), x.shape) if needs[0] else None
+        dup = gemm(k, transposed(dz), as_rows(k, x)) if needs[1] else None
         dup_bias = column_sums(k, dz) if needs[3] else None
     ddown = gemm(k, transposed(flat_g), h) if needs[2] else None
     return dx, dup, ddown, dup_bias, column_sums(k, flat_g) if needs[4] else None

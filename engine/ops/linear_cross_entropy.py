@@ -21,7 +21,7 @@ import numpy as np
 from engine import autograd
 from engine.backend import Array
 from engine.ops.losses import IGNORE, check_smoothing, class_indices, cross_entropy, how_many_count, reduced
-from engine.ops.matmul import gemm, linear, transposed
+from engine.ops.matmul import as_rows, column_sums, gemm, linear, shaped, transposed
 from engine.ops.registry import composite, op
 from engine.tensor import Tensor
 
@@ -35,14 +35,13 @@ def chunked_cross_entropy(k: Any, x: Array, weight: Array, target: Array, bias: 
                           ignore_index: int = IGNORE, label_smoothing: float = 0.0, mean: bool = True,
                           wanted: tuple[bool, bool, bool] = (False, False, False)) -> Any:
     """The sum or mean of the losses, and the gradients `wanted` of x, weight and bias."""
-    classes, inputs = weight.shape
+    classes = weight.shape[0]
     if target.shape != x.shape[:-1]:
         raise ValueError(f"linear_cross_entropy: target has shape {target.shape}, expected {x.shape[:-1]}, the shape "
                          f"of x {x.shape} without its last axis")
     index = class_indices("linear_cross_entropy", k, target, classes, ignore_index)
     index, rows = index.seen_as(index.data.reshape(-1)), index.size
-    x, bias = k.contiguous(x), bias if bias is None else k.contiguous(bias)
-    flat = x.seen_as(x.data.reshape(rows, inputs))
+    flat, bias = as_rows(k, x), bias if bias is None else k.contiguous(bias)
     counted = np.asarray(how_many_count(index, ignore_index), x.dtype.numpy)
     with np.errstate(divide="ignore"):
         share = k.full((rows,), 1 / counted if mean else 1.0, x.dtype)
@@ -66,14 +65,13 @@ def chunked_cross_entropy(k: Any, x: Array, weight: Array, target: Array, bias: 
         if dweight is not None:
             gemm(k, transposed(logits), part, out=dweight, accumulate=first > 0)
         if wanted[2]:
-            part_of_sum = k.empty((classes,), x.dtype)
-            k.sum(part_of_sum, logits, 1, many, classes)
+            part_of_sum = column_sums(k, logits)
             dbias = part_of_sum if dbias is None else k.map("add", dbias, part_of_sum)
     total = k.empty((), x.dtype)
     k.sum(total, losses, 1, rows, 1)
     if mean:
         total = k.map("divide", total, k.constant(float(counted), x.dtype))
-    return total, {"dx": dx if dx is None else dx.seen_as(dx.data.reshape(x.shape)), "dweight": dweight, "dbias": dbias}
+    return total, {"dx": dx if dx is None else shaped(dx, x.shape), "dweight": dweight, "dbias": dbias}
 
 
 @chunked_cross_entropy.kernel_vjp

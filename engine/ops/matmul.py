@@ -106,16 +106,20 @@ def transposed(x: Array) -> Array:
 
 @linear.kernel_vjp
 def _(k: Any, g: Array, x: Array, weight: Array, needs: tuple[bool, ...]) -> Any:
-    outputs, inputs = weight.shape
-    rows = g.size // outputs if outputs else math.prod(x.shape[:-1])
-    x = k.contiguous(x)
-    flat_g, flat_x = g.seen_as(g.data.reshape(rows, outputs)), x.seen_as(x.data.reshape(rows, inputs))
-    dx = None
-    if needs[0]:
-        dx = gemm(k, flat_g, weight)
-        dx = dx.seen_as(dx.data.reshape(x.shape))
+    flat_g, flat_x = as_rows(k, g), as_rows(k, x)
+    dx = shaped(gemm(k, flat_g, weight), x.shape) if needs[0] else None
     dweight = gemm(k, transposed(flat_g), flat_x) if needs[1] else None
     return dx, dweight, column_sums(k, flat_g) if needs[2] else None
+
+
+def as_rows(k: Any, x: Array) -> Array:
+    """x (..., n), made dense, as (rows, n), for launches."""
+    return shaped(k.contiguous(x), (math.prod(x.shape[:-1]), x.shape[-1]))
+
+
+def shaped(x: Array, shape: tuple[int, ...]) -> Array:
+    """x, dense, under another shape: still a result of its own, of which no other tensor is a view."""
+    return x.seen_as(x.data.reshape(shape))
 
 
 def column_sums(k: Any, x: Array) -> Array:
@@ -159,14 +163,8 @@ def _rows(x: Array, parts: Sequence[Array]) -> list[Array]:
 
 @joined_linear.kernel_vjp
 def _(k: Any, g: Array, x: Array, query: Array, key: Array, value: Array, needs: tuple[bool, ...]) -> Any:
-    weights, outputs, inputs = (query, key, value), g.shape[-1], x.shape[-1]
-    rows = math.prod(x.shape[:-1])
-    x = k.contiguous(x)
-    flat_g, flat_x = g.seen_as(g.data.reshape(rows, outputs)), x.seen_as(x.data.reshape(rows, inputs))
-    dx = None
-    if needs[0]:
-        dx = gemm(k, flat_g, _stacked(k, weights))
-        dx = dx.seen_as(dx.data.reshape(x.shape))
+    weights, flat_g, flat_x = (query, key, value), as_rows(k, g), as_rows(k, x)
+    dx = shaped(gemm(k, flat_g, _stacked(k, weights)), x.shape) if needs[0] else None
     dweights = [gemm(k, part, flat_x) if wanted else None
                 for part, wanted in zip(_rows(transposed(flat_g), weights), needs[1:4])]
     dbiases = [k.contiguous(part) if wanted else None
