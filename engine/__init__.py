@@ -12,6 +12,7 @@ from engine.checkpoint import checkpoint
 from engine.dtypes import DType, bool_, float32, float64, int8, int16, int32, int64, uint8, uint16, uint32, uint64
 from engine.functional import jvp, vjp
 from engine.ops import *  # noqa: F403  (every op of the registry is a public name)
+from engine.precision import autocast, get_autocast
 from engine.random import Generator, default_generator, seed
 from engine.rowsparse import RowSparse
 from engine.tensor import Tensor, default_device, device, from_dlpack, from_numpy, tensor
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "DType", "Generator", "RowSparse", "Tensor", "array_api", "bool_", "checkpoint", "default_device",
+    "DType", "Generator", "RowSparse", "Tensor", "array_api", "autocast", "bool_", "checkpoint", "default_device",
     "default_generator", "detect_anomaly", "device", "draw", "enable_grad", "float32", "float64", "from_dlpack",
-    "from_numpy",
-    "get_num_threads", "grad", "int16", "int32", "int64", "int8", "is_grad_enabled", "jvp", "models", "nn", "no_grad",
+    "from_numpy", "get_autocast", "get_num_threads", "grad", "int16", "int32", "int64", "int8", "is_grad_enabled",
+    "jvp", "models", "nn", "no_grad",
     "ops", "optim", "profile", "seed", "set_num_threads", "sharder", "tensor", "uint16", "uint32", "uint64",
     "uint8", "vjp",
     *ops.__all__,

@@ -21,6 +21,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from engine.backend import Array, get_backend
+from engine.precision import product_format
 from engine.rowsparse import Gradient, RowSparse, add_gradients, dense
 
 if TYPE_CHECKING:
@@ -96,10 +97,12 @@ class Node:
     edges:  for each input, the Node that made it, the leaf Tensor itself, or None if no gradient is wanted
     saved:  what the op's rule needs, by name: Saved arrays (or what stands for them in a checkpoint)
     shapes: each input's shape, to bring its gradient back to after broadcasting
+    format: what the factors of its products are rounded to, forward and so in its rule
     keeper: the tensor that keeps its gradient (retain_grad), by a weak reference: a node does not keep its output alive
     """
 
-    __slots__ = ("__weakref__", "attributes", "device", "edges", "hooks", "keeper", "op", "order", "saved", "shapes")
+    __slots__ = ("__weakref__", "attributes", "device", "edges", "format", "hooks", "keeper", "op", "order", "saved",
+                 "shapes")
 
     def __init__(self, op: Op, edges: tuple[Any, ...], shapes: tuple[Any, ...], saved: dict[str, Any],
                  attributes: dict[str, Any], device: str):
@@ -109,6 +112,7 @@ class Node:
         self.saved: dict[str, Any] | None = saved
         self.attributes = attributes
         self.device = device
+        self.format = product_format.get()
         self.order = next(_order)
         self.hooks: list[Callable[[Any], Gradient | None]] | None = None
         self.keeper: Callable[[], Tensor | None] | None = None
@@ -233,7 +237,11 @@ def _walk(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph:
             if gradient is None:
                 grads: Sequence[Gradient | None] = (None,) * len(edges)
             else:
-                grads = edge.op.gradients(edge, dense(gradient), create_graph)
+                token = product_format.set(edge.format)
+                try:
+                    grads = edge.op.gradients(edge, dense(gradient), create_graph)
+                finally:
+                    product_format.reset(token)
             if not (retain_graph or create_graph):
                 edge.release()
             spread(edges, grads, edge.shapes)

@@ -74,6 +74,7 @@ def report() -> dict[str, str]:
         rows["backend"] = "C kernels"
         rows["level"] = (f"{backend.level}, {8 * backend.lib.vector_bytes()}-bit vectors "
                          f"(built: {' '.join(built_levels())}; this processor runs: {' '.join(runnable_levels())})")
+        rows["bfloat16"] = f"products by {backend.bf16_unit}"
         rows["compiler"] = f"{built_by} made the kernels (on the PATH now: {compiler_here()})"
         rows["pool"] = str(backend.pool.figures())
     else:

@@ -16,13 +16,17 @@
  * the two. Weights that only a few rows multiply (decoding one token) are not packed at all: gemm_few.c.
  *
  * Every choice above (sizes, tasks, packing, threads) moves work about and none changes a sum: an element of C
- * is always ((block 0 + block 1) + block 2) + … with each block of KC products one chain, then + bias, then + C. */
-#include "gemm_micro.h"
+ * is always ((block 0 + block 1) + block 2) + … with each block of KC products one chain, then + bias, then + C.
+ *
+ * Factors may be rounded to a shorter format first (mixed precision), as they are packed; so then they always are. Where
+ * there is a unit for bfloat16 the packing makes pairs and the tile is another (gemm_bf16.h); the loops are these. */
+#include "gemm_bf16.h"
 #include "threads.h"
 
 #define SPAN 12                   /* column panels a task at most: 384 KiB packed, a share of the second-level cache */
 #define GROUP 64                  /* row panels a task at most */
 #define BUNDLE 8                  /* row panels packed together: long runs of memory where A is transposed */
+#define BUNDLE_SIZE (BUNDLE * (BF16_UNITS ? AMX_ROWS * pairs_of(KC) : panel_size(MR, KC)))
 #define FEW_USES 4                /* column panels; packing a row-major A costs a third of multiplying it by one */
 #define SAME_SET (4096 / (int64_t)sizeof(real)) /* elements between addresses that share a set of a first-level cache */
 #define COLUMNS 4096              /* of a product that keeps its old C beside the sum so far */
@@ -44,6 +48,11 @@ struct stage {
 
 /* ── packing ─────────────────────────────────────────────────────────────────────────────────────── */
 
+static void round_packed(real *packed, int64_t n, enum format format) {
+    for (int64_t i = 0; format && i < n; i += VL)
+        vf_store(packed + i, vf_to_format(vf_load(packed + i), format));
+}
+
 /* `columns` columns of B in one block of the depth, by panels of NR: where they are and how they are spaced. */
 struct span { const real *b; int64_t panel_stride, step; };
 
@@ -51,13 +60,18 @@ static struct span pack_b(const struct product *x, int64_t column, int64_t colum
     if (x->panels)
         return (struct span){x->panels + column * x->k + p * NR, NR * x->k, NR};
     const real *b = x->b + p * x->b_row + column * x->b_col;
-    if (!x->unpack && x->b_col == 1 && columns % VL == 0 && depths * x->b_row <= IN_PLACE)
+    if (!x->unpack && !x->format && x->b_col == 1 && columns % VL == 0 && depths * x->b_row <= IN_PLACE)
         return (struct span){b, NR, x->b_row};
     real *packed = thread_scratch(SCRATCH_GEMM_B, (size_t)(SPAN * panel_size(NR, KC)) * sizeof(real));
+    if (unit_of(x)) {
+        pack_pair_panels(packed, b, columns, depths, x->b_col, x->b_row);
+        return (struct span){packed, NR * pairs_of(depths), NR};
+    }
     if (x->unpack)
         x->unpack(packed, x, column, columns, p, depths);
     else
         TYPED(pack_panels)(packed, b, NR, columns, depths, x->b_col, x->b_row);
+    round_packed(packed, divide_up(columns, NR) * panel_size(NR, depths), x->format);
     return (struct span){packed, panel_size(NR, depths), NR};
 }
 
@@ -71,11 +85,17 @@ static struct bundle pack_a(const struct stage *s, int64_t panel, int64_t panels
     int64_t height = s->panel_rows, i = panel * height, rows = x->m - i;
     const real *a = x->a + i * x->a_row + p * x->a_col;
     int whole_lines = x->a_col == 1 && x->a_row % SAME_SET; /* and of different cache sets: a tile finds them again */
-    if (columns <= (whole_lines ? FEW_USES : 1) * NR || x->m * depths <= IN_PLACE)
+    if (!x->format && (columns <= (whole_lines ? FEW_USES : 1) * NR || x->m * depths <= IN_PLACE))
         return (struct bundle){a, panels, height * x->a_row, x->a_row, x->a_col};
     panels = at_most(panels, BUNDLE);
-    real *packed = thread_scratch(SCRATCH_GEMM_A, (size_t)(BUNDLE * panel_size(MR, KC)) * sizeof(real));
-    TYPED(pack_panels)(packed, a, height, at_most(rows, panels * height), depths, x->a_row, x->a_col);
+    rows = at_most(rows, panels * height);
+    real *packed = thread_scratch(SCRATCH_GEMM_A, (size_t)BUNDLE_SIZE * sizeof(real));
+    if (unit_of(x)) {
+        pack_pair_lines(packed, a, rows, depths, x->a_row, x->a_col);
+        return (struct bundle){packed, panels, height * pairs_of(depths), pairs_of(depths), 1};
+    }
+    TYPED(pack_panels)(packed, a, height, rows, depths, x->a_row, x->a_col);
+    round_packed(packed, panels * panel_size(height, depths), x->format);
     return (struct bundle){packed, panels, panel_size(height, depths), 1, height};
 }
 
@@ -109,15 +129,15 @@ static void multiply_panel(const struct stage *s, int64_t panel, const real *a, 
     real *to = last ? x->c + row * x->c_row + column : partial;
     struct beside beside = {p == 0 ? NULL : partial, s->partial_row, last && x->bias ? x->bias + column : NULL};
     const real *b = span->b;
+    tile_function *multiply = tile_of(unit_of(x));
+    int64_t steps = unit_of(x) ? pairs_of(depths) : depths;
     for (int64_t j = 0; j < columns; j += NR, b += span->panel_stride, to += NR) {
         int64_t width = at_most(columns - j, NR);
         if (width % VL == 0 && !(last && x->accumulate)) {
-            TYPED(micro_tile)(to, a, b, rows, width / VL, depths, to_row, bundle->row, bundle->step, span->step,
-                              &beside);
+            multiply(to, a, b, rows, width / VL, steps, to_row, bundle->row, bundle->step, span->step, &beside);
         } else {
-            real tile[MR * NR];
-            TYPED(micro_tile)(tile, a, b, rows, divide_up(width, VL), depths, NR, bundle->row, bundle->step,
-                              span->step, &NOTHING);
+            real tile[(BF16_UNITS ? AMX_ROWS : MR) * NR];
+            multiply(tile, a, b, rows, divide_up(width, VL), steps, NR, bundle->row, bundle->step, span->step, &NOTHING);
             finish_tile(to, to_row, tile, rows, width, &beside, last && x->accumulate ? to : NULL);
         }
         beside.partial = beside.partial ? beside.partial + NR : NULL;
@@ -135,6 +155,8 @@ static void multiply_tasks(void *context, int64_t begin, int64_t end) {
     const struct stage *s = context;
     const struct product *x = s->product;
     int64_t k = x->k;
+    if (unit_of(x) == BF16_BY_AMX)
+        amx_begin();
     for (int64_t t = begin; t < end; t++) {
         int64_t first = t / s->spans * s->group, last = at_most(first + s->group, s->row_panels);
         int64_t left = t % s->spans * s->span * NR, columns = at_most(s->columns - left, s->span * NR), p = 0;
@@ -154,6 +176,8 @@ static void multiply_tasks(void *context, int64_t begin, int64_t end) {
             p += KC;
         } while (p < k);
     }
+    if (unit_of(x) == BF16_BY_AMX)
+        amx_end();
 }
 
 /* ── one product ─────────────────────────────────────────────────────────────────────────────────── */
@@ -182,7 +206,7 @@ static void choose_tasks(struct stage *s) {
 }
 
 void TYPED(multiply_product)(const struct product *x) {
-    int few = x->m <= FEW_ROWS && (x->panels || x->b_row == 1);
+    int few = x->m <= FEW_ROWS && !x->format && (x->panels || x->b_row == 1);
     if (few) {
         x->panels ? TYPED(multiply_few_panels)(x) : TYPED(multiply_few)(x);
         finish_panel(x, 0, x->m, 0, x->n);
@@ -192,6 +216,8 @@ void TYPED(multiply_product)(const struct product *x) {
     int64_t panels = divide_up(x->m, MR), width = in_scratch ? COLUMNS : x->n;
     struct stage s = {.product = x};
     s.panel_rows = divide_up(x->m, panels); /* panels of equal height: 64 rows are 13 + 13 + 13 + 13 + 12 */
+    if (unit_of(x) == BF16_BY_AMX)
+        s.panel_rows = AMX_ROWS;
     s.row_panels = divide_up(x->m, s.panel_rows);
     for (s.column = 0; s.column < x->n; s.column += width) {
         s.columns = at_most(x->n - s.column, width);
@@ -238,9 +264,9 @@ static void transpose_product(struct batch *batch) {
 
 KERNEL(gemm)(real *c, const real *a, const real *b, const real *bias, int64_t batch, int64_t m, int64_t n, int64_t k,
              int64_t a_batch, int64_t a_row, int64_t a_col, int64_t b_batch, int64_t b_row, int64_t b_col,
-             int64_t c_batch, int64_t c_row, int accumulate) {
+             int64_t c_batch, int64_t c_row, int accumulate, int format) {
     struct batch x = {{.c = c, .a = a, .b = b, .bias = bias, .m = m, .n = n, .k = k, .a_row = a_row, .a_col = a_col,
-                       .b_row = b_row, .b_col = b_col, .c_row = c_row, .accumulate = accumulate},
+                       .b_row = b_row, .b_col = b_col, .c_row = c_row, .accumulate = accumulate, .format = format},
                       a_batch, b_batch, c_batch};
     if (m <= 0 || n <= 0)
         return;

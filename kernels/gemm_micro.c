@@ -24,15 +24,21 @@ static inline __attribute__((always_inline)) void ask_for_tile(int rows, const r
     }
 }
 
+#ifndef PAIRS /* gemm_micro_bf16.c, where an element is a pair, has its own */
+#define EVERYWHERE vf_set1
+#define MULTIPLY_ADD vf_fma
+#define MICRO_TILE TYPED(micro_tile)
+#endif
+
 /* One step of the depth: the vectors at b times rows elements of A. */
 #define STEP(b, element)                                                                                          \
     do {                                                                                                          \
         vf left = vf_load(b), right = vectors == 2 ? vf_load((b) + VL) : vf_zero();                               \
         EACH_ROW {                                                                                                \
-            vf x = vf_set1(element);                                                                              \
-            sum[i][0] = vf_fma(x, left, sum[i][0]);                                                               \
+            vf x = EVERYWHERE(element);                                                                           \
+            sum[i][0] = MULTIPLY_ADD(x, left, sum[i][0]);                                                         \
             if (vectors == 2)                                                                                     \
-                sum[i][1] = vf_fma(x, right, sum[i][1]);                                                          \
+                sum[i][1] = MULTIPLY_ADD(x, right, sum[i][1]);                                                    \
         }                                                                                                         \
     } while (0)
 
@@ -126,11 +132,13 @@ static micro_function *const micro[MR][2][2] = {
 #endif
 };
 
-void TYPED(micro_tile)(real *tile, const real *a, const real *b, int64_t rows, int64_t vectors, int64_t k,
-                       int64_t tile_row, int64_t a_row, int64_t a_step, int64_t b_step, const struct beside *beside) {
+void MICRO_TILE(real *tile, const real *a, const real *b, int64_t rows, int64_t vectors, int64_t k, int64_t tile_row,
+                int64_t a_row, int64_t a_step, int64_t b_step, const struct beside *beside) {
     int packed = a_row == 1 && a_step == rows && b_step == NR;
     micro[rows - 1][packed][vectors - 1](tile, a, b, k, tile_row, a_row, a_step, b_step, beside);
 }
+
+#ifndef PAIRS
 
 /* ── packing ─────────────────────────────────────────────────────────────────────────────────────── */
 
@@ -224,3 +232,5 @@ void TYPED(pack_panels)(real *packed, const real *x, int64_t width, int64_t line
     else
         pack_strided(packed, x, width, lines, k, x_line, x_step);
 }
+
+#endif

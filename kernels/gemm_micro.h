@@ -43,6 +43,7 @@ struct product {
     const real *a, *b, *bias;
     int64_t m, n, k, a_row, a_col, b_row, b_col, c_row;
     int accumulate;
+    int format; /* that A and B are rounded to (short_floats.h); not those stored otherwise */
     const real *panels;
     void (*unpack)(real *packed, const struct product *x, int64_t column, int64_t columns, int64_t p, int64_t depths);
     const void *stored;
@@ -74,8 +75,10 @@ static const struct beside NOTHING;
 /* tile[i·tile_row + j] = Σ_p a[i·a_row + p·a_step] · b[p·b_step + j], one ascending chain of FMAs from zero for
  * each element, and then what is beside it; i < rows ≤ MR, j < vectors·VL, vectors 1 or 2. All vectors·VL columns are
  * read and written. */
-void TYPED(micro_tile)(real *tile, const real *a, const real *b, int64_t rows, int64_t vectors, int64_t k,
-                       int64_t tile_row, int64_t a_row, int64_t a_step, int64_t b_step, const struct beside *beside);
+typedef void tile_function(real *tile, const real *a, const real *b, int64_t rows, int64_t vectors, int64_t k,
+                           int64_t tile_row, int64_t a_row, int64_t a_step, int64_t b_step,
+                           const struct beside *beside);
+tile_function TYPED(micro_tile);
 
 /* Packs `lines` lines of x, each k long, into panels of `width` lines, panel_size(width, k) elements apart:
  *

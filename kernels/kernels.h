@@ -113,8 +113,10 @@ KERNEL(rms_norm_vjp)(real *dx, real *dweight, const real *g, const real *x, cons
  * A[i, p] = a[i·a_row + p·a_col], B[p, j] = b[p·b_row + j·b_col], C[i, j] = c[i·c_row + j]. Batch t
  * starts at a + t·a_batch and so on; a batch stride of 0 repeats an operand. bias is (n,) or NULL.
  * Every element is the sum, in ascending order, of blocks of KC = 256 products, each block one
- * ascending chain of fused multiply-adds from zero; bias and accumulate add to the finished sum. */
-KERNEL(gemm)(real *c, const real *a, const real *b, const real *bias, int64_t batch, int64_t m, int64_t n, int64_t k, int64_t a_batch, int64_t a_row, int64_t a_col, int64_t b_batch, int64_t b_row, int64_t b_col, int64_t c_batch, int64_t c_row, int accumulate);
+ * ascending chain of fused multiply-adds from zero; bias and accumulate add to the finished sum.
+ * format 1 rounds the elements of A and B to bfloat16 first and 2 to float16; 0, and with double any, leaves them. Of
+ * bfloat16 the chain of a block is what bf16_unit says (gemm_bf16.h). */
+KERNEL(gemm)(real *c, const real *a, const real *b, const real *bias, int64_t batch, int64_t m, int64_t n, int64_t k, int64_t a_batch, int64_t a_row, int64_t a_col, int64_t b_batch, int64_t b_row, int64_t b_col, int64_t c_batch, int64_t c_row, int accumulate, int format);
 /* y (m, n) = x (m, k) Wᵀ + bias, all dense, with the bits of gemm, for a W (n, k) that is only read from then on.
  * pack_weight leaves panels of c = 2 · vector_bytes()/sizeof(real) rows, ⌈n/c⌉ · k · c numbers:
  * panels[j][p][i] = weight[(j·c + i)·row + p·column], 0 beyond row n. */
@@ -123,9 +125,9 @@ KERNEL(packed_linear)(real *y, const real *x, const real *panels, const real *bi
 
 /* ── gemm_activation.c: all dense; activation f: 0 relu, 1 silu, 2 gelu, 3 gelu_tanh. Bits as of gemm and then f. ── */
 /* h (m, n) = f(z), slope = f′(z) or NULL, with z = x (m, k) Wᵀ + bias for W (n, k). */
-KERNEL(linear_activation)(real *h, real *slope, const real *x, const real *weight, const real *bias, int64_t m, int64_t n, int64_t k, int activation);
+KERNEL(linear_activation)(real *h, real *slope, const real *x, const real *weight, const real *bias, int64_t m, int64_t n, int64_t k, int activation, int format);
 /* dz (m, n) = (g (m, k) W) ∘ f′(z) for W (k, n): what the gradient of y = f(z) Wᵀ is in z. */
-KERNEL(linear_activation_vjp)(real *dz, const real *g, const real *weight, const real *slope, int64_t m, int64_t n, int64_t k, int activation);
+KERNEL(linear_activation_vjp)(real *dz, const real *g, const real *weight, const real *slope, int64_t m, int64_t n, int64_t k, int activation, int format);
 
 /* ── quantized.c: the same for a W of quantised blocks. 32 weights of a row are a block: a scale d (and with Q4_1
  * a minimum m) in float16, then quants. scheme is GGUF's number: 2 Q4_0, d(q − 8); 3 Q4_1, d q + m; 8 Q8_0, d q with signed
@@ -175,6 +177,9 @@ EXPORT int threads_get(void);
 /* ── machine.c: what the build and the processor are ─────────────────────────────────────────────── */
 EXPORT int level_supported(int level);  /* 2, 3, 4: x86-64-v2, v3, v4; 1: NEON. Asked before one is chosen. */
 EXPORT int vector_bytes(void);
+/* The unit that multiplies bfloat16 from now on: 0 that of float, 1 AVX-512's dot product of pairs, 2 AMX: the best that the
+ * processor, the build and the system have, at most `wanted`; wanted = −1: the fastest. Asked before there are products. */
+EXPORT int bf16_unit(int wanted);
 EXPORT const char *compiler(void);
 EXPORT void *memory_reserve(size_t bytes);  /* 64-byte aligned, huge pages where offered; NULL if refused */
 EXPORT void memory_release(void *p, size_t bytes);

@@ -1,8 +1,7 @@
 /* machine.c: what the build and the processor are, memory from the operating system, and the two roofs
  * under which every kernel works: flops per second and bytes per second. */
 #define _GNU_SOURCE
-#include "simd.h"
-#include "threads.h"
+#include "gemm_bf16.h"
 #include <sys/mman.h>
 
 /* ── the processor and the build ─────────────────────────────────────────────────────────────────── */
@@ -35,6 +34,47 @@ const char *compiler(void) {
 #else
     return "gcc " __VERSION__;
 #endif
+}
+
+/* ── the unit for bfloat16 ───────────────────────────────────────────────────────────────────────── */
+
+#if BF16_UNITS
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static int has_bit(unsigned leaf, unsigned subleaf, int in_edx, int bit) {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx) && ((in_edx ? edx : eax) >> bit & 1);
+}
+
+/* Registers of 8 KiB a thread: Linux saves them for a process that has asked. */
+static int system_allows_tiles(void) {
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+/* A Zen 4 starts a dot product in each cycle, twice the work of its FMAs; a Sapphire Rapids one in two cycles, half. */
+static int dot_is_fast(void) { return !__builtin_cpu_is("intel"); }
+
+static int best_bf16_unit(void) {
+    if (!level_supported(4) || !has_bit(7, 1, 0, 5)) /* AVX512_BF16, whose conversions both need */
+        return BF16_BY_FMA;
+    int amx = has_bit(7, 0, 1, 22) && has_bit(7, 0, 1, 24); /* AMX-BF16, AMX-TILE */
+    return amx && system_allows_tiles() ? BF16_BY_AMX : BF16_BY_DOT;
+}
+#else
+static int dot_is_fast(void) { return 0; }
+static int best_bf16_unit(void) { return BF16_BY_FMA; }
+#endif
+
+int bf16_unit_in_use;
+
+int bf16_unit(int wanted) {
+    int best = best_bf16_unit();
+    if (wanted < 0)
+        wanted = best == BF16_BY_DOT && !dot_is_fast() ? BF16_BY_FMA : best;
+    return bf16_unit_in_use = (int)at_most(wanted, best);
 }
 
 /* ── memory ──────────────────────────────────────────────────────────────────────────────────────── */

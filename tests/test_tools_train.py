@@ -117,6 +117,17 @@ def test_neither_do_placement_and_what_is_kept(finished: tuple[Path, str], text:
     assert server.setup.save_every == int(wanted.get("--save-every", 10 if "--driver" in wanted else 0))
 
 
+def test_precision_reaches_the_workers(finished: tuple[Path, str], text: Path, tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run than in float32, and with the same bits for another number of workers."""
+    found = []
+    for workers in ("1", "2"):
+        more = ["--precision", "bfloat16", "--workers", workers]
+        assert call(train, *flags(tmp_path / workers, text, *SMALL, *more), monkeypatch=monkeypatch) == 0
+        found.append(result(tmp_path / workers))
+    assert found[0] == found[1] != result(finished[0])
+
+
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The servers that runs will make."""
     made: list[Any] = []
@@ -257,6 +268,7 @@ def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, monkeypa
     (["--consistency", "asp", "--clip", "none", "--zero", "3"], "--zero is 3, expected 1 or 2 with --consistency asp"),
     (["--consistency", "asp", "--clip", "none", "--driver", "processes", "--compress", "int8"],
      "--compress is int8, expected none with --consistency asp and --driver processes"),
+    (["--precision", "int8"], "--precision is int8, expected float32 or bfloat16"),
     (["--damping", "half"], "--damping is half, expected none or inverse"),
     (["--damping", "inverse"], "--damping is inverse, expected none with --consistency bsp"),
     (["--placement", "random"], "--placement is random, expected ranges or hashing"),

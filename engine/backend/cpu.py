@@ -24,6 +24,7 @@ from engine.backend.numpy_rows import numpy_rows
 from engine.backend.pool import Pool
 from engine.dtypes import DType, float32, float64
 
+BF16_UNITS = ("fma", "dot", "amx")  # by kernels.h's numbers
 LEVELS = {"v4": 4, "v3": 3, "v2": 2, "neon": 1}  # best first; the numbers are kernels.h's
 
 
@@ -71,16 +72,27 @@ class CpuBackend(Backend):
         self.rows = numpy_rows(np)
         self.pool = Pool(self._reserve, lambda pointer, offset: self.ffi.cast("void *", self._char(pointer) + offset))
         self._functions = set(dir(self.lib))
+        self.bf16_unit = self._choose_bf16_unit()
         threads = os.environ.get("ENGINE_NUM_THREADS")
         if threads:
             if not threads.isdigit() or not int(threads):
                 raise ImportError(f"ENGINE_NUM_THREADS: got {threads!r}, expected a positive whole number")
             self.lib.threads_set(int(threads))
 
+    def _choose_bf16_unit(self) -> str:
+        """What multiplies bfloat16 (kernels/gemm_bf16.c): the fastest that is here, or what ENGINE_BF16 names."""
+        wanted = os.environ.get("ENGINE_BF16")
+        has = BF16_UNITS[:1 + self.lib.bf16_unit(len(BF16_UNITS))]
+        if wanted and wanted not in has:
+            raise ImportError(f"ENGINE_BF16: got {wanted!r}, expected one of {', '.join(has)} (known: "
+                              f"{', '.join(BF16_UNITS)}; at level {self.level} this processor has: {', '.join(has)})")
+        return BF16_UNITS[self.lib.bf16_unit(BF16_UNITS.index(wanted) if wanted else -1)]
+
     @cached_property
     def identity(self) -> str:
-        """The level, and a digest of its compiled kernels."""
-        return f"{self.level} {hashlib.sha256(Path(self._module).read_bytes()).hexdigest()[:12]}"
+        """The level, the unit for bfloat16 if there is one, and a digest of the compiled kernels."""
+        unit = "" if self.bf16_unit == BF16_UNITS[0] else f"+{self.bf16_unit}"
+        return f"{self.level}{unit} {hashlib.sha256(Path(self._module).read_bytes()).hexdigest()[:12]}"
 
     # ── memory ──────────────────────────────────────────────────────────────────────────────────────
 

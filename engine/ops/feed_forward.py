@@ -20,6 +20,7 @@ from engine.backend import Array
 from engine.ops.elementwise import gelu, gelu_tanh, relu, silu
 from engine.ops.matmul import as_rows, column_sums, gemm, linear, shaped, transposed
 from engine.ops.registry import composite, op
+from engine.precision import product_format
 from engine.tensor import Tensor
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh}
@@ -35,7 +36,8 @@ def two_layers(k: Any, x: Array, up: Array, down: Array, up_bias: Array | None =
     up_bias, down_bias = (bias if bias is None else k.contiguous(bias) for bias in (up_bias, down_bias))
     h = k.empty((rows.shape[0], up.shape[0]), x.dtype)
     slope = k.empty_like(h) if recorded else None
-    k.linear_activation(h, slope, rows, up, up_bias, *h.shape, up.shape[1], list(ACTIVATIONS).index(activation))
+    k.linear_activation(h, slope, rows, up, up_bias, *h.shape, up.shape[1], list(ACTIVATIONS).index(activation),
+                        product_format.get())
     y = gemm(k, h, transposed(down), down_bias)
     return shaped(y, (*x.shape[:-1], down.shape[0])), {"slope": slope, "h": h}
 
@@ -48,7 +50,7 @@ def _(k: Any, g: Array, x: Array, up: Array, down: Array, slope: Array, h: Array
     if needs[0] or needs[1] or needs[3]:
         dz = k.empty_like(h)
         k.linear_activation_vjp(dz, flat_g, k.contiguous(down), slope, *dz.shape, flat_g.shape[1],
-                                list(ACTIVATIONS).index(activation))
+                                list(ACTIVATIONS).index(activation), product_format.get())
         dx = shaped(gemm(k, dz, up), x.shape) if needs[0] else None
         dup = gemm(k, transposed(dz), as_rows(k, x)) if needs[1] else None
         dup_bias = column_sums(k, dz) if needs[3] else None

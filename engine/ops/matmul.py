@@ -13,6 +13,7 @@ from engine.backend import Array
 from engine.backend.launch import broadcast_shapes
 from engine.ops.movement import concat, matrix_transpose, pad, permute_dims, reshape
 from engine.ops.registry import axes_tuple, axis_index, composite, op
+from engine.precision import product_format
 from engine.tensor import Tensor
 
 
@@ -33,7 +34,7 @@ def _batch_stride(k: Any, x: Array, batch: tuple[int, ...]) -> tuple[Array, int]
 def gemm(k: Any, a: Array, b: Array, bias: Array | None = None, out: Array | None = None,
          accumulate: bool = False) -> Array:
     """a (..., m, k) times b (..., k, n), leading axes broadcast, plus bias (n,), plus what is in out (..., m, n) if
-    accumulate: one launch."""
+    accumulate: one launch. The elements of a and b are rounded to the format of eg.autocast (precision.py)."""
     (m, inner), n = a.data.shape[-2:], b.data.shape[-1]
     batch = broadcast_shapes("matmul", a.data.shape[:-2], b.data.shape[:-2])
     c = k.empty((*batch, m, n), a.dtype) if out is None else out
@@ -46,7 +47,7 @@ def gemm(k: Any, a: Array, b: Array, bias: Array | None = None, out: Array | Non
     size = a.dtype.itemsize
     (a_row, a_col), (b_row, b_col) = a.data.strides[-2:], b.data.strides[-2:]
     k.gemm(c, a, b, bias, count, rows, n, inner, a_step, a_row // size, a_col // size,
-           b_step, b_row // size, b_col // size, rows * n, n, int(accumulate))
+           b_step, b_row // size, b_col // size, rows * n, n, int(accumulate), product_format.get())
     return c
 
 

@@ -61,7 +61,7 @@ def ours(a: np.ndarray, b: np.ndarray) -> Callable[[], object]:
     n = b.shape[2]
     out = backend.empty((batch, m, n), x.dtype)
     strides = [s // 4 for s in (*a.strides, *b.strides)]
-    return lambda: backend.gemm(out, x, y, None, batch, m, n, k, *strides, m * n, n, 0)
+    return lambda: backend.gemm(out, x, y, None, batch, m, n, k, *strides, m * n, n, 0, 0)
 
 
 def torch_product(torch: Any, a: np.ndarray, b: np.ndarray) -> Callable[[], object]:

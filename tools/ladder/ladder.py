@@ -77,7 +77,7 @@ def gemm_runs(rungs: Sequence[Loaded], size: int, openblas: bool) -> dict[str, R
     (out, c), (x, a), (y, b) = (pooled(size, size, seed=seed) for seed in range(3))
     backend = get_backend("cpu")
     runs: dict[str, Run] = {rung.rung.title: rung.bind(c, a, b) for rung in rungs}
-    runs["engine"] = lambda: backend.gemm(out, x, y, None, 1, size, size, size, 0, size, 1, 0, size, 1, 0, size, 0)
+    runs["engine"] = lambda: backend.gemm(out, x, y, None, 1, size, size, size, 0, size, 1, 0, size, 1, 0, size, 0, 0)
     if openblas:
         runs["OpenBLAS"] = lambda: np.matmul(a, b, out=c)
     return runs

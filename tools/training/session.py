@@ -54,6 +54,7 @@ class Work:
     config: eg.models.TransformerConfig
     loader: Loader
     seed: int
+    precision: str = "float32"
 
     def __call__(self, client: eg.sharder.Client) -> None:
         replica = eg.models.Transformer(self.config)
@@ -62,7 +63,8 @@ class Work:
             client.pull(replica)
             for index in client.microbatches:
                 tokens, targets = self.loader.microbatch(client.step, index)
-                with eg.seed(generator.at(client.step + 1, index)):  # step 0 drew the initial weights
+                # step 0 drew the initial weights
+                with eg.seed(generator.at(client.step + 1, index)), eg.autocast(self.precision):
                     loss = replica.loss(eg.tensor(tokens), eg.tensor(targets), reduction="sum")
                 client.backward(index, replica, loss, targets.size)
 
@@ -104,7 +106,7 @@ class Session:
 
     def steps(self, trace: Path | None = None) -> Iterator[eg.sharder.Committed]:
         """Train to the end of the run, one item a finished step; trace: a file for the timeline."""
-        work = Work(self.config, self.loader, self.settings.seed)
+        work = Work(self.config, self.loader, self.settings.seed, self.settings.precision)
         left = self.settings.steps - self.step
         done: Iterator[eg.sharder.Committed] = self.server.run(work, clocks=left, trace=trace)
         return done

@@ -44,6 +44,8 @@ class Settings:
     warmup: int = flag(60, "steps until the peak; from there a cosine to zero")
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices")
     beta2: float = flag(0.95, "AdamW's memory of squared gradients")
+    precision: str = flag("float32", "of the factors in matrix products: float32, or bfloat16, which is faster where "
+                          "the processor has a unit for it")
     compress: str = flag("none", "how gradients travel: none, fp16, bf16, int8, or topk: and a share, as in topk:0.01")
     clip: float | None = flag(1.0, "the largest norm of a gradient, or none")
     seed: int = flag(0, "of the initial weights, the order of the data and dropout")
@@ -112,7 +114,8 @@ class Settings:
                                "a microbatch is computed by one worker")
         if self.backups >= self.microbatches:
             raise ProgramError(f"--backups is {self.backups}, expected fewer than --microbatches ({self.microbatches})")
-        for name, words in (("damping", ("none", "inverse")), ("placement", ("ranges", "hashing")),
+        for name, words in (("precision", ("float32", "bfloat16")), ("damping", ("none", "inverse")),
+                            ("placement", ("ranges", "hashing")),
                             ("durability", ("snapshot", "log"))):
             if getattr(self, name) not in (*words, None):
                 raise ProgramError(f"--{name} is {getattr(self, name)}, expected {' or '.join(words)}")

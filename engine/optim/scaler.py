@@ -1,0 +1,108 @@
+"""Loss scaling: gradients that are too small for float16 are multiplied up before they are rounded, and back after.
+
+    scaler = eg.optim.GradScaler()
+    with eg.autocast("float16"):
+        loss = model(tokens, targets)
+    scaler.scale(loss).backward()       gradients of s · loss: s times as large, in every product of backward
+    scaler.step(optimizer)              divides them by s; steps, unless one of them is Inf or NaN
+    scaler.update()                     s ← s/2 where one was, 2 s after 2,000 steps without
+
+float16 ends at 6e-8 below and 65504 above. The largest s with which nothing overflows loses the least, and it is found
+by trying: one too large costs a step, in which nothing is changed. s is a power of two, so scaling loses no bits.
+
+Micikevicius et al. 2018, "Mixed Precision Training", section 3.2, arXiv:1710.03740.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from engine.optim.clip import norm_of_gradients, scaled
+from engine.optim.optimizers import Optimizer
+from engine.tensor import Tensor
+
+
+class GradScaler:
+    """The factor s by which a loss is multiplied, found by trying.
+
+    init_scale and growth: powers of two; s is multiplied by growth after growth_interval steps without an overflow, and
+    divided by it after one with. With enabled=False every method passes on what it is given: for a program that runs
+    with and without float16. Raises ValueError for numbers that are not so.
+    """
+
+    def __init__(self, init_scale: float = 65536.0, growth: float = 2.0, growth_interval: int = 2000,
+                 enabled: bool = True):
+        for name, value in (("init_scale", init_scale), ("growth", growth)):
+            if not (0 < value < math.inf and math.frexp(value)[0] == 0.5) or (name == "growth" and value < 2):
+                raise ValueError(f"GradScaler: {name} is {value!r}, expected a power of two"
+                                 + (" of at least 2" if name == "growth" else ""))
+        if growth_interval < 1:
+            raise ValueError(f"GradScaler: growth_interval is {growth_interval!r}, expected at least 1")
+        self.scale_factor = float(init_scale)
+        self.growth, self.growth_interval, self.enabled = float(growth), growth_interval, enabled
+        self.good_steps = 0
+        self.skipped_steps = 0
+        self._finite: dict[int, bool] = {}  # by id(optimizer): of the gradients that were divided since the last update
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """s · loss, in a graph."""
+        return loss * self.scale_factor if self.enabled else loss
+
+    def unscale_(self, optimizer: Optimizer) -> bool:
+        """Divide the gradients of an optimizer's parameters by s: to look at them, or clip them, before step.
+
+        Returns whether all of them are finite. Raises RuntimeError if that was done since the last update.
+        """
+        if not self.enabled:
+            return True
+        if id(optimizer) in self._finite:
+            raise RuntimeError("GradScaler.unscale_: the gradients of this optimizer are unscaled already; "
+                               "call update() after step()")
+        with_gradient = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for p in with_gradient:
+            p.grad = scaled(p.grad, 1 / self.scale_factor)
+        finite = math.isfinite(norm_of_gradients([p.grad for p in with_gradient]))
+        self._finite[id(optimizer)] = finite
+        return finite
+
+    def step(self, optimizer: Optimizer, **options: Any) -> float | None:
+        """optimizer.step(**options) on gradients divided by s; nothing at all if one of them is Inf or NaN.
+
+        Returns what the optimizer does, None for a step that was left out. Raises as unscale_ and the optimizer do.
+        """
+        if not self.enabled:
+            return optimizer.step(**options)
+        finite = self._finite.get(id(optimizer))
+        if finite is None:
+            finite = self.unscale_(optimizer)
+        return optimizer.step(**options) if finite else None
+
+    def update(self) -> None:
+        """The factor of the next step. Raises RuntimeError if no gradients were divided since the last update."""
+        if not self.enabled:
+            return
+        if not self._finite:
+            raise RuntimeError("GradScaler.update: no step was made since the last update; call step(optimizer) first")
+        if all(self._finite.values()):
+            self.good_steps += 1
+            if self.good_steps % self.growth_interval == 0 and self.scale_factor * self.growth < math.inf:
+                self.scale_factor *= self.growth
+        else:
+            self.skipped_steps += 1
+            self.good_steps = 0
+            self.scale_factor = max(self.scale_factor / self.growth, 2.0**-126)
+        self._finite.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The factor and its history: plain numbers."""
+        return {"scale": self.scale_factor, "good_steps": self.good_steps, "skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state_dict. Raises ValueError, and changes nothing, if it is not one."""
+        missing = {"scale", "good_steps", "skipped_steps"} ^ set(state)
+        if missing:
+            raise ValueError(f"GradScaler.load_state_dict: got {sorted(state)}, expected scale, good_steps and "
+                             "skipped_steps")
+        self.scale_factor = float(state["scale"])
+        self.good_steps, self.skipped_steps = int(state["good_steps"]), int(state["skipped_steps"])

@@ -1,0 +1,171 @@
+/* gemm_bf16.c: numbers rounded to pairs of bfloat16, and a product of tiles of them.
+ *
+ * A processor multiplies numbers of 8 digits in an eighth of the room that 24 digits take, so it has more such multipliers:
+ * a register of 16 pairs per instruction twice as many as of floats (AVX512_BF16, Zen 4), a tile of 16 × 16 sums sixteen
+ * times as many (AMX, Sapphire Rapids). Both add in float32 and both want two neighbours in depth side by side: a pair
+ * takes the place of a float, and the blocking of gemm.c moves pairs as it moves floats.
+ *
+ * The tile. TDPBF16PS: C (16 × 16 floats) += A (16 rows × 16 pairs) B (16 pairs × 16 columns), 16,384 flops in 16 cycles;
+ * for each element of C
+ *
+ *     even = Σ a[2q] b[2q], odd = Σ a[2q + 1] b[2q + 1] over the 16 pairs, one chain each; C ← C + (even + odd)
+ *
+ * and subnormal numbers are zeros. 2 × 2 tiles of C share what is loaded: two tiles of A and two of B for four products,
+ * 4 · 8 cycles of loads beside 4 · 16 of arithmetic. Intel 2023, Optimization Reference Manual, chapter 20. */
+#include "gemm_bf16.h"
+#include "transpose.h"
+#if BF16_UNITS
+
+/* ── pairs ───────────────────────────────────────────────────────────────────────────────────────── */
+
+#define AVX512_BF16 __attribute__((target("avx512bf16")))
+
+/* 32 neighbours in depth: 16 pairs. */
+AVX512_BF16 static inline vf join_neighbours(vf first, vf second) {
+    return (vf)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+
+/* Two depths of 16 lines: a pair of each line. */
+AVX512_BF16 static inline vf join_depths(vf even, vf odd) {
+    const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                             5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (vf)_mm512_permutexvar_epi16(in_turn, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+}
+
+/* The first n floats, 0 beyond them and for n ≤ 0. */
+static inline vf load_first(const float *p, int64_t n) { return n > 0 ? load_up_to(p, n) : vf_zero(); }
+
+/* 16 lines × 16 pairs of x: block[i] is line i. */
+AVX512_BF16 static void block_of_lines(vf block[VL], const float *x, int64_t x_line, int64_t lines, int64_t depths) {
+    for (int64_t i = 0; i < VL; i++) {
+        const float *line = x + i * x_line;
+        if (i < lines)
+            block[i] = join_neighbours(load_first(line, depths), load_first(line + VL, depths - VL));
+        else
+            block[i] = vf_zero();
+    }
+}
+
+/* The same, and block[q] is pair q of each line. */
+AVX512_BF16 static void block_of_depths(vf block[VL], const float *x, int64_t x_step, int64_t lines, int64_t depths) {
+    for (int64_t q = 0; q < VL; q++) {
+        const float *even = x + 2 * q * x_step;
+        block[q] = join_depths(2 * q < depths ? load_first(even, lines) : vf_zero(),
+                               2 * q + 1 < depths ? load_first(even + x_step, lines) : vf_zero());
+    }
+}
+
+/* 16 lines × 16 pairs of x to `to`: line after line, or pair after pair, `row` apart. */
+static void pack_block(float *to, int64_t row, int by_line, const float *x, int64_t x_line, int64_t x_step, int64_t lines,
+                       int64_t depths) {
+    vf block[VL];
+    if (x_line == 1 && x_step != 1) {
+        block_of_depths(block, x, x_step, lines, depths);
+        if (by_line)
+            vf_transpose(block);
+    } else {
+        float copy[VL * 2 * VL] = {0};
+        if (x_step != 1) {
+            for (int64_t i = 0; i < at_most(lines, VL); i++)
+                for (int64_t p = 0; p < at_most(depths, 2 * VL); p++)
+                    copy[i * 2 * VL + p] = x[i * x_line + p * x_step];
+            x = copy, x_line = 2 * VL;
+        }
+        block_of_lines(block, x, x_line, lines, depths);
+        if (!by_line)
+            vf_transpose(block);
+    }
+    for (int64_t i = 0; i < (by_line ? at_most(lines, VL) : VL); i++)
+        vf_store(to + i * row, block[i]);
+}
+
+/* Bytes 6 · lines · depths: bound by the second-level cache, and by the shuffles where lines turn into depths. */
+void pack_pair_lines(float *to, const float *x, int64_t lines, int64_t depths, int64_t x_line, int64_t x_step) {
+    int64_t pairs = pairs_of(depths);
+    for (int64_t i = 0; i < lines; i += VL)
+        for (int64_t q = 0; q < pairs; q += VL)
+            pack_block(to + i * pairs + q, pairs, 1, x + i * x_line + 2 * q * x_step, x_line, x_step, lines - i,
+                       depths - 2 * q);
+}
+
+void pack_pair_panels(float *to, const float *x, int64_t lines, int64_t depths, int64_t x_line, int64_t x_step) {
+    int64_t pairs = pairs_of(depths);
+    for (int64_t j = 0; j < divide_up(lines, NR) * NR; j += VL)
+        for (int64_t q = 0; q < pairs; q += VL)
+            pack_block(to + j / NR * NR * pairs + q * NR + j % NR, NR, 0, x + j * x_line + 2 * q * x_step, x_line, x_step,
+                       lines - j, depths - 2 * q);
+}
+
+/* ── tiles ───────────────────────────────────────────────────────────────────────────────────────── */
+
+#define AMX __attribute__((target("amx-tile,amx-bf16")))
+
+/* All eight tiles have 16 rows of 64 bytes. */
+static const struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+AMX void amx_begin(void) { _tile_loadconfig(&TILES); }
+
+AMX void amx_end(void) { _tile_release(); }
+
+/* Tiles 0 … 3 are C, 4 and 5 A, 6 and 7 B: the lower two of C and 5 of more than 16 rows, 1, 3 and 7 of two vectors. */
+AMX ALWAYS_INLINE void multiply_tiles(float *sums, const float *a, const float *b, int64_t pairs, int64_t a_row, int lower,
+                                      int right) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t q = 0; q < pairs; q += PAIR_BLOCK, a += PAIR_BLOCK, b += PAIR_BLOCK * NR) {
+        _tile_loadd(6, b, NR * sizeof *b);
+        _tile_loadd(4, a, a_row * sizeof *a);
+        _tile_dpbf16ps(0, 4, 6);
+        if (right) {
+            _tile_loadd(7, b + VL, NR * sizeof *b);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (lower) {
+            _tile_loadd(5, a + 16 * a_row, a_row * sizeof *a);
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        if (lower && right)
+            _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, NR * sizeof *sums);
+    if (right)
+        _tile_stored(1, sums + VL, NR * sizeof *sums);
+    if (lower)
+        _tile_stored(2, sums + 16 * NR, NR * sizeof *sums);
+    if (lower && right)
+        _tile_stored(3, sums + 16 * NR + VL, NR * sizeof *sums);
+}
+
+/* Tiles go by way of memory, the first-level cache, to where they meet what is beside them. */
+AMX void amx_tile(float *tile, const float *a, const float *b, int64_t rows, int64_t vectors, int64_t pairs,
+                  int64_t tile_row, int64_t a_row, int64_t a_step, int64_t b_step, const struct beside *beside) {
+    (void)a_step, (void)b_step; /* 1 and NR */
+    float sums[AMX_ROWS * NR];
+    if (rows > 16 && vectors == 2)
+        multiply_tiles(sums, a, b, pairs, a_row, 1, 1);
+    else if (rows > 16)
+        multiply_tiles(sums, a, b, pairs, a_row, 1, 0);
+    else if (vectors == 2)
+        multiply_tiles(sums, a, b, pairs, a_row, 0, 1);
+    else
+        multiply_tiles(sums, a, b, pairs, a_row, 0, 0);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < vectors * VL; j += VL) {
+            vf sum = vf_load(sums + i * NR + j);
+            if (beside->partial)
+                sum = vf_load(beside->partial + i * beside->partial_row + j) + sum;
+            if (beside->bias)
+                sum += vf_load(beside->bias + j);
+            vf_store(tile + i * tile_row + j, sum);
+        }
+}
+
+#else
+typedef int no_such_unit; /* ISO C wants something here */
+#endif

@@ -1,0 +1,453 @@
+"""Mixed precision: products of rounded factors on every unit of this machine, held against float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import engine as eg
+from engine import nn
+from engine.backend import get_backend
+from engine.backend.cpu import BF16_UNITS, CpuBackend
+from engine.ops.matmul import joined_linear
+from engine.precision import FORMATS, product_format
+from engine.testing.bounds import matmul_bound
+
+TINIEST = 2.0**-126  # the smallest normal float32 and bfloat16
+SHORT = ["bfloat16", "float16"]
+
+
+def units() -> list[int]:
+    """The numbers of the units for bfloat16 that this machine has."""
+    backend = get_backend("cpu")
+    if not isinstance(backend, CpuBackend):
+        return [0]
+    chosen = BF16_UNITS.index(backend.bf16_unit)
+    best = backend.lib.bf16_unit(len(BF16_UNITS))
+    backend.lib.bf16_unit(chosen)
+    return list(range(best + 1))
+
+
+def set_unit(unit: int) -> None:
+    backend = get_backend("cpu")
+    if isinstance(backend, CpuBackend):
+        assert backend.lib.bf16_unit(unit) == unit
+
+
+@pytest.fixture(autouse=True)
+def unit_as_it_was() -> Iterator[None]:
+    yield
+    backend = get_backend("cpu")
+    if isinstance(backend, CpuBackend):
+        set_unit(BF16_UNITS.index(backend.bf16_unit))
+    eg.set_num_threads(1)
+
+
+def nearest(x: np.ndarray, dtype: str) -> np.ndarray:
+    """The number of a format nearest to each float32, in float64; of two as near the even one."""
+    if dtype == "float32":
+        return x.astype(np.float64)
+    digits, least, largest = {"bfloat16": (8, -133, 2.0**128 - 2.0**120), "float16": (11, -24, 65504.0)}[dtype]
+    with np.errstate(all="ignore"):
+        exact = x.astype(np.float64)
+        spacing = np.ldexp(1.0, np.maximum(np.frexp(exact)[1] - digits, least))
+        steps = np.abs(exact) / spacing
+        down = np.floor(steps)
+        up = (steps - down > 0.5) | ((steps - down == 0.5) & (down % 2 == 1))
+        rounded = np.copysign((down + up) * spacing, exact)
+        rounded = np.where(np.abs(rounded) > largest, np.copysign(np.inf, exact), rounded)
+    return np.where(np.isfinite(exact), rounded, exact)
+
+
+def product(a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
+    with eg.autocast(dtype):
+        return eg.matmul(eg.tensor(a), eg.tensor(b)).numpy()
+
+
+# ── the rounding ──────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", SHORT)
+def test_factors_are_rounded_to_the_nearest(dtype: str, device: str) -> None:
+    """x · 1 is the rounded x: all 65,536 upper halves, with lower ones at, beside and far from each half-way."""
+    low = np.array([0, 1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    x = ((np.arange(65536, dtype=np.uint32) << 16)[:, None] | low).reshape(-1, 1).view(np.float32)
+    want = nearest(x, dtype)
+    for unit in units() if dtype == "bfloat16" and device == "cpu" else [0]:
+        set_unit(unit)
+        with eg.autocast(dtype), eg.device(device):
+            got = eg.matmul(eg.tensor(np.repeat(x, 2, 1)), eg.tensor([[1.0], [0.0]])).numpy()
+        allowed = np.where(np.isinf(want), np.nan, want)  # ∞ · 0
+        if unit:  # subnormal numbers are zeros
+            allowed = np.where(np.abs(x) < TINIEST, 0, allowed)
+        np.testing.assert_array_equal(got, allowed)
+
+
+def test_subnormal_float16_numbers_are_kept() -> None:
+    assert product(np.float32([[3 * 2.0**-24]]), np.float32([[1.0]]), "float16") == 3 * 2.0**-24
+    assert product(np.float32([[65519.0]]), np.float32([[1.0]]), "float16") == 65504
+    assert product(np.float32([[65520.0]]), np.float32([[1.0]]), "float16") == np.inf
+
+
+# ── the product ───────────────────────────────────────────────────────────────────────────────────────
+
+def laid_out(rng: np.random.Generator, rows: int, columns: int, how: int) -> np.ndarray:
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    return [normal(rows, columns), normal(columns, rows).T, normal(2 * rows, 3 * columns)[::2, ::3],
+            normal(rows, columns)[::-1, ::-1], normal(rows, columns + 7)[:, 3:columns + 3]][how]
+
+
+@given(st.sampled_from(SHORT), st.integers(0, 2**32 - 1), st.sampled_from([4, 20, 70, 300]), st.integers(0, 4),
+       st.integers(0, 4))
+def test_a_product_is_within_the_bound_on_every_unit(dtype: str, seed: int, most: int, left: int, right: int) -> None:
+    """|C − round(A) round(B)| ≤ γ_k |A||B| in any order of the sums; a unit that has no subnormal numbers may lose as
+    much as the smallest normal one at every step. The same bits with three threads."""
+    rng = np.random.default_rng(seed)
+    m, n, k = rng.integers(1, most, 3, endpoint=True)
+    a, b = laid_out(rng, m, k, left), laid_out(rng, k, n, right)
+    exact_a, exact_b = nearest(a, dtype), nearest(b, dtype)
+    bound = matmul_bound(exact_a, exact_b, "float32") + k * TINIEST
+    for unit in units() if dtype == "bfloat16" else [0]:
+        set_unit(unit)
+        eg.set_num_threads(1)
+        got = product(a, b, dtype)
+        assert (np.abs(got - exact_a @ exact_b) <= bound).all(), f"unit {BF16_UNITS[unit]}"
+        eg.set_num_threads(3)
+        assert product(a, b, dtype).tobytes() == got.tobytes(), f"unit {BF16_UNITS[unit]}"
+
+
+@pytest.mark.parametrize("unit", units())
+@pytest.mark.parametrize("inner", [0, 1, 31, 32, 33, 255, 256, 257, 700])
+def test_every_depth_with_bias_and_what_is_there(unit: int, inner: int) -> None:
+    """Whole numbers are exact: k around a block of pairs and of sums; bias, and C += of a strided batch."""
+    set_unit(unit)
+    rng = np.random.default_rng(inner)
+    k = get_backend("cpu")
+    for m, n in ((1, 1), (5, 40), (16, 16), (17, 33), (33, 31), (70, 100)):
+        a, b, bias, c = (rng.integers(-8, 9, s).astype(np.float32) for s in ((2, m, inner), (inner, n), n, (2, m, n)))
+        got = k.array(c, eg.float32)
+        k.gemm(got, k.array(a), k.array(b), k.array(bias), 2, m, n, inner, m * inner, inner, 1, 0, n, 1, m * n, n, 1,
+               FORMATS["bfloat16"])
+        np.testing.assert_array_equal(k.to_numpy(got), a @ b + bias + c)
+
+
+@pytest.mark.parametrize("unit", units())
+def test_a_row_does_not_depend_on_its_neighbours(unit: int) -> None:
+    set_unit(unit)
+    rng = np.random.default_rng(5)
+    a, b = (rng.standard_normal(s).astype(np.float32) for s in ((75, 300), (300, 70)))
+    whole = product(a, b, "bfloat16")
+    for rows in (slice(0, 1), slice(3, 20), slice(40, 75)):
+        assert product(a[rows], b, "bfloat16").tobytes() == whole[rows].tobytes()
+        assert product(a, b[:, rows], "bfloat16").tobytes() == whole[:, rows].tobytes()
+
+
+@pytest.mark.parametrize("unit", units())
+def test_nan_and_infinity_stay_in_their_row_and_column(unit: int) -> None:
+    """Also where what packs them rounds up the depth: a lower half beside an infinite upper one is no NaN."""
+    set_unit(unit)
+    a, b = np.full((40, 37), 1.5, np.float32), np.full((37, 50), 1.25, np.float32)
+    a[3, 5], a[20, 36], b[7, 9] = np.inf, np.nan, -np.inf
+    with np.errstate(invalid="ignore"):
+        want = (a.astype(np.float64) @ b.astype(np.float64)).astype(np.float32)
+    np.testing.assert_array_equal(product(a, b, "bfloat16"), want)
+
+
+def test_float64_is_left_alone() -> None:
+    a, b = np.random.default_rng(6).standard_normal((2, 40, 40))
+    assert product(a, b, "bfloat16").tobytes() == eg.matmul(eg.tensor(a), eg.tensor(b)).numpy().tobytes()
+
+
+# ── gradients ─────────────────────────────────────────────────────────────────────────────────────────
+
+def normal(seed: int, *shapes: tuple[int, ...]) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    return [eg.tensor((rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32), requires_grad=True)
+            for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+def test_backward_rounds_as_forward_did_wherever_it_is_called(dtype: str) -> None:
+    x, w, b, g = normal(1, (9, 50), (33, 50), (33,), (9, 33))
+    with eg.autocast(dtype):
+        y = eg.linear(x, w, b)
+    dx, dw, db = eg.grad(y, [x, w, b], g)
+    exact = {name: nearest(t.numpy(), dtype) for name, t in (("x", x), ("w", w), ("g", g))}
+    for got, left, right in ((dx, exact["g"], exact["w"]), (dw, exact["g"].T, exact["x"])):
+        assert (np.abs(got.numpy() - left @ right) <= matmul_bound(left, right, "float32") + 50 * TINIEST).all()
+    np.testing.assert_array_equal(db.numpy(), eg.sum(g, 0).numpy())  # no product: nothing is rounded
+    assert eg.get_autocast() == "float32"
+
+
+def test_a_product_outside_is_not_rounded_though_backward_passes_one_that_was() -> None:
+    x, w, v, g = normal(2, (6, 20), (20, 20), (20, 20), (6, 20))
+    z = eg.linear(x, w)
+    with eg.autocast():
+        y = eg.linear(z, v)
+    dz = eg.grad(y, z, g, retain_graph=True)
+    assert eg.grad(y, x, g).numpy().tobytes() == eg.matmul(dz, w).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+def test_second_derivatives_round_too(dtype: str) -> None:
+    """d/dw of the gradient dx = g W is gᵀ u, in the format of the product."""
+    x, w, g, u = normal(3, (5, 40), (7, 40), (5, 7), (5, 40))
+    with eg.autocast(dtype):
+        y = eg.linear(x, w)
+    dx = eg.grad(y, x, g, create_graph=True)
+    got = eg.grad(dx, w, u).numpy()
+    left, right = nearest(g.numpy(), dtype).T, nearest(u.numpy(), dtype)
+    assert (np.abs(got - left @ right) <= matmul_bound(left, right, "float32") + 5 * TINIEST).all()
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+def test_fused_ops_have_the_bits_of_their_parts(dtype: str) -> None:
+    def results(f: Any, operands: list[Any], g: Any) -> list[bytes]:
+        with eg.autocast(dtype):
+            y = f(*operands)
+        return [t.numpy().tobytes() for t in (y, *eg.grad(y, operands, g))]
+
+    x, up, down, b, c, g = normal(4, (40, 30), (70, 30), (20, 70), (70,), (20,), (40, 20))
+    assert (results(lambda *o: eg.feed_forward(*o, "gelu"), [x, up, down, b, c], g)
+            == results(lambda x, up, down, b, c: eg.linear(eg.gelu(eg.linear(x, up, b)), down, c),
+                       [x, up, down, b, c], g))
+    q, k, v, g = normal(5, (30, 30), (20, 30), (20, 30), (40, 70))
+    assert (results(lambda x, *w: joined_linear(x, *w), [x, q, k, v], g)[0]
+            == results(lambda x, *w: eg.concat([eg.linear(x, m) for m in w], -1), [x, q, k, v], g)[0])
+    target = eg.tensor(np.arange(40) % 20)
+    loss = eg.tensor(np.float32(1))
+    assert (results(lambda x, w: eg.linear_cross_entropy(x, w, target), [x, k], loss)
+            == results(lambda x, w: eg.cross_entropy(eg.linear(x, w), target), [x, k], loss))
+
+
+def test_attention_itself_stays_in_float32() -> None:
+    q, k, v = normal(6, (2, 3, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8))
+    plain = eg.scaled_dot_product_attention(q, k, v, causal=True).numpy()
+    with eg.autocast():
+        assert eg.scaled_dot_product_attention(q, k, v, causal=True).numpy().tobytes() == plain.tobytes()
+
+
+def test_what_is_computed_again_is_rounded_again() -> None:
+    x, w, g = normal(7, (6, 40), (40, 40), (6, 40))
+
+    def f(x: Any) -> Any:
+        return eg.tanh(eg.linear(eg.tanh(eg.linear(x, w)), w))
+
+    with eg.autocast():
+        plain, kept = f(x), eg.checkpoint(f, x)
+    for one, other in zip(eg.grad(plain, [x, w], g), eg.grad(kept, [x, w], g)):
+        assert one.numpy().tobytes() == other.numpy().tobytes()
+
+
+# ── the setting ───────────────────────────────────────────────────────────────────────────────────────
+
+def test_it_nests_and_ends() -> None:
+    assert eg.get_autocast() == "float32"
+    with eg.autocast():
+        assert eg.get_autocast() == "bfloat16"
+        with eg.autocast("float16"):
+            assert eg.get_autocast() == "float16"
+            with eg.autocast(enabled=False):
+                assert eg.get_autocast() == "float32"
+        with pytest.raises(KeyError), eg.autocast("float32"):
+            assert eg.get_autocast() == "float32"
+            raise KeyError
+        assert eg.get_autocast() == "bfloat16"
+    assert eg.get_autocast() == "float32"
+
+
+def test_one_object_may_be_entered_twice_and_decorate() -> None:
+    cast = eg.autocast("float16")
+
+    @cast
+    def inner(depth: int) -> list[str]:
+        """What it says."""
+        return [eg.get_autocast(), *(inner(depth - 1) if depth else [])]
+
+    with cast, cast:
+        assert eg.get_autocast() == "float16"
+    assert inner(2) == ["float16"] * 3 and inner.__doc__ == "What it says." and eg.get_autocast() == "float32"
+
+
+def test_a_thread_has_its_own() -> None:
+    seen: list[str] = []
+    with eg.autocast():
+        thread = threading.Thread(target=lambda: seen.append(eg.get_autocast()))
+        thread.start()
+        thread.join()
+    assert seen == ["float32"]
+
+
+def test_a_rule_that_raises_leaves_the_setting_as_it_was() -> None:
+    x, w = normal(8, (3, 4), (5, 4))
+    with eg.autocast():
+        y = eg.linear(x, w)
+    with eg.no_grad():
+        x += 1
+    with pytest.raises(RuntimeError, match="modified in place"):
+        y.sum().backward()
+    assert product_format.get() == 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "half", None, eg.float32])
+def test_another_type_is_refused(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"autocast: dtype is .*, expected one of float32, bfloat16, float16"):
+        eg.autocast(dtype)
+
+
+def run_with_unit(unit: str) -> subprocess.CompletedProcess[str]:
+    program = "import engine as eg; print(eg.backend.get_backend('cpu').bf16_unit)"
+    return subprocess.run([sys.executable, "-c", program], env={**os.environ, "ENGINE_BF16": unit}, text=True,
+                          capture_output=True)
+
+
+@pytest.mark.skipif(not isinstance(get_backend("cpu"), CpuBackend), reason="needs compiled kernels")
+def test_the_unit_can_be_named() -> None:
+    for unit in units():
+        assert run_with_unit(BF16_UNITS[unit]).stdout.strip() == BF16_UNITS[unit]
+    wrong = run_with_unit("tpu")
+    assert wrong.returncode and "ENGINE_BF16: got 'tpu', expected one of fma" in wrong.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(not isinstance(get_backend("cpu"), CpuBackend), reason="needs compiled kernels")
+def test_machines_whose_units_differ_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = get_backend("cpu")
+    names = set()
+    for unit in BF16_UNITS:
+        monkeypatch.setattr(backend, "bf16_unit", unit)
+        backend.__dict__.pop("identity", None)
+        names.add(backend.identity)
+    backend.__dict__.pop("identity", None)
+    assert len(names) == 3
+
+
+# ── loss scaling ──────────────────────────────────────────────────────────────────────────────────────
+
+def test_scaling_saves_gradients_that_float16_loses() -> None:
+    """A gradient of 2⁻³⁰ is 0 in float16; times 2¹⁶ it is one of its numbers, and divided again it is exact."""
+    w = eg.tensor([[1.0]], requires_grad=True)
+    x = eg.tensor([[2.0]])
+
+    def gradient(scaler: Any) -> float:
+        w.grad = None
+        with eg.autocast("float16"):
+            y = eg.matmul(x, w)
+        scaler.scale(y.sum() * 2.0**-30).backward()
+        scaler.unscale_(optimizer)
+        return float(w.grad.numpy()[0, 0])
+
+    optimizer = eg.optim.SGD([w], lr=1.0)
+    assert gradient(eg.optim.GradScaler(init_scale=1.0)) == 0
+    assert gradient(eg.optim.GradScaler()) == 2.0**-29
+
+
+def step_with(scaler: Any, optimizer: Any, p: Any, value: float) -> Any:
+    p.grad = eg.tensor([value, 1.0]) * scaler.scale_factor
+    result = scaler.step(optimizer)
+    scaler.update()
+    return result
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_an_overflow_costs_a_step_and_nothing_else(bad: float) -> None:
+    p = eg.tensor([1.0, 2.0], requires_grad=True)
+    optimizer, scaler = eg.optim.Adam([p], lr=0.5), eg.optim.GradScaler(init_scale=8.0, growth_interval=2)
+    step_with(scaler, optimizer, p, 1.0)
+    before, state = p.numpy().copy(), {k: np.copy(v) for k, v in optimizer.state_dict().items() if k == "step"}
+    step_with(scaler, optimizer, p, bad)
+    assert p.numpy().tobytes() == before.tobytes() and optimizer.state[id(p)]["step"] == 1 and state is not None
+    assert (scaler.scale_factor, scaler.skipped_steps, scaler.good_steps) == (4.0, 1, 0)
+    for expected in (4.0, 8.0, 8.0, 16.0):  # twice as large after every second good step
+        step_with(scaler, optimizer, p, 1.0)
+        assert scaler.scale_factor == expected
+
+
+def test_scaled_steps_have_the_bits_of_plain_ones() -> None:
+    """s is a power of two: nothing is rounded on the way there and back. With clipping too."""
+    x, g = normal(9, (12, 8), (12, 3))
+    found = []
+    for enabled in (False, True):
+        with eg.seed(3):
+            model = nn.Linear(8, 3)
+        optimizer = eg.optim.AdamW(model.parameters(), lr=0.01)
+        scaler = eg.optim.GradScaler(enabled=enabled)
+        norms = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            scaler.scale((model(x) * g).sum()).backward()
+            norms.append(scaler.step(optimizer, clip_norm=0.5))
+            scaler.update()
+        found.append((norms, [p.numpy().tobytes() for p in model.parameters()]))
+    assert found[0] == found[1]
+
+
+def test_the_scaler_goes_on_from_its_state() -> None:
+    p = eg.tensor([1.0, 2.0], requires_grad=True)
+    optimizer, scaler = eg.optim.SGD([p], lr=0.1), eg.optim.GradScaler(growth_interval=3)
+    for value in (1.0, np.inf, 1.0, 1.0):
+        step_with(scaler, optimizer, p, value)
+    other = eg.optim.GradScaler(growth_interval=3)
+    other.load_state_dict(scaler.state_dict())
+    for s in (scaler, other):
+        step_with(s, optimizer, p, 1.0)
+    assert scaler.state_dict() == other.state_dict() == {"scale": 65536.0, "good_steps": 3, "skipped_steps": 1}
+    with pytest.raises(ValueError, match="expected scale, good_steps and skipped_steps"):
+        other.load_state_dict({"scale": 1.0})
+
+
+def test_the_scaler_refuses_what_it_cannot_do() -> None:
+    for wrong in ({"init_scale": 3.0}, {"init_scale": 0.0}, {"init_scale": np.inf}, {"growth": 1.0}, {"growth": 1.5}):
+        with pytest.raises(ValueError, match=r"GradScaler: (init_scale|growth) is .* expected a power of two"):
+            eg.optim.GradScaler(**wrong)
+    with pytest.raises(ValueError, match="growth_interval is 0"):
+        eg.optim.GradScaler(growth_interval=0)
+    p = eg.tensor([1.0], requires_grad=True)
+    optimizer, scaler = eg.optim.SGD([p], lr=0.1), eg.optim.GradScaler()
+    with pytest.raises(RuntimeError, match="no step was made"):
+        scaler.update()
+    p.grad = eg.tensor([1.0])
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="unscaled already"):
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)  # does not divide again
+    assert p.numpy()[0] == np.float32(1 - 0.1 / 65536.0)
+
+
+# ── training ──────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("dtype", SHORT)
+def test_a_model_learns_as_in_float32(dtype: str) -> None:
+    """A small Transformer on a text of one sentence. The losses differ by their rounding; both learn it."""
+    text = np.frombuffer(b"the cat sat on the mat and the dog sat on the log. " * 8, np.uint8)
+    tokens = eg.tensor(np.stack([text[i:i + 33] for i in range(0, 256, 32)]).astype(np.int64))
+
+    def losses(dtype: str) -> list[float]:
+        with eg.seed(1):
+            model = eg.models.Transformer(vocab_size=128, context_length=32, layers=2, heads=2, width=32)
+        optimizer = eg.optim.AdamW(model.parameters(), lr=1e-2)
+        scaler = eg.optim.GradScaler(enabled=dtype == "float16")
+        found = []
+        for _ in range(40):
+            optimizer.zero_grad()
+            with eg.autocast(dtype):
+                loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+            scaler.scale(loss).backward()
+            scaler.step(optimizer, clip_norm=1.0)
+            scaler.update()
+            found.append(float(loss.numpy()))
+        return found
+
+    exact, rounded = losses("float32"), losses(dtype)
+    assert exact != rounded
+    assert max(exact[-1], rounded[-1]) < 0.5 * exact[0]
