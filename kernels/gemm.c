@@ -188,7 +188,7 @@ static void choose_tasks(struct stage *s) {
     int64_t threads = threads_get(), column_panels = divide_up(s->columns, NR);
     int long_work = 2.0 * (double)s->product->m * (double)s->columns * (double)s->product->k > LONG_FLOPS;
     int64_t wanted = threads > 1 && long_work ? 2 * threads : threads;
-    s->spans = divide_up(column_panels, SPAN);
+    s->spans = divide_up(column_panels, unit_of(s->product) ? 2 * SPAN : SPAN); /* pairs take half the room */
     s->groups = divide_up(s->row_panels, GROUP);
     while (s->groups * s->spans < wanted) {
         int64_t width = divide_up(column_panels, s->spans), height = divide_up(s->row_panels, s->groups);

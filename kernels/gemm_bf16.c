@@ -18,15 +18,13 @@
 
 /* ── pairs ───────────────────────────────────────────────────────────────────────────────────────── */
 
-#define AVX512_BF16 __attribute__((target("avx512bf16")))
+#pragma GCC target("avx512bf16")
 
 /* 32 neighbours in depth: 16 pairs. */
-AVX512_BF16 static inline vf join_neighbours(vf first, vf second) {
-    return (vf)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-}
+static inline vf join_neighbours(vf first, vf second) { return (vf)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 
 /* Two depths of 16 lines: a pair of each line. */
-AVX512_BF16 static inline vf join_depths(vf even, vf odd) {
+static inline vf join_depths(vf even, vf odd) {
     const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                              5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return (vf)_mm512_permutexvar_epi16(in_turn, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
@@ -35,65 +33,89 @@ AVX512_BF16 static inline vf join_depths(vf even, vf odd) {
 /* The first n floats, 0 beyond them and for n ≤ 0. */
 static inline vf load_first(const float *p, int64_t n) { return n > 0 ? load_up_to(p, n) : vf_zero(); }
 
-/* 16 lines × 16 pairs of x: block[i] is line i. */
-AVX512_BF16 static void block_of_lines(vf block[VL], const float *x, int64_t x_line, int64_t lines, int64_t depths) {
-    for (int64_t i = 0; i < VL; i++) {
-        const float *line = x + i * x_line;
-        if (i < lines)
-            block[i] = join_neighbours(load_first(line, depths), load_first(line + VL, depths - VL));
-        else
-            block[i] = vf_zero();
+/* Of a block of x, 16 lines by 16 pairs, of which `lines` and `depths` are there: line i, where a line is one run of
+ * memory; or pair i of every line, where a depth is. `stride` lies between runs. */
+ALWAYS_INLINE vf pairs_of_run(const float *x, int64_t stride, int64_t i, int along_lines, int64_t lines, int64_t depths) {
+    if (along_lines) {
+        x += i * stride;
+        return i < lines ? join_neighbours(load_first(x, depths), load_first(x + VL, depths - VL)) : vf_zero();
     }
+    x += 2 * i * stride;
+    return join_depths(2 * i < depths ? load_first(x, lines) : vf_zero(),
+                       2 * i + 1 < depths ? load_first(x + stride, lines) : vf_zero());
 }
 
-/* The same, and block[q] is pair q of each line. */
-AVX512_BF16 static void block_of_depths(vf block[VL], const float *x, int64_t x_step, int64_t lines, int64_t depths) {
-    for (int64_t q = 0; q < VL; q++) {
-        const float *even = x + 2 * q * x_step;
-        block[q] = join_depths(2 * q < depths ? load_first(even, lines) : vf_zero(),
-                               2 * q + 1 < depths ? load_first(even + x_step, lines) : vf_zero());
-    }
-}
-
-/* 16 lines × 16 pairs of x to `to`: line after line, or pair after pair, `row` apart. */
-static void pack_block(float *to, int64_t row, int by_line, const float *x, int64_t x_line, int64_t x_step, int64_t lines,
-                       int64_t depths) {
+/* The block to `to`: line after line or pair after pair, `row` apart. */
+ALWAYS_INLINE void pack_block(float *to, int64_t row, int to_lines, const float *x, int64_t stride, int along_lines,
+                              int64_t lines, int64_t depths) {
     vf block[VL];
-    if (x_line == 1 && x_step != 1) {
-        block_of_depths(block, x, x_step, lines, depths);
-        if (by_line)
-            vf_transpose(block);
-    } else {
-        float copy[VL * 2 * VL] = {0};
-        if (x_step != 1) {
-            for (int64_t i = 0; i < at_most(lines, VL); i++)
-                for (int64_t p = 0; p < at_most(depths, 2 * VL); p++)
-                    copy[i * 2 * VL + p] = x[i * x_line + p * x_step];
-            x = copy, x_line = 2 * VL;
-        }
-        block_of_lines(block, x, x_line, lines, depths);
-        if (!by_line)
-            vf_transpose(block);
-    }
-    for (int64_t i = 0; i < (by_line ? at_most(lines, VL) : VL); i++)
-        vf_store(to + i * row, block[i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++)
+        block[i] = pairs_of_run(x, stride, i, along_lines, lines, depths);
+    if (along_lines != to_lines)
+        vf_transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++)
+        if (!to_lines || i < lines)
+            vf_store(to + i * row, block[i]);
 }
 
-/* Bytes 6 · lines · depths: bound by the second-level cache, and by the shuffles where lines turn into depths. */
+/* Whole blocks have their own code, without the questions. */
+ALWAYS_INLINE void pack_run(float *to, int64_t row, int to_lines, const float *x, int64_t stride, int along_lines,
+                            int64_t lines, int64_t depths) {
+    if (lines >= VL && depths >= 2 * VL)
+        pack_block(to, row, to_lines, x, stride, along_lines, VL, 2 * VL);
+    else
+        pack_block(to, row, to_lines, x, stride, along_lines, at_most(lines, VL), at_most(depths, 2 * VL));
+}
+
+/* Neither lines nor depths are runs. */
+static void pack_strided(float *to, int64_t row, int to_lines, const float *x, int64_t x_line, int64_t x_step,
+                         int64_t lines, int64_t depths) {
+    float copy[VL * 2 * VL] = {0};
+    lines = at_most(lines, VL), depths = at_most(depths, 2 * VL);
+    for (int64_t i = 0; i < lines; i++)
+        for (int64_t p = 0; p < depths; p++)
+            copy[i * 2 * VL + p] = x[i * x_line + p * x_step];
+    pack_block(to, row, to_lines, copy, 2 * VL, 1, lines, depths);
+}
+
+/* One block, of lines i on and pairs q on. */
+#define PACK(to, row, to_lines)                                                                                   \
+    do {                                                                                                          \
+        if (x_step == 1)                                                                                          \
+            pack_run(to, row, to_lines, x + i * x_line + 2 * q, x_line, 1, lines - i, depths - 2 * q);            \
+        else if (x_line == 1)                                                                                     \
+            pack_run(to, row, to_lines, x + i + 2 * q * x_step, x_step, 0, lines - i, depths - 2 * q);            \
+        else                                                                                                      \
+            pack_strided(to, row, to_lines, x + i * x_line + 2 * q * x_step, x_line, x_step, lines - i,           \
+                         depths - 2 * q);                                                                         \
+    } while (0)
+
+/* Bytes 6 · lines · depths: bound by the caches, and where lines become depths by log₂ 16 shuffles a vector. Blocks are
+ * taken along the runs of memory. */
 void pack_pair_lines(float *to, const float *x, int64_t lines, int64_t depths, int64_t x_line, int64_t x_step) {
     int64_t pairs = pairs_of(depths);
-    for (int64_t i = 0; i < lines; i += VL)
+    if (x_line == 1)
         for (int64_t q = 0; q < pairs; q += VL)
-            pack_block(to + i * pairs + q, pairs, 1, x + i * x_line + 2 * q * x_step, x_line, x_step, lines - i,
-                       depths - 2 * q);
+            for (int64_t i = 0; i < lines; i += VL)
+                PACK(to + i * pairs + q, pairs, 1);
+    else
+        for (int64_t i = 0; i < lines; i += VL)
+            for (int64_t q = 0; q < pairs; q += VL)
+                PACK(to + i * pairs + q, pairs, 1);
 }
 
 void pack_pair_panels(float *to, const float *x, int64_t lines, int64_t depths, int64_t x_line, int64_t x_step) {
-    int64_t pairs = pairs_of(depths);
-    for (int64_t j = 0; j < divide_up(lines, NR) * NR; j += VL)
+    int64_t pairs = pairs_of(depths), whole = divide_up(lines, NR) * NR;
+    if (x_line == 1)
         for (int64_t q = 0; q < pairs; q += VL)
-            pack_block(to + j / NR * NR * pairs + q * NR + j % NR, NR, 0, x + j * x_line + 2 * q * x_step, x_line, x_step,
-                       lines - j, depths - 2 * q);
+            for (int64_t i = 0; i < whole; i += VL)
+                PACK(to + i / NR * NR * pairs + q * NR + i % NR, NR, 0);
+    else
+        for (int64_t i = 0; i < whole; i += VL)
+            for (int64_t q = 0; q < pairs; q += VL)
+                PACK(to + i / NR * NR * pairs + q * NR + i % NR, NR, 0);
 }
 
 /* ── tiles ───────────────────────────────────────────────────────────────────────────────────────── */
@@ -112,8 +134,8 @@ AMX void amx_begin(void) { _tile_loadconfig(&TILES); }
 AMX void amx_end(void) { _tile_release(); }
 
 /* Tiles 0 … 3 are C, 4 and 5 A, 6 and 7 B: the lower two of C and 5 of more than 16 rows, 1, 3 and 7 of two vectors. */
-AMX ALWAYS_INLINE void multiply_tiles(float *sums, const float *a, const float *b, int64_t pairs, int64_t a_row, int lower,
-                                      int right) {
+AMX ALWAYS_INLINE void multiply_tiles(float *c, int64_t c_row, const float *a, int64_t a_row, const float *b, int64_t pairs,
+                                      int lower, int right) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -133,29 +155,32 @@ AMX ALWAYS_INLINE void multiply_tiles(float *sums, const float *a, const float *
         if (lower && right)
             _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums, NR * sizeof *sums);
+    _tile_stored(0, c, c_row * sizeof *c);
     if (right)
-        _tile_stored(1, sums + VL, NR * sizeof *sums);
+        _tile_stored(1, c + VL, c_row * sizeof *c);
     if (lower)
-        _tile_stored(2, sums + 16 * NR, NR * sizeof *sums);
+        _tile_stored(2, c + 16 * c_row, c_row * sizeof *c);
     if (lower && right)
-        _tile_stored(3, sums + 16 * NR + VL, NR * sizeof *sums);
+        _tile_stored(3, c + 16 * c_row + VL, c_row * sizeof *c);
 }
 
-/* Tiles go by way of memory, the first-level cache, to where they meet what is beside them. */
+/* Tiles go straight to C if nothing is beside them and they are whole, and else by way of the first-level cache. */
 AMX void amx_tile(float *tile, const float *a, const float *b, int64_t rows, int64_t vectors, int64_t pairs,
                   int64_t tile_row, int64_t a_row, int64_t a_step, int64_t b_step, const struct beside *beside) {
     (void)a_step, (void)b_step; /* 1 and NR */
     float sums[AMX_ROWS * NR];
+    int straight = !beside->partial && !beside->bias && rows % 16 == 0;
+    float *c = straight ? tile : sums;
+    int64_t c_row = straight ? tile_row : NR;
     if (rows > 16 && vectors == 2)
-        multiply_tiles(sums, a, b, pairs, a_row, 1, 1);
+        multiply_tiles(c, c_row, a, a_row, b, pairs, 1, 1);
     else if (rows > 16)
-        multiply_tiles(sums, a, b, pairs, a_row, 1, 0);
+        multiply_tiles(c, c_row, a, a_row, b, pairs, 1, 0);
     else if (vectors == 2)
-        multiply_tiles(sums, a, b, pairs, a_row, 0, 1);
+        multiply_tiles(c, c_row, a, a_row, b, pairs, 0, 1);
     else
-        multiply_tiles(sums, a, b, pairs, a_row, 0, 0);
-    for (int64_t i = 0; i < rows; i++)
+        multiply_tiles(c, c_row, a, a_row, b, pairs, 0, 0);
+    for (int64_t i = 0; i < rows && !straight; i++)
         for (int64_t j = 0; j < vectors * VL; j += VL) {
             vf sum = vf_load(sums + i * NR + j);
             if (beside->partial)

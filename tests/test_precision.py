@@ -422,6 +422,8 @@ def test_the_scaler_refuses_what_it_cannot_do() -> None:
         scaler.unscale_(optimizer)
     scaler.step(optimizer)  # does not divide again
     assert p.numpy()[0] == np.float32(1 - 0.1 / 65536.0)
+    scaler.update()
+    assert scaler.good_steps == 1
 
 
 # ── training ──────────────────────────────────────────────────────────────────────────────────────────

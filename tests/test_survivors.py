@@ -161,6 +161,14 @@ def test_rotations_and_statistics_at_their_edges() -> None:
     assert mean.tolist() == [0.5] * 3 and var.tolist() == [0.5] * 3
 
 
+def test_what_never_happens_adds_nothing_to_a_divergence() -> None:
+    """0 ln 0 = 0, and so is its gradient."""
+    p = eg.log(eg.tensor([0.25, 0.5, 0.25])).detach().requires_grad_()
+    loss = eg.kl_div(p, eg.tensor([0.0, 1.0, 0.0]), reduction="none")
+    np.testing.assert_allclose(loss.numpy(), [0, np.log(2), 0], rtol=2.0**-22)
+    np.testing.assert_array_equal(eg.grad(loss.sum(), p).numpy(), [0, -1, 0])
+
+
 @pytest.mark.parametrize("signature", ["n, n -> ", "..., n, n -> ..."])
 def test_named_axes_are_checked_wherever_they_stand(signature: str) -> None:
     """Also where the result has none of them, or the first operand."""
