@@ -72,10 +72,10 @@ test-ubsan: $(READY) ## the same with the undefined-behaviour sanitizer
 	@$(BUILD_SANITIZED) "-fsanitize=undefined -fno-sanitize-recover=all -g"
 	@$(SANITIZED)
 
-# What was not compiled for it keeps to one thread: OpenBLAS, in NumPy, and the tokenizers. It cannot follow a process with
+# What was not compiled for it starts no threads: OpenBLAS, in NumPy, and the tokenizers. It cannot follow a process with
 # a team of threads into a forked child that starts threads, so what forks servers comes by itself, with kernels of one.
 test-tsan: export OPENBLAS_NUM_THREADS = 1
-test-tsan: export RAYON_NUM_THREADS = 1
+test-tsan: export TOKENIZERS_PARALLELISM = false
 test-tsan: export TSAN_OPTIONS = halt_on_error=1:die_after_fork=0
 test-tsan: TSAN_PRELOAD = LD_PRELOAD="$$($(CC) -print-file-name=libtsan.so) $$($(CC) -print-file-name=libstdc++.so)"
 test-tsan: $(READY) ## the same with the thread sanitizer

@@ -130,4 +130,4 @@ def test_a_run_and_its_line(crash: bool, tmp_path: Path, monkeypatch: pytest.Mon
     if crash:
         assert kept[0].name in line["finding"] and b"x" not in kept[0].read_bytes()
     row = fuzz.table([line], ["mine"]).splitlines()[1].split()
-    assert row[0] == "mine" and row[1] == str(line["taken"]) and row[-1] == str(int(crash))
+    assert row[0] == "mine" and row[1] == f"{line['taken']:,}" and row[-1] == str(int(crash))

@@ -102,8 +102,9 @@ def test_workers_shards_and_stages_do_not_change_a_bit(finished: tuple[Path, str
     assert result(tmp_path) == result(finished[0])
 
 
-@pytest.mark.parametrize("more", [["--placement", "hashing"], ["--driver", "processes", "--durability", "log"],
-                                  ["--driver", "processes", "--save-every", "2"]])
+@pytest.mark.parametrize("more", [["--placement", "hashing"], *[
+    pytest.param(["--driver", "processes", *more], marks=pytest.mark.process)
+    for more in (["--durability", "log"], ["--save-every", "2"])]])
 def test_neither_do_placement_and_what_is_kept(finished: tuple[Path, str], text: Path, tmp_path: Path, more: list[str],
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     made = watched(monkeypatch)
@@ -152,6 +153,7 @@ def test_asp_trains_without_a_norm_and_damped(text: Path, tmp_path: Path, monkey
     assert rates.index(max(rates)) == 1 and rates[-1] < 0.1 * max(rates)  # a warm-up of two steps; then to zero
 
 
+@pytest.mark.process
 def test_a_compressed_run_goes_on_with_what_it_had_left_to_say(finished: tuple[Path, str], text: Path, tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(train, *flags(tmp_path, text, *SMALL, "--compress", "int8"), monkeypatch=monkeypatch) == 0

@@ -24,6 +24,7 @@ def run(*arguments: str, kernels: Path | None = None) -> subprocess.CompletedPro
 
 # Without compiled kernels memory is NumPy's: there is no count of it, and the program says so (below).
 @pytest.mark.skipif(not hasattr(get_backend("cpu"), "pool"), reason="the NumPy backend has no pool")
+@pytest.mark.process
 def test_each_stage_holds_less_than_the_one_before() -> None:
     result = run("--layers", "4", "--width", "128", "--workers", "1", "--shards", "8")
     assert result.returncode == 0, result.stderr

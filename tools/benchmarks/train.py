@@ -1,7 +1,8 @@
 """Training steps: forward, backward and AdamW of the same GPT, in tokens a second.
 
 Every contestant trains the model of "Language Models are Unsupervised Multitask Learners" (pre-norm, learned positions,
-tanh GELU) on the same random tokens; models of peers are in train_peers.py.
+tanh GELU) on the same random tokens; models of peers are in train_peers.py. In rows of bfloat16 those that have an
+autocast use it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Size:
     batch: int
     vocabulary: int
     tied: bool = False
+    dtype: str = "float32"  # of autocast
 
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
         text = np.random.default_rng(0).integers(0, self.vocabulary, (self.batch, self.time + 1))
@@ -40,7 +42,9 @@ class Size:
 
 
 SIZES = (Size("tiny", 4, 4, 128, 64, 12, 65), Size("char", 6, 6, 384, 256, 12, 65),
-         Size("gpt2", 12, 12, 768, 256, 4, 50257, tied=True))
+         Size("gpt2", 12, 12, 768, 256, 4, 50257, tied=True),
+         Size("char bfloat16", 6, 6, 384, 256, 12, 65, dtype="bfloat16"),
+         Size("gpt2 bfloat16", 12, 12, 768, 256, 4, 50257, tied=True, dtype="bfloat16"))
 
 
 def engine_model(size: Size) -> Transformer:
@@ -58,7 +62,8 @@ def engine_step(size: Size) -> tuple[Callable[[], object], float]:
 
     def step() -> object:
         optimizer.zero_grad()
-        loss = model.loss(tokens, targets)
+        with eg.autocast(size.dtype):
+            loss = model.loss(tokens, targets)
         loss.backward()
         optimizer.step()
         return loss
@@ -78,6 +83,6 @@ def contest(size: Size, peers: Peers) -> Contest:
         runs["torch"] = train_peers.torch_step(peers.torch, size, LEARNING_RATE)
     if "torch.compile" in peers:
         runs["torch.compile"] = train_peers.torch_step(peers.torch, size, LEARNING_RATE, compiled=True)
-    if peers.jax:
+    if peers.jax and size.dtype == "float32":
         runs["jax"] = train_peers.jax_step(peers.jax, size, LEARNING_RATE)
     return Contest(size.name, runs, flops, work=size.batch * size.time, unit="tokens/s", streams=False)

@@ -60,7 +60,8 @@ def torch_step(torch: Any, size: Size, lr: float, compiled: bool = False) -> Cal
 
     def step() -> object:
         optimizer.zero_grad()
-        loss = run(tokens, targets)
+        with torch.autocast("cpu", torch.bfloat16, enabled=size.dtype == "bfloat16"):
+            loss = run(tokens, targets)
         loss.backward()
         optimizer.step()
         return loss

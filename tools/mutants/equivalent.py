@@ -13,8 +13,10 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
      "record = k.array(np.array(strides, np.int64), int64)",
      "record = k.array(np.array(strides, ), int64)"): "NumPy's own whole numbers have 64 bits since 2.0",
     ("engine/ops/attention.py",
-     "def self_attention(k: Any, joined: Array, mask: Array | None = None, lengths: Array | None = None, kv_heads: int = 1,",
-     "def self_attention(k: Any, joined: Array, mask: Array | None = None, lengths: Array | None = None, kv_heads: int = 2,",
+     "def self_attention(k: Any, joined: Array, mask: Array | None = None, lengths: Array | None = None, "
+     "kv_heads: int = 1,",
+     "def self_attention(k: Any, joined: Array, mask: Array | None = None, lengths: Array | None = None, "
+     "kv_heads: int = 2,",
      ): "its one caller, attend_joined, passes it",
     ("engine/ops/attention.py",
      "scale: float = 1.0, causal: bool = False, p: float = 0.0, draw: Key = NO_DRAW) -> Any:",
