@@ -4,7 +4,7 @@
         loss = model(tokens, targets)
     loss.backward()                            the products of backward likewise, whether inside or not
 
-A multiplier of 8 binary digits is an eighth of one of 24, so processors have more of them (kernels/gemm_bf16.c), while
+A multiplier of 8 binary digits is a ninth of one of 24, so processors have more of them (kernels/gemm_bf16.c), while
 sums, norms, softmax and the weights need the 24: a step of an optimizer is often less than the last of 8 digits. So
 only what a product reads is rounded, as it is read, and nothing is stored in 16 bits: weights are their own float32
 masters, activations and gradients are float32, and there is no copy to keep in step.
@@ -12,8 +12,8 @@ masters, activations and gradients are float32, and there is no copy to keep in 
 | in 16 bits, if they get float32                                   | in float32 (or float64) as ever               |
 |-------------------------------------------------------------------|-----------------------------------------------|
 | the factors of matmul, linear, feed_forward, conv1d, tensordot,   | sums, bias and result of these; all other ops,|
-| linear_cross_entropy, einsum, the maps of attention; forward and  | attention itself among them; packed and       |
-| backward                                                          | quantised weights; optimizers                 |
+| linear_cross_entropy, einsum, the maps of attention; forward and  | attention itself among them; maps by packed   |
+| backward                                                          | and quantised weights; optimizers             |
 
 bfloat16 has float32's range. float16 has three digits more and a range of 6e-8 to 65504: gradients fall below it, so
 its loss is multiplied by a factor before backward (`eg.optim.GradScaler`).
@@ -24,6 +24,7 @@ Deep Learning Training", arXiv:1905.12322.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from functools import wraps
@@ -42,20 +43,22 @@ class autocast:
     dtype "bfloat16", "float16", or "float32", which inside another autocast leaves factors as they are, as does
     enabled=False. Products of float64 stay as they are. A product's gradients are computed in the format that it was;
     so is what eg.checkpoint computes again. The results have the same bits for any number of threads. The setting is
-    the calling thread's. Raises ValueError for another dtype.
+    the calling thread's. It is for training: a few rows alone pack all of a weight, where in float32 they only read it.
+    Raises ValueError for another dtype.
     """
 
     def __init__(self, dtype: str = "bfloat16", enabled: bool = True):
         if dtype not in FORMATS:
             raise ValueError(f"autocast: dtype is {dtype!r}, expected one of {', '.join(FORMATS)}")
         self._format = FORMATS[dtype] if enabled else 0
-        self._tokens: list[Token[int]] = []
+        self._entered = threading.local()  # .tokens: of this thread
 
     def __enter__(self) -> None:
-        self._tokens.append(product_format.set(self._format))
+        tokens: list[Token[int]] = self._entered.__dict__.setdefault("tokens", [])
+        tokens.append(product_format.set(self._format))
 
     def __exit__(self, *_: Any) -> None:
-        product_format.reset(self._tokens.pop())
+        product_format.reset(self._entered.tokens.pop())
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)

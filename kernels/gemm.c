@@ -18,15 +18,17 @@
  * Every choice above (sizes, tasks, packing, threads) moves work about and none changes a sum: an element of C
  * is always ((block 0 + block 1) + block 2) + … with each block of KC products one chain, then + bias, then + C.
  *
- * Factors may be rounded to a shorter format first (mixed precision), as they are packed; so then they always are. Where
- * there is a unit for bfloat16 the packing makes pairs and the tile is another (gemm_bf16.h); the loops are these. */
+ * The elements of A and B may be rounded to a shorter format first (mixed precision), as they are packed; so then they
+ * always are. Where there is a unit for bfloat16 the packing makes pairs and the tile is another (gemm_bf16.h), which
+ * may add the products of a block in another order; the loops are these. */
 #include "gemm_bf16.h"
 #include "threads.h"
 
 #define SPAN 12                   /* column panels a task at most: 384 KiB packed, a share of the second-level cache */
 #define GROUP 64                  /* row panels a task at most */
 #define BUNDLE 8                  /* row panels packed together: long runs of memory where A is transposed */
-#define BUNDLE_SIZE (BUNDLE * (BF16_UNITS ? AMX_ROWS * pairs_of(KC) : panel_size(MR, KC)))
+#define PANEL_SIZE (BF16_UNITS ? AMX_ROWS * KC / 2 : MR * KC + 16) /* of A, at most; of floats it is smaller */
+_Static_assert(!BF16_UNITS || MR * KC + 16 <= AMX_ROWS * KC / 2, "pairs of AMX's rows take more room than floats");
 #define FEW_USES 4                /* column panels; packing a row-major A costs a third of multiplying it by one */
 #define SAME_SET (4096 / (int64_t)sizeof(real)) /* elements between addresses that share a set of a first-level cache */
 #define COLUMNS 4096              /* of a product that keeps its old C beside the sum so far */
@@ -63,7 +65,7 @@ static struct span pack_b(const struct product *x, int64_t column, int64_t colum
     if (!x->unpack && !x->format && x->b_col == 1 && columns % VL == 0 && depths * x->b_row <= IN_PLACE)
         return (struct span){b, NR, x->b_row};
     real *packed = thread_scratch(SCRATCH_GEMM_B, (size_t)(SPAN * panel_size(NR, KC)) * sizeof(real));
-    if (unit_of(x)) {
+    if (in_pairs(x)) {
         pack_pair_panels(packed, b, columns, depths, x->b_col, x->b_row);
         return (struct span){packed, NR * pairs_of(depths), NR};
     }
@@ -89,8 +91,8 @@ static struct bundle pack_a(const struct stage *s, int64_t panel, int64_t panels
         return (struct bundle){a, panels, height * x->a_row, x->a_row, x->a_col};
     panels = at_most(panels, BUNDLE);
     rows = at_most(rows, panels * height);
-    real *packed = thread_scratch(SCRATCH_GEMM_A, (size_t)BUNDLE_SIZE * sizeof(real));
-    if (unit_of(x)) {
+    real *packed = thread_scratch(SCRATCH_GEMM_A, (size_t)(BUNDLE * PANEL_SIZE) * sizeof(real));
+    if (in_pairs(x)) {
         pack_pair_lines(packed, a, rows, depths, x->a_row, x->a_col);
         return (struct bundle){packed, panels, height * pairs_of(depths), pairs_of(depths), 1};
     }
@@ -130,14 +132,15 @@ static void multiply_panel(const struct stage *s, int64_t panel, const real *a, 
     struct beside beside = {p == 0 ? NULL : partial, s->partial_row, last && x->bias ? x->bias + column : NULL};
     const real *b = span->b;
     tile_function *multiply = tile_of(unit_of(x));
-    int64_t steps = unit_of(x) ? pairs_of(depths) : depths;
+    int64_t steps = in_pairs(x) ? pairs_of(depths) : depths;
     for (int64_t j = 0; j < columns; j += NR, b += span->panel_stride, to += NR) {
         int64_t width = at_most(columns - j, NR);
         if (width % VL == 0 && !(last && x->accumulate)) {
             multiply(to, a, b, rows, width / VL, steps, to_row, bundle->row, bundle->step, span->step, &beside);
         } else {
             real tile[(BF16_UNITS ? AMX_ROWS : MR) * NR];
-            multiply(tile, a, b, rows, divide_up(width, VL), steps, NR, bundle->row, bundle->step, span->step, &NOTHING);
+            multiply(tile, a, b, rows, divide_up(width, VL), steps, NR, bundle->row, bundle->step, span->step,
+                     &NOTHING);
             finish_tile(to, to_row, tile, rows, width, &beside, last && x->accumulate ? to : NULL);
         }
         beside.partial = beside.partial ? beside.partial + NR : NULL;
@@ -188,7 +191,7 @@ static void choose_tasks(struct stage *s) {
     int64_t threads = threads_get(), column_panels = divide_up(s->columns, NR);
     int long_work = 2.0 * (double)s->product->m * (double)s->columns * (double)s->product->k > LONG_FLOPS;
     int64_t wanted = threads > 1 && long_work ? 2 * threads : threads;
-    s->spans = divide_up(column_panels, unit_of(s->product) ? 2 * SPAN : SPAN); /* pairs take half the room */
+    s->spans = divide_up(column_panels, in_pairs(s->product) ? 2 * SPAN : SPAN); /* half the room */
     s->groups = divide_up(s->row_panels, GROUP);
     while (s->groups * s->spans < wanted) {
         int64_t width = divide_up(column_panels, s->spans), height = divide_up(s->row_panels, s->groups);
@@ -266,7 +269,8 @@ KERNEL(gemm)(real *c, const real *a, const real *b, const real *bias, int64_t ba
              int64_t a_batch, int64_t a_row, int64_t a_col, int64_t b_batch, int64_t b_row, int64_t b_col,
              int64_t c_batch, int64_t c_row, int accumulate, int format) {
     struct batch x = {{.c = c, .a = a, .b = b, .bias = bias, .m = m, .n = n, .k = k, .a_row = a_row, .a_col = a_col,
-                       .b_row = b_row, .b_col = b_col, .c_row = c_row, .accumulate = accumulate, .format = format},
+                       .b_row = b_row, .b_col = b_col, .c_row = c_row, .accumulate = accumulate,
+                       .format = FORMAT(format)},
                       a_batch, b_batch, c_batch};
     if (m <= 0 || n <= 0)
         return;

@@ -54,7 +54,7 @@ KERNEL(linear_activation)(real *h, real *slope, const real *x, const real *weigh
                           int64_t n, int64_t k, int activation, int format) {
     struct finish finish = {.part = activate, .h = h, .activation = activation};
     struct product product = {.c = slope ? slope : h, .a = x, .b = weight, .bias = bias, .m = m, .n = n, .k = k,
-                              .a_row = k, .a_col = 1, .b_row = 1, .b_col = k, .c_row = n, .format = format,
+                              .a_row = k, .a_col = 1, .b_row = 1, .b_col = k, .c_row = n, .format = FORMAT(format),
                               .finish = &finish};
     if (m > 0 && n > 0)
         TYPED(multiply_product)(&product);
@@ -64,7 +64,7 @@ KERNEL(linear_activation_vjp)(real *dz, const real *g, const real *weight, const
                               int64_t k, int activation, int format) {
     struct finish finish = {.part = multiply_by_slope, .slope = slope, .activation = activation};
     struct product product = {.c = dz, .a = g, .b = weight, .m = m, .n = n, .k = k, .a_row = k, .a_col = 1, .b_row = n,
-                              .b_col = 1, .c_row = n, .format = format, .finish = &finish};
+                              .b_col = 1, .c_row = n, .format = FORMAT(format), .finish = &finish};
     if (m > 0 && n > 0)
         TYPED(multiply_product)(&product);
 }

@@ -1,17 +1,17 @@
 /* gemm_bf16.c: numbers rounded to pairs of bfloat16, and a product of tiles of them.
  *
- * A processor multiplies numbers of 8 digits in an eighth of the room that 24 digits take, so it has more such multipliers:
- * a register of 16 pairs per instruction twice as many as of floats (AVX512_BF16, Zen 4), a tile of 16 × 16 sums sixteen
- * times as many (AMX, Sapphire Rapids). Both add in float32 and both want two neighbours in depth side by side: a pair
- * takes the place of a float, and the blocking of gemm.c moves pairs as it moves floats.
+ * Numbers of 8 digits are multiplied in a ninth of the room that 24 digits take, so a processor has more such
+ * multipliers: twice as many in a register of pairs (AVX512_BF16, Zen 4), sixteen times as many in a tile of 16 × 16
+ * sums (AMX, Sapphire Rapids). Both add in float, and both want two neighbours in depth side by side. Such a pair takes
+ * the place of a float, and the blocking of gemm.c moves pairs as it moves floats.
  *
- * The tile. TDPBF16PS: C (16 × 16 floats) += A (16 rows × 16 pairs) B (16 pairs × 16 columns), 16,384 flops in 16 cycles;
- * for each element of C
+ * The tile. TDPBF16PS: C (16 × 16 floats) += A (16 rows × 16 pairs) B (16 pairs × 16 columns), 16,384 flops in 16
+ * cycles; for each element of C
  *
  *     even = Σ a[2q] b[2q], odd = Σ a[2q + 1] b[2q + 1] over the 16 pairs, one chain each; C ← C + (even + odd)
  *
- * and subnormal numbers are zeros. 2 × 2 tiles of C share what is loaded: two tiles of A and two of B for four products,
- * 4 · 8 cycles of loads beside 4 · 16 of arithmetic. Intel 2023, Optimization Reference Manual, chapter 20. */
+ * and subnormal numbers are zeros. 2 × 2 tiles of C share what is loaded: two tiles of A and two of B for four
+ * products, 4 · 8 cycles of loads beside 4 · 16 of arithmetic. Intel 2023, Optimization Reference Manual, ch. 20. */
 #include "gemm_bf16.h"
 #include "transpose.h"
 #if BF16_UNITS
@@ -21,12 +21,14 @@
 #pragma GCC target("avx512bf16")
 
 /* 32 neighbours in depth: 16 pairs. */
-static inline vf join_neighbours(vf first, vf second) { return (vf)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+static inline vf join_neighbours(vf first, vf second) {
+    return (vf)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
 
 /* Two depths of 16 lines: a pair of each line. */
 static inline vf join_depths(vf even, vf odd) {
-    const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                             5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                             21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return (vf)_mm512_permutexvar_epi16(in_turn, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
 }
 
@@ -35,7 +37,8 @@ static inline vf load_first(const float *p, int64_t n) { return n > 0 ? load_up_
 
 /* Of a block of x, 16 lines by 16 pairs, of which `lines` and `depths` are there: line i, where a line is one run of
  * memory; or pair i of every line, where a depth is. `stride` lies between runs. */
-ALWAYS_INLINE vf pairs_of_run(const float *x, int64_t stride, int64_t i, int along_lines, int64_t lines, int64_t depths) {
+ALWAYS_INLINE vf pairs_of_run(const float *x, int64_t stride, int64_t i, int along_lines, int64_t lines,
+                              int64_t depths) {
     if (along_lines) {
         x += i * stride;
         return i < lines ? join_neighbours(load_first(x, depths), load_first(x + VL, depths - VL)) : vf_zero();
@@ -133,35 +136,36 @@ AMX void amx_begin(void) { _tile_loadconfig(&TILES); }
 
 AMX void amx_end(void) { _tile_release(); }
 
-/* Tiles 0 … 3 are C, 4 and 5 A, 6 and 7 B: the lower two of C and 5 of more than 16 rows, 1, 3 and 7 of two vectors. */
-AMX ALWAYS_INLINE void multiply_tiles(float *c, int64_t c_row, const float *a, int64_t a_row, const float *b, int64_t pairs,
-                                      int lower, int right) {
+/* Tiles 0 … 3 are C, 4 and 5 A, 6 and 7 B: the lower two of C and 5 of more than 16 rows, 1, 3 and 7 of two vectors.
+ * Pointers are in parentheses because in some compilers' headers these are macros that forget theirs. */
+AMX ALWAYS_INLINE void multiply_tiles(float *c, int64_t c_row, const float *a, int64_t a_row, const float *b,
+                                      int64_t pairs, int lower, int right) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t q = 0; q < pairs; q += PAIR_BLOCK, a += PAIR_BLOCK, b += PAIR_BLOCK * NR) {
-        _tile_loadd(6, b, NR * sizeof *b);
-        _tile_loadd(4, a, a_row * sizeof *a);
+        _tile_loadd(6, b, (NR * sizeof *b));
+        _tile_loadd(4, a, (a_row * sizeof *a));
         _tile_dpbf16ps(0, 4, 6);
         if (right) {
-            _tile_loadd(7, b + VL, NR * sizeof *b);
+            _tile_loadd(7, (b + VL), (NR * sizeof *b));
             _tile_dpbf16ps(1, 4, 7);
         }
         if (lower) {
-            _tile_loadd(5, a + 16 * a_row, a_row * sizeof *a);
+            _tile_loadd(5, (a + 16 * a_row), (a_row * sizeof *a));
             _tile_dpbf16ps(2, 5, 6);
         }
         if (lower && right)
             _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, c, c_row * sizeof *c);
+    _tile_stored(0, c, (c_row * sizeof *c));
     if (right)
-        _tile_stored(1, c + VL, c_row * sizeof *c);
+        _tile_stored(1, (c + VL), (c_row * sizeof *c));
     if (lower)
-        _tile_stored(2, c + 16 * c_row, c_row * sizeof *c);
+        _tile_stored(2, (c + 16 * c_row), (c_row * sizeof *c));
     if (lower && right)
-        _tile_stored(3, c + 16 * c_row + VL, c_row * sizeof *c);
+        _tile_stored(3, (c + 16 * c_row + VL), (c_row * sizeof *c));
 }
 
 /* Tiles go straight to C if nothing is beside them and they are whole, and else by way of the first-level cache. */

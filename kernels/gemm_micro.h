@@ -43,13 +43,16 @@ struct product {
     const real *a, *b, *bias;
     int64_t m, n, k, a_row, a_col, b_row, b_col, c_row;
     int accumulate;
-    int format; /* that A and B are rounded to (short_floats.h); not those stored otherwise */
+    int format; /* that the elements of A and B are rounded to (short_floats.h); 0 where B is stored otherwise */
     const real *panels;
     void (*unpack)(real *packed, const struct product *x, int64_t column, int64_t columns, int64_t p, int64_t depths);
     const void *stored;
     int64_t scheme;
     const struct finish *finish;
 };
+
+/* double has no shorter format. */
+#define FORMAT(format) (REAL_BITS == 32 ? (format) : 0)
 
 /* What is computed from a part of C (rows × columns, the first at row, column) as soon as it is whole, by the thread
  * that made it and while it is in that thread's caches. */

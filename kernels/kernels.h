@@ -115,7 +115,7 @@ KERNEL(rms_norm_vjp)(real *dx, real *dweight, const real *g, const real *x, cons
  * Every element is the sum, in ascending order, of blocks of KC = 256 products, each block one
  * ascending chain of fused multiply-adds from zero; bias and accumulate add to the finished sum.
  * format 1 rounds the elements of A and B to bfloat16 first and 2 to float16; 0, and with double any, leaves them. Of
- * bfloat16 the chain of a block is what bf16_unit says (gemm_bf16.h). */
+ * bfloat16 a block is summed in the order of the unit (gemm_bf16.c). */
 KERNEL(gemm)(real *c, const real *a, const real *b, const real *bias, int64_t batch, int64_t m, int64_t n, int64_t k, int64_t a_batch, int64_t a_row, int64_t a_col, int64_t b_batch, int64_t b_row, int64_t b_col, int64_t c_batch, int64_t c_row, int accumulate, int format);
 /* y (m, n) = x (m, k) Wᵀ + bias, all dense, with the bits of gemm, for a W (n, k) that is only read from then on.
  * pack_weight leaves panels of c = 2 · vector_bytes()/sizeof(real) rows, ⌈n/c⌉ · k · c numbers:

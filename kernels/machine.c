@@ -48,7 +48,8 @@ static int has_bit(unsigned leaf, unsigned subleaf, int in_edx, int bit) {
     return __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx) && ((in_edx ? edx : eax) >> bit & 1);
 }
 
-/* Registers of 8 KiB a thread: Linux saves them for a process that has asked. */
+/* Registers of 8 KiB a thread: Linux saves them for a process that has asked, and from then on the stack of a signal
+ * handler needs as much more. It refuses where a thread has set aside one that is too small. */
 static int system_allows_tiles(void) {
     enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;

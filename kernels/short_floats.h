@@ -4,19 +4,22 @@
  *     bfloat16  1, 8, 7                   3.4e38       1.2e-38             2^-7
  *     float16   1, 5, 10                  65504        6.1e-5              2^-10
  *
- * To the nearest, ties to even; beyond the largest to infinity; NaN stays NaN. In the lanes where the format has subnormal
- * numbers and a float has none, x + c − c rounds to a fixed spacing: the sum's last digit is 2^-24 for c = 0.5. */
+ * To the nearest, ties to even; beyond the largest to infinity; NaN stays NaN. Where the format has subnormal numbers
+ * and a float has none, x + c − c rounds to a fixed spacing: the sum's last digit is 2^-24 for c = 0.5. */
 #ifndef SHORT_FLOATS_H
 #define SHORT_FLOATS_H
 #include "simd.h"
 
-enum format { FLOAT32, BFLOAT16, FLOAT16 }; /* of the factors of a product; the numbers are kernels.h's */
+enum format { FLOAT32, BFLOAT16, FLOAT16 }; /* of the elements of a product; the numbers are kernels.h's */
 
 #if REAL_BITS == 32
-/* All but the last `digits` binary digits, rounded: the carry of a digit may move up into the exponent, as it should. */
+typedef uint32_t unsigned_bits __attribute__((vector_size(VECTOR_BYTES))); /* which may wrap: of a NaN they do */
+
+/* All but the last `digits` binary digits, rounded: a carry may move up into the exponent, as it should. */
 static inline vi vi_round_digits(vi bits, int digits) {
-    vi odd = (bits >> digits) & vi_set1(1);
-    return (bits + vi_set1((1 << (digits - 1)) - 1) + odd) & vi_set1(-(1 << digits));
+    const unsigned_bits none = {0}, up_to_half = none + ((1u << (digits - 1)) - 1), kept = none + -(1u << digits);
+    unsigned_bits x = (unsigned_bits)bits, odd = (x >> digits) & (none + 1u);
+    return (vi)((x + up_to_half + odd) & kept);
 }
 
 static inline vf vf_to_bfloat16(vf x) {

@@ -70,7 +70,7 @@ def nearest(x: np.ndarray, dtype: str) -> np.ndarray:
 
 def product(a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
     with eg.autocast(dtype):
-        return eg.matmul(eg.tensor(a), eg.tensor(b)).numpy()
+        return eg.matmul(eg.from_numpy(a), eg.from_numpy(b)).numpy()  # as they lie
 
 
 # ── the rounding ──────────────────────────────────────────────────────────────────────────────────────
@@ -105,11 +105,12 @@ def laid_out(rng: np.random.Generator, rows: int, columns: int, how: int) -> np.
         return rng.standard_normal(shape).astype(np.float32)
 
     return [normal(rows, columns), normal(columns, rows).T, normal(2 * rows, 3 * columns)[::2, ::3],
-            normal(rows, columns)[::-1, ::-1], normal(rows, columns + 7)[:, 3:columns + 3]][how]
+            normal(rows, columns)[::-1], normal(rows, columns)[:, ::-1], normal(rows, columns + 7)[:, 3:columns + 3],
+            np.broadcast_to(normal(columns), (rows, columns)), np.broadcast_to(normal(rows, 1), (rows, columns))][how]
 
 
-@given(st.sampled_from(SHORT), st.integers(0, 2**32 - 1), st.sampled_from([4, 20, 70, 300]), st.integers(0, 4),
-       st.integers(0, 4))
+@given(st.sampled_from(SHORT), st.integers(0, 2**32 - 1), st.sampled_from([4, 20, 70, 300]), st.integers(0, 7),
+       st.integers(0, 7))
 def test_a_product_is_within_the_bound_on_every_unit(dtype: str, seed: int, most: int, left: int, right: int) -> None:
     """|C − round(A) round(B)| ≤ γ_k |A||B| in any order of the sums; a unit that has no subnormal numbers may lose as
     much as the smallest normal one at every step. The same bits with three threads."""
@@ -127,19 +128,33 @@ def test_a_product_is_within_the_bound_on_every_unit(dtype: str, seed: int, most
         assert product(a, b, dtype).tobytes() == got.tobytes(), f"unit {BF16_UNITS[unit]}"
 
 
-@pytest.mark.parametrize("unit", units())
-@pytest.mark.parametrize("inner", [0, 1, 31, 32, 33, 255, 256, 257, 700])
-def test_every_depth_with_bias_and_what_is_there(unit: int, inner: int) -> None:
-    """Whole numbers are exact: k around a block of pairs and of sums; bias, and C += of a strided batch."""
+def whole(unit: int, m: int, n: int, inner: int, accumulate: bool) -> None:
+    """Whole numbers are exact: C = A B + bias (+ C), a batch of two with one B."""
     set_unit(unit)
     rng = np.random.default_rng(inner)
     k = get_backend("cpu")
-    for m, n in ((1, 1), (5, 40), (16, 16), (17, 33), (33, 31), (70, 100)):
-        a, b, bias, c = (rng.integers(-8, 9, s).astype(np.float32) for s in ((2, m, inner), (inner, n), n, (2, m, n)))
-        got = k.array(c, eg.float32)
-        k.gemm(got, k.array(a), k.array(b), k.array(bias), 2, m, n, inner, m * inner, inner, 1, 0, n, 1, m * n, n, 1,
-               FORMATS["bfloat16"])
-        np.testing.assert_array_equal(k.to_numpy(got), a @ b + bias + c)
+    a, b, bias, c = (rng.integers(-8, 9, s).astype(np.float32) for s in ((2, m, inner), (inner, n), n, (2, m, n)))
+    got = k.array(c, eg.float32)
+    k.gemm(got, k.array(a), k.array(b), k.array(bias), 2, m, n, inner, m * inner, inner, 1, 0, n, 1, m * n, n,
+           int(accumulate), FORMATS["bfloat16"])
+    np.testing.assert_array_equal(k.to_numpy(got), a @ b + bias + (c if accumulate else 0))
+
+
+@pytest.mark.parametrize("unit", units())
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("inner", [0, 1, 31, 32, 33, 255, 256, 257, 700])
+def test_every_depth_with_bias_and_what_is_there(unit: int, accumulate: bool, inner: int) -> None:
+    """k around a block of pairs and of sums; rows and columns around tiles."""
+    for m, n in ((1, 1), (5, 40), (16, 16), (17, 33), (33, 31), (64, 64), (70, 100)):
+        whole(unit, m, n, inner, accumulate)
+
+
+@pytest.mark.parametrize("unit", units())
+@pytest.mark.parametrize(("m", "n", "inner"), [(40, 900, 300), (2100, 33, 40), (3, 4200, 300)])
+def test_as_much_as_the_buffers_hold(unit: int, m: int, n: int, inner: int) -> None:
+    """More columns than a span, more rows than a group, more columns than are summed in scratch."""
+    for accumulate in (False, True):
+        whole(unit, m, n, inner, accumulate)
 
 
 @pytest.mark.parametrize("unit", units())
@@ -231,11 +246,35 @@ def test_fused_ops_have_the_bits_of_their_parts(dtype: str) -> None:
             == results(lambda x, w: eg.cross_entropy(eg.linear(x, w), target), [x, k], loss))
 
 
-def test_attention_itself_stays_in_float32() -> None:
-    q, k, v = normal(6, (2, 3, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8))
-    plain = eg.scaled_dot_product_attention(q, k, v, causal=True).numpy()
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_attention_itself_stays_in_float32(device: str, create_graph: bool) -> None:
+    """By its kernel, and by its composition, which runs where there is none and for second derivatives."""
+    def results() -> list[bytes]:
+        with eg.device(device):
+            q, k, v, g = normal(6, (2, 3, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8))
+            y = eg.scaled_dot_product_attention(q, k, v, causal=True)
+        dq, *others = eg.grad(y, [q, k, v], g, create_graph=create_graph)
+        second = [eg.grad((dq * g).sum(), k)] if create_graph else []
+        return [t.numpy().tobytes() for t in (y, dq, *others, *second)]
+
+    plain = results()
     with eg.autocast():
-        assert eg.scaled_dot_product_attention(q, k, v, causal=True).numpy().tobytes() == plain.tobytes()
+        assert results() == plain
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+@pytest.mark.parametrize("store", [eg.pack, eg.quantize])
+def test_stored_weights_stay_in_float32(device: str, store: Any) -> None:
+    def results() -> list[bytes]:
+        with eg.device(device):
+            x, w, g = normal(10, (5, 64), (40, 64), (5, 40))
+            y = eg.linear(x, store(w.detach()))
+        return [y.numpy().tobytes(), eg.grad(y, x, g).numpy().tobytes()]
+
+    plain = results()
+    with eg.autocast():
+        assert results() == plain
 
 
 def test_what_is_computed_again_is_rounded_again() -> None:
@@ -281,12 +320,25 @@ def test_one_object_may_be_entered_twice_and_decorate() -> None:
 
 
 def test_a_thread_has_its_own() -> None:
+    """Also of one object that two threads have entered, and leave in the order that they came."""
     seen: list[str] = []
-    with eg.autocast():
-        thread = threading.Thread(target=lambda: seen.append(eg.get_autocast()))
+    cast, entered, left = eg.autocast(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        seen.append(eg.get_autocast())
+        with cast:
+            entered.set()
+            left.wait(30)
+        seen.append(eg.get_autocast())
+
+    with cast:
+        thread = threading.Thread(target=work)
         thread.start()
-        thread.join()
-    assert seen == ["float32"]
+        assert entered.wait(30)
+    assert eg.get_autocast() == "float32"
+    left.set()
+    thread.join()
+    assert seen == ["float32", "float32"]
 
 
 def test_a_rule_that_raises_leaves_the_setting_as_it_was() -> None:
@@ -364,9 +416,10 @@ def test_an_overflow_costs_a_step_and_nothing_else(bad: float) -> None:
     p = eg.tensor([1.0, 2.0], requires_grad=True)
     optimizer, scaler = eg.optim.Adam([p], lr=0.5), eg.optim.GradScaler(init_scale=8.0, growth_interval=2)
     step_with(scaler, optimizer, p, 1.0)
-    before, state = p.numpy().copy(), {k: np.copy(v) for k, v in optimizer.state_dict().items() if k == "step"}
+    before, state = p.numpy().copy(), repr(optimizer.state_dict())
+    assert "step" in state
     step_with(scaler, optimizer, p, bad)
-    assert p.numpy().tobytes() == before.tobytes() and optimizer.state[id(p)]["step"] == 1 and state is not None
+    assert p.numpy().tobytes() == before.tobytes() and repr(optimizer.state_dict()) == state
     assert (scaler.scale_factor, scaler.skipped_steps, scaler.good_steps) == (4.0, 1, 0)
     for expected in (4.0, 8.0, 8.0, 16.0):  # twice as large after every second good step
         step_with(scaler, optimizer, p, 1.0)
@@ -402,8 +455,28 @@ def test_the_scaler_goes_on_from_its_state() -> None:
     for s in (scaler, other):
         step_with(s, optimizer, p, 1.0)
     assert scaler.state_dict() == other.state_dict() == {"scale": 65536.0, "good_steps": 3, "skipped_steps": 1}
-    with pytest.raises(ValueError, match="expected scale, good_steps and skipped_steps"):
-        other.load_state_dict({"scale": 1.0})
+    state = other.state_dict()
+    for wrong, message in (({"scale": 1.0}, "expected scale, good_steps and skipped_steps"),
+                           ({**state, "scale": np.nan}, "scale is nan, expected a power of two"),
+                           ({**state, "scale": 3.0}, "scale is 3.0, expected a power of two"),
+                           ({**state, "good_steps": "2"}, "good_steps is '2', expected a whole number"),
+                           ({**state, "scale": 2.0, "skipped_steps": -1}, "skipped_steps is -1, expected a whole")):
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(wrong)
+        assert other.state_dict() == state
+
+
+def test_gradients_of_a_few_rows_are_scaled_too() -> None:
+    with eg.seed(0):
+        layer = nn.Embedding(9, 4, sparse=True)
+    before = layer.weight.numpy().copy()
+    optimizer, scaler = eg.optim.SGD(layer.parameters(), lr=1.0), eg.optim.GradScaler()
+    scaler.scale(layer(eg.tensor([2, 5, 2])).sum()).backward()
+    assert isinstance(layer.weight.grad, eg.RowSparse)
+    scaler.step(optimizer)
+    times = np.zeros((9, 1), np.float32)
+    times[[2, 5]] = [[2], [1]]
+    np.testing.assert_array_equal(layer.weight.numpy(), before - times)
 
 
 def test_the_scaler_refuses_what_it_cannot_do() -> None:
@@ -422,6 +495,8 @@ def test_the_scaler_refuses_what_it_cannot_do() -> None:
         scaler.unscale_(optimizer)
     scaler.step(optimizer)  # does not divide again
     assert p.numpy()[0] == np.float32(1 - 0.1 / 65536.0)
+    with pytest.raises(RuntimeError, match="has made a step already"):
+        scaler.step(optimizer)  # on gradients that nobody would have divided
     scaler.update()
     assert scaler.good_steps == 1
 

@@ -90,9 +90,9 @@ class CpuBackend(Backend):
 
     @cached_property
     def identity(self) -> str:
-        """The level, the unit for bfloat16 if there is one, and a digest of the compiled kernels."""
-        unit = "" if self.bf16_unit == BF16_UNITS[0] else f"+{self.bf16_unit}"
-        return f"{self.level}{unit} {hashlib.sha256(Path(self._module).read_bytes()).hexdigest()[:12]}"
+        """The level, a digest of the compiled kernels, and the unit for bfloat16 if there is one."""
+        digest = hashlib.sha256(Path(self._module).read_bytes()).hexdigest()[:12]
+        return " ".join([self.level, digest, *([self.bf16_unit] if self.bf16_unit != BF16_UNITS[0] else [])])
 
     # ── memory ──────────────────────────────────────────────────────────────────────────────────────
 

@@ -16,6 +16,7 @@ from engine.ops.movement import concat, matrix_transpose, permute_dims, repeat, 
 from engine.ops.normalization import softmax_rows
 from engine.ops.reductions import any as any_over
 from engine.ops.registry import cast, check_shapes, composite, op
+from engine.precision import autocast
 from engine.random import Generator, Key, default_generator
 from engine.tensor import Tensor, default_device
 
@@ -81,6 +82,7 @@ def _(k: Any, g: Array, query: Array, key: Array, value: Array, mask: Array | No
 
 
 @attention.composition
+@autocast("float32")  # as the kernel
 def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor | None, scale: float,
       causal: bool, p: float, draw: Key) -> Tensor:
     t, heads, (s, kv_heads) = query.shape[1], query.shape[2], key.shape[1:3]

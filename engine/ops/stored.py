@@ -26,6 +26,7 @@ from engine.ops.indexing import checked_index
 from engine.ops.matmul import gemm, linear
 from engine.ops.movement import permute_dims, reshape
 from engine.ops.registry import Op, op, operand_classes
+from engine.precision import autocast
 from engine.tensor import Tensor, tensor
 
 
@@ -120,6 +121,7 @@ def _matrix_of(name: str, weight: Any) -> Tensor:
     return weight
 
 
+@autocast("float32")  # as forward
 def _gradients(k: Any, g: Array, weight: Array, x_shape: tuple[int, ...], bias: bool, needs: tuple[bool, ...]) -> Any:
     """Of y = x Wᵀ + b: dx = g W, db = Σ g."""
     n, rows = weight.shape[0], math.prod(x_shape[:-1])
@@ -200,6 +202,7 @@ def _(k: Any, g: Array, panels: Array, bias: Array | None, x_shape: tuple[int, .
 
 
 @packed_linear.composition
+@autocast("float32")  # as the kernel
 def _(x: Tensor, panels: Tensor, bias: Tensor | None = None, n: int = 0) -> Tensor:
     return linear(x, _unpacked(panels, n), bias)
 
@@ -322,6 +325,7 @@ def _(k: Any, g: Array, panels: Array, bias: Array | None, x_shape: tuple[int, .
 
 
 @quantized_linear.composition
+@autocast("float32")  # as the kernel
 def _(x: Tensor, panels: Tensor, bias: Tensor | None = None, n: int = 0, scheme: str = "q8_0") -> Tensor:
     weight = _whole(get_backend(x.device), panels.array, n, scheme, x.dtype)
     return linear(x, Tensor(weight, x.device), bias)

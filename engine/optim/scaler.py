@@ -33,17 +33,17 @@ class GradScaler:
 
     def __init__(self, init_scale: float = 65536.0, growth: float = 2.0, growth_interval: int = 2000,
                  enabled: bool = True):
-        for name, value in (("init_scale", init_scale), ("growth", growth)):
-            if not (0 < value < math.inf and math.frexp(value)[0] == 0.5) or (name == "growth" and value < 2):
-                raise ValueError(f"GradScaler: {name} is {value!r}, expected a power of two"
-                                 + (" of at least 2" if name == "growth" else ""))
+        if growth < 2:
+            raise ValueError(f"GradScaler: growth is {growth!r}, expected a power of two of at least 2")
         if growth_interval < 1:
             raise ValueError(f"GradScaler: growth_interval is {growth_interval!r}, expected at least 1")
-        self.scale_factor = float(init_scale)
-        self.growth, self.growth_interval, self.enabled = float(growth), growth_interval, enabled
-        self.good_steps = 0
-        self.skipped_steps = 0
-        self._finite: dict[int, bool] = {}  # by id(optimizer): of the gradients that were divided since the last update
+        self.scale_factor = _power_of_two("GradScaler", "init_scale", init_scale)
+        self.growth, self.growth_interval = _power_of_two("GradScaler", "growth", growth), growth_interval
+        self.enabled = enabled
+        self.good_steps = self.skipped_steps = 0
+        # By id(optimizer), since the last update: whether the gradients, divided, are finite; which have made their step.
+        self._finite: dict[int, bool] = {}
+        self._stepped: set[int] = set()
 
     def scale(self, loss: Tensor) -> Tensor:
         """s · loss, in a graph."""
@@ -62,21 +62,25 @@ class GradScaler:
         with_gradient = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         for p in with_gradient:
             p.grad = scaled(p.grad, 1 / self.scale_factor)
-        finite = math.isfinite(norm_of_gradients([p.grad for p in with_gradient]))
-        self._finite[id(optimizer)] = finite
-        return finite
+        self._finite[id(optimizer)] = math.isfinite(norm_of_gradients([p.grad for p in with_gradient]))
+        return self._finite[id(optimizer)]
 
     def step(self, optimizer: Optimizer, **options: Any) -> float | None:
         """optimizer.step(**options) on gradients divided by s; nothing at all if one of them is Inf or NaN.
 
-        Returns what the optimizer does, None for a step that was left out. Raises as unscale_ and the optimizer do.
+        Returns what the optimizer does, None for a step that was left out. Raises RuntimeError for a second step since
+        the last update, whose gradients nobody would have divided; else as the optimizer does.
         """
         if not self.enabled:
             return optimizer.step(**options)
+        if id(optimizer) in self._stepped:
+            raise RuntimeError("GradScaler.step: this optimizer has made a step already; call update() after step()")
         finite = self._finite.get(id(optimizer))
         if finite is None:
             finite = self.unscale_(optimizer)
-        return optimizer.step(**options) if finite else None
+        norm = optimizer.step(**options) if finite else None
+        self._stepped.add(id(optimizer))
+        return norm
 
     def update(self) -> None:
         """The factor of the next step. Raises RuntimeError if no gradients were divided since the last update."""
@@ -93,6 +97,7 @@ class GradScaler:
             self.good_steps = 0
             self.scale_factor = max(self.scale_factor / self.growth, 2.0**-126)
         self._finite.clear()
+        self._stepped.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The factor and its history: plain numbers."""
@@ -100,9 +105,18 @@ class GradScaler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict. Raises ValueError, and changes nothing, if it is not one."""
-        missing = {"scale", "good_steps", "skipped_steps"} ^ set(state)
-        if missing:
+        if set(state) != {"scale", "good_steps", "skipped_steps"}:
             raise ValueError(f"GradScaler.load_state_dict: got {sorted(state)}, expected scale, good_steps and "
                              "skipped_steps")
-        self.scale_factor = float(state["scale"])
-        self.good_steps, self.skipped_steps = int(state["good_steps"]), int(state["skipped_steps"])
+        scale = _power_of_two("GradScaler.load_state_dict", "scale", state["scale"])
+        for name in ("good_steps", "skipped_steps"):
+            if not isinstance(state[name], int) or state[name] < 0:
+                raise ValueError(f"GradScaler.load_state_dict: {name} is {state[name]!r}, expected a whole number of "
+                                 "at least 0")
+        self.scale_factor, self.good_steps, self.skipped_steps = scale, state["good_steps"], state["skipped_steps"]
+
+
+def _power_of_two(what: str, name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf or math.frexp(value)[0] != 0.5:
+        raise ValueError(f"{what}: {name} is {value!r}, expected a power of two")
+    return float(value)

@@ -11,9 +11,8 @@ DEPTHS = f"{TESTS}::test_every_depth_with_bias_and_what_is_there"
 
 PRECISION = [
     Mutant("ties away from even", "kernels/short_floats.h",
-           "return (bits + vi_set1((1 << (digits - 1)) - 1) + odd) & vi_set1(-(1 << digits));",
-           "return (bits + vi_set1(1 << (digits - 1)) + 0 * odd) & vi_set1(-(1 << digits));",
-           "a number half-way between two of the format goes up, also where the lower one is even",
+           "up_to_half = none + ((1u << (digits - 1)) - 1)", "up_to_half = none + (1u << (digits - 1))",
+           "a number half-way between two of the format goes up, and from one below it",
            ROUNDING),
     Mutant("float16 too late subnormal", "kernels/short_floats.h",
            "size < vf_set1(0x1p-14f)", "size < vf_set1(0x1p-15f)",

@@ -159,7 +159,9 @@ def kernels() -> str:
     """The kernels that compute here: results have the same bits on machines where this is the same."""
     from engine.backend import get_backend
 
-    return str(getattr(get_backend("cpu"), "level", "numpy"))
+    backend = get_backend("cpu")
+    unit = getattr(backend, "bf16_unit", "fma")
+    return str(getattr(backend, "level", "numpy")) + (f"+{unit}" if unit != "fma" else "")
 
 
 def versions() -> dict[str, str]:
