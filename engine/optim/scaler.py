@@ -41,7 +41,7 @@ class GradScaler:
         self.growth, self.growth_interval = _power_of_two("GradScaler", "growth", growth), growth_interval
         self.enabled = enabled
         self.good_steps = self.skipped_steps = 0
-        # By id(optimizer), since the last update: whether the gradients, divided, are finite; which have made their step.
+        # By id(optimizer), since the last update: whether the divided gradients are finite; which have made their step.
         self._finite: dict[int, bool] = {}
         self._stepped: set[int] = set()
 
