@@ -58,7 +58,7 @@ PRECISION = [
            f"{TESTS}::test_an_overflow_costs_a_step_and_nothing_else"),
     Mutant("attention composed of rounded products", "engine/ops/attention.py",
            '@autocast("float32")  # as the kernel\n', "",
-           "attention is in bfloat16 where it is composed of other ops: on the reference device, for second derivatives",
+           "attention is rounded where it is composed of other ops: on the reference device, for second derivatives",
            f"{TESTS}::test_attention_itself_stays_in_float32"),
     Mutant("stored weights rounded backward", "engine/ops/stored.py",
            '@autocast("float32")  # as forward\n', "",
