@@ -123,6 +123,22 @@ def test_a_pull_never_mixes_versions():
     assert isinstance(pulled, Pulled) and [version.number for version in pulled.values] == [1, 1]
 
 
+def test_an_overtaken_worker_pushes_nothing():
+    """Its clock was committed without it, and it was given parameters of a later version: of those the gradients would
+    be other ones."""
+    _, _, shards, (worker, _) = machines(microbatches=1)
+    begun(worker)
+    for shard in shards:
+        shard.step(push_to(shard))
+        shard.step(Apply(1, 0, 1.0))
+    answers = [shard.step(pull.message)[0].message for shard, pull in zip(shards, worker.step(PullRequested()))]
+    assert worker.step(answers[0]) == []
+    (pulled,) = worker.step(answers[1])
+    assert [version.number for version in pulled.values] == [1, 1]
+    assert worker.step(PushRequested(0, flat(), 0.0, 1)) == []
+    assert not worker.pushes and not worker.leaving
+
+
 def test_an_answer_to_an_earlier_pull_is_not_taken_for_one_to_this():
     """It would be of another version: whoever takes over a lost worker's share may read an older one than before."""
     _, _, shards, (worker, _) = machines(microbatches=1, consistency="ssp:1")
