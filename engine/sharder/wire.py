@@ -99,7 +99,7 @@ class Channel:
         peer = read_hello(data)
         if peer.arithmetic != self.own.arithmetic:
             raise Foreign(f"wire: {peer} computes with {peer.arithmetic}, and {self.own} with "
-                            f"{self.own.arithmetic}: results would have other bits (ENGINE_ISA and ENGINE_BF16 choose)")
+                            f"{self.own.arithmetic}: results would have other bits")
         hellos = (data, self.hello) if self.called else (self.hello, data)
         transcript = b"".join(hashlib.sha256(hello).digest() for hello in hellos)
         mine, theirs = (b"called ", b"caller ") if self.called else (b"caller ", b"called ")
