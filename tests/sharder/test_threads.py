@@ -153,15 +153,31 @@ def test_an_interrupt_ends_the_run_at_the_end_of_its_clock():
     assert_same_bits(server.state(), expected(4))
 
 
-def test_a_second_interrupt_ends_it_at_once():
+class Deaf(threading.Semaphore):
+    """Signals end none of its waits, as those that come between Python's last look for them and the wait do not."""
+
+    def acquire(self, blocking=True, timeout=None):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().acquire(blocking, timeout)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.mark.parametrize("semaphore", [threading.Semaphore, Deaf])
+def test_a_second_interrupt_ends_it_at_once(semaphore, monkeypatch):
+    monkeypatch.setattr(threading, "Semaphore", semaphore)
+
     def twice(client):
         send_interrupt()
-        team = run.gi_frame.f_locals["team"]
+        team, end = run.gi_frame.f_locals["team"], time.monotonic() + 20
         while not team.interrupted:  # two signals sent at once may be taken for one
+            assert time.monotonic() < end, "nobody heeds the interrupt"
             time.sleep(0.001)
         send_interrupt()
         while True:  # until the end of the run ends this program
             client.pull()
+            assert time.monotonic() < end, "nobody heeds the second interrupt"
             time.sleep(0.001)
 
     server = server_of()

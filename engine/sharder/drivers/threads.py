@@ -57,6 +57,10 @@ class _Failed:
     error: BaseException
 
 
+LOOK_FOR_SIGNALS = 0.2
+"""Seconds. Python looks for signals and then waits for a lock: one that comes in between ends no wait, however long."""
+
+
 @dataclass(frozen=True)
 class _Returned:
     worker: int
@@ -205,7 +209,7 @@ class _Team:
         while True:
             try:
                 while not self.news:  # looked at before waiting: an interrupt may have eaten a release
-                    self.arrived.acquire()
+                    self.arrived.acquire(timeout=LOOK_FOR_SIGNALS)
                 break
             except KeyboardInterrupt:
                 if self.interrupted:
