@@ -15,7 +15,7 @@ from typing import Any
 from engine import autograd
 from engine.autograd import Saved
 from engine.backend import Array
-from engine.precision import product_format
+from engine.precision import autocast, get_autocast
 from engine.random import default_generator, seed
 from engine.tensor import Tensor
 
@@ -42,7 +42,7 @@ class _Recomputation:
         self.kwargs = {name: _as_it_is(x) for name, x in kwargs.items()}
         self.generator = default_generator()
         self.cursor = self.generator.state_dict()
-        self.format = product_format.get()
+        self.precision = get_autocast()
         self.count = 0
         self.again: list[Any] | None = None
         self.versions = [Saved(x.array) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
@@ -58,13 +58,12 @@ class _Recomputation:
             collector = _Collector()
             replay = type(self.generator)(0)
             replay.load_state_dict(self.cursor)  # dropout draws the same masks
-            token, format_token = autograd._saving.set(collector), product_format.set(self.format)
+            token = autograd._saving.set(collector)
             try:
-                with seed(replay), autograd.enable_grad():
+                with seed(replay), autocast(self.precision), autograd.enable_grad():
                     self.f(*self.args, **self.kwargs)
             finally:
                 autograd._saving.reset(token)
-                product_format.reset(format_token)
             if len(collector.arrays) != self.count:
                 raise RuntimeError(f"checkpoint: f saved {self.count} arrays the first time and "
                                    f"{len(collector.arrays)} the second; it must do the same both times")

@@ -24,11 +24,9 @@ Deep Learning Training", arXiv:1905.12322.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from contextvars import ContextVar, Token
-from functools import wraps
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2}
 """What factors may be rounded to, by the numbers of kernels.h."""
@@ -37,7 +35,8 @@ product_format: ContextVar[int] = ContextVar("product_format", default=0)
 """The format of the products that are computed now, in this thread."""
 
 
-class autocast:
+@contextmanager
+def autocast(dtype: str = "bfloat16", enabled: bool = True) -> Iterator[None]:
     """`with eg.autocast("bfloat16"):` or `@eg.autocast("bfloat16")`: products inside round their factors to bfloat16.
 
     dtype "bfloat16", "float16", or "float32", which inside another autocast leaves factors as they are, as does
@@ -46,29 +45,13 @@ class autocast:
     the calling thread's. It is for training: a few rows alone pack all of a weight, where in float32 they only read it.
     Raises ValueError for another dtype.
     """
-
-    def __init__(self, dtype: str = "bfloat16", enabled: bool = True):
-        if dtype not in FORMATS:
-            raise ValueError(f"autocast: dtype is {dtype!r}, expected one of {', '.join(FORMATS)}")
-        self._format = FORMATS[dtype] if enabled else 0
-        self._entered = threading.local()  # .tokens: of this thread
-
-    def __enter__(self) -> None:
-        tokens: list[Token[int]] = self._entered.__dict__.setdefault("tokens", [])
-        tokens.append(product_format.set(self._format))
-
-    def __exit__(self, *_: Any) -> None:
-        product_format.reset(self._entered.tokens.pop())
-
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            token = product_format.set(self._format)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                product_format.reset(token)
-        return run
+    if dtype not in FORMATS:
+        raise ValueError(f"autocast: dtype is {dtype!r}, expected one of {', '.join(FORMATS)}")
+    token = product_format.set(FORMATS[dtype] if enabled else FORMATS["float32"])
+    try:
+        yield
+    finally:
+        product_format.reset(token)
 
 
 def get_autocast() -> str:

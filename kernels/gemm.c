@@ -132,7 +132,7 @@ static void multiply_panel(const struct stage *s, int64_t panel, const real *a, 
     struct beside beside = {p == 0 ? NULL : partial, s->partial_row, last && x->bias ? x->bias + column : NULL};
     const real *b = span->b;
     tile_function *multiply = tile_of(unit_of(x));
-    int64_t steps = in_pairs(x) ? pairs_of(depths) : depths;
+    int64_t steps = in_pairs(x) ? divide_up(depths, 2) : depths;
     for (int64_t j = 0; j < columns; j += NR, b += span->panel_stride, to += NR) {
         int64_t width = at_most(columns - j, NR);
         if (width % VL == 0 && !(last && x->accumulate)) {

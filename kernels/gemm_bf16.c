@@ -75,7 +75,7 @@ ALWAYS_INLINE void pack_run(float *to, int64_t row, int to_lines, const float *x
 /* Neither lines nor depths are runs. */
 static void pack_strided(float *to, int64_t row, int to_lines, const float *x, int64_t x_line, int64_t x_step,
                          int64_t lines, int64_t depths) {
-    float copy[VL * 2 * VL] = {0};
+    float copy[VL * 2 * VL];
     lines = at_most(lines, VL), depths = at_most(depths, 2 * VL);
     for (int64_t i = 0; i < lines; i++)
         for (int64_t p = 0; p < depths; p++)
@@ -83,42 +83,32 @@ static void pack_strided(float *to, int64_t row, int to_lines, const float *x, i
     pack_block(to, row, to_lines, copy, 2 * VL, 1, lines, depths);
 }
 
-/* One block, of lines i on and pairs q on. */
-#define PACK(to, row, to_lines)                                                                                   \
-    do {                                                                                                          \
-        if (x_step == 1)                                                                                          \
-            pack_run(to, row, to_lines, x + i * x_line + 2 * q, x_line, 1, lines - i, depths - 2 * q);            \
-        else if (x_line == 1)                                                                                     \
-            pack_run(to, row, to_lines, x + i + 2 * q * x_step, x_step, 0, lines - i, depths - 2 * q);            \
-        else                                                                                                      \
-            pack_strided(to, row, to_lines, x + i * x_line + 2 * q * x_step, x_line, x_step, lines - i,           \
-                         depths - 2 * q);                                                                         \
-    } while (0)
+/* All blocks, along the runs of memory. Bytes 6 · lines · depths: bound by the caches, and where lines become depths, or
+ * depths lines, by log₂ 16 shuffles a vector. */
+ALWAYS_INLINE void pack_pairs(float *to, int to_lines, const float *x, int64_t lines, int64_t depths, int64_t x_line,
+                              int64_t x_step) {
+    int64_t pairs = pairs_of(depths), across = pairs / VL, down = divide_up(lines, VL);
+    for (int64_t block = 0; block < down * across; block++) {
+        int64_t i = VL * (x_line == 1 ? block % down : block / across);
+        int64_t q = VL * (x_line == 1 ? block / down : block % across);
+        float *at = to + (to_lines ? i * pairs + q : i / NR * NR * pairs + q * NR + i % NR);
+        const float *from = x + i * x_line + 2 * q * x_step;
+        int64_t row = to_lines ? pairs : NR, more_lines = lines - i, more_depths = depths - 2 * q;
+        if (x_step == 1)
+            pack_run(at, row, to_lines, from, x_line, 1, more_lines, more_depths);
+        else if (x_line == 1)
+            pack_run(at, row, to_lines, from, x_step, 0, more_lines, more_depths);
+        else
+            pack_strided(at, row, to_lines, from, x_line, x_step, more_lines, more_depths);
+    }
+}
 
-/* Bytes 6 · lines · depths: bound by the caches, and where lines become depths by log₂ 16 shuffles a vector. Blocks are
- * taken along the runs of memory. */
 void pack_pair_lines(float *to, const float *x, int64_t lines, int64_t depths, int64_t x_line, int64_t x_step) {
-    int64_t pairs = pairs_of(depths);
-    if (x_line == 1)
-        for (int64_t q = 0; q < pairs; q += VL)
-            for (int64_t i = 0; i < lines; i += VL)
-                PACK(to + i * pairs + q, pairs, 1);
-    else
-        for (int64_t i = 0; i < lines; i += VL)
-            for (int64_t q = 0; q < pairs; q += VL)
-                PACK(to + i * pairs + q, pairs, 1);
+    pack_pairs(to, 1, x, lines, depths, x_line, x_step);
 }
 
 void pack_pair_panels(float *to, const float *x, int64_t lines, int64_t depths, int64_t x_line, int64_t x_step) {
-    int64_t pairs = pairs_of(depths), whole = divide_up(lines, NR) * NR;
-    if (x_line == 1)
-        for (int64_t q = 0; q < pairs; q += VL)
-            for (int64_t i = 0; i < whole; i += VL)
-                PACK(to + i / NR * NR * pairs + q * NR + i % NR, NR, 0);
-    else
-        for (int64_t i = 0; i < whole; i += VL)
-            for (int64_t q = 0; q < pairs; q += VL)
-                PACK(to + i / NR * NR * pairs + q * NR + i % NR, NR, 0);
+    pack_pairs(to, 0, x, lines, depths, x_line, x_step);
 }
 
 /* ── tiles ───────────────────────────────────────────────────────────────────────────────────────── */

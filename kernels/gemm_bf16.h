@@ -26,9 +26,9 @@ static inline int64_t pairs_of(int64_t depths) { return divide_up(depths, 2 * PA
 /* Rounds `lines` lines of x, each `depths` long, to pairs, with zeros beyond the last depth:
  *
  *     pack_pair_lines:   to[line · pairs + q]                               for A
- *     pack_pair_panels:  to[(line / NR · pairs + q) · NR + line % NR]       for B, with zeros in lines beyond the last
+ *     pack_pair_panels:  to[(line / NR · pairs + q) · NR + line % NR]       for B
  *
- * The first leaves whatever was there in the lines beyond the last. */
+ * In lines beyond the last, up to 16, there may be anything: they are multiplied, and what they give is not kept. */
 void pack_pair_lines(float *to, const float *x, int64_t lines, int64_t depths, int64_t x_line, int64_t x_step);
 void pack_pair_panels(float *to, const float *x, int64_t lines, int64_t depths, int64_t x_line, int64_t x_step);
 

@@ -99,16 +99,7 @@ static inline __attribute__((always_inline)) void store_sums(int rows, int vecto
 typedef void micro_function(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row, int64_t a_row,
                             int64_t a_step, int64_t b_step, const struct beside *beside);
 
-#define MICRO(rows, vectors)                                                                                      \
-    static void packed_##rows##_##vectors(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row,  \
-                                          int64_t a_row, int64_t a_step, int64_t b_step,                          \
-                                          const struct beside *beside) {                                          \
-        (void)a_row, (void)a_step, (void)b_step;                                                                  \
-        vf sum[rows][2] = {{{0}}};                                                                                \
-        ask_for_tile(rows, tile, tile_row);                                                                       \
-        packed_sums(rows, vectors, sum, a, b, k);                                                  \
-        store_sums(rows, vectors, sum, tile, tile_row, beside);                                                   \
-    }                                                                                                             \
+#define STRIDED(rows, vectors)                                                                                    \
     static void strided_##rows##_##vectors(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row, \
                                            int64_t a_row, int64_t a_step, int64_t b_step,                         \
                                            const struct beside *beside) {                                         \
@@ -117,8 +108,23 @@ typedef void micro_function(real *tile, const real *a, const real *b, int64_t k,
         strided_sums(rows, vectors, sum, a, b, k, a_row, a_step, b_step);                                         \
         store_sums(rows, vectors, sum, tile, tile_row, beside);                                                   \
     }
-#define MICRO_PAIR(rows) MICRO(rows, 1) MICRO(rows, 2)
+#define PACKED(rows, vectors)                                                                                     \
+    static void packed_##rows##_##vectors(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row,  \
+                                          int64_t a_row, int64_t a_step, int64_t b_step,                          \
+                                          const struct beside *beside) {                                          \
+        (void)a_row, (void)a_step, (void)b_step;                                                                  \
+        vf sum[rows][2] = {{{0}}};                                                                                \
+        ask_for_tile(rows, tile, tile_row);                                                                       \
+        packed_sums(rows, vectors, sum, a, b, k);                                                                 \
+        store_sums(rows, vectors, sum, tile, tile_row, beside);                                                   \
+    }
+#ifdef PAIRS /* whose A is lines, one behind the other */
+#define MICRO_PAIR(rows) STRIDED(rows, 1) STRIDED(rows, 2)
+#define NAMES(rows) {{strided_##rows##_1, strided_##rows##_2}}
+#else
+#define MICRO_PAIR(rows) STRIDED(rows, 1) STRIDED(rows, 2) PACKED(rows, 1) PACKED(rows, 2)
 #define NAMES(rows) {{strided_##rows##_1, strided_##rows##_2}, {packed_##rows##_1, packed_##rows##_2}}
+#endif
 
 MICRO_PAIR(1) MICRO_PAIR(2) MICRO_PAIR(3) MICRO_PAIR(4) MICRO_PAIR(5) MICRO_PAIR(6)
 #if MR == 14

@@ -161,6 +161,15 @@ def test_rotations_and_statistics_at_their_edges() -> None:
     assert mean.tolist() == [0.5] * 3 and var.tolist() == [0.5] * 3
 
 
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_a_row_that_is_looked_up_by_one_number_is_a_copy(device: str) -> None:
+    with eg.device(device):
+        table = eg.ones(3, 2)
+        row = eg.embedding(table, eg.tensor(1))
+        table *= 5
+    assert row.tolist() == [1, 1]
+
+
 def test_what_never_happens_adds_nothing_to_a_divergence() -> None:
     """0 ln 0 = 0, and so is its gradient."""
     p = eg.log(eg.tensor([0.25, 0.5, 0.25])).detach().requires_grad_()

@@ -129,9 +129,10 @@ def prepare(settings: Settings, corpus: Corpus, arguments: argparse.Namespace,
     if saved:
         session.restore(saved)
         say(f"resumed at step {session.step} of {settings.steps}")
-        if saved.facts["kernels"] != kernels():
+        here = kernels(settings.precision)
+        if saved.facts["kernels"] != here:
             say(f"note: the checkpoint was made with kernels of level {saved.facts['kernels']}, here they are "
-                f"{kernels()}: the result will not have the same bits")
+                f"{here}: the result will not have the same bits")
     return session
 
 

@@ -32,6 +32,16 @@ def blocks(block: int, *arrays: tuple[Any, int]) -> Iterator[tuple[Any, ...]]:
 
 # ── 16 bits ───────────────────────────────────────────────────────────────────────────────────────────
 
+def to_upper_halves(xp: Any, x: Any) -> Any:
+    """float32 rounded to bfloat16, ties to even: the upper halves of its bits, as uint32."""
+    bits = x.view("uint32")
+    return xp.where(xp.isnan(x), 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
+
+
+def from_upper_halves(halves: Any) -> Any:
+    return (halves.astype("uint32") << 16).view("float32")
+
+
 def half_rows(xp: Any) -> Rows:
     def saturated(x: Any, top: float, step: float) -> Any:
         """x, but where it would round to `top` or beyond, the largest number below (their ulp is `step`) that is a
@@ -52,12 +62,10 @@ def half_rows(xp: Any) -> Rows:
         y[...] = q.view("float16")
 
     def to_bfloat16(q: Any, x: Any) -> None:
-        bits = saturated(x, 2.0**128, 2.0**120).astype("float32").view("uint32")
-        nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # ties to even
-        q[...] = xp.where(xp.isnan(x), 0x7FC0, nearest)
+        q[...] = to_upper_halves(xp, saturated(x, 2.0**128, 2.0**120).astype("float32"))
 
     def from_bfloat16(y: Any, q: Any) -> None:
-        y[...] = (q.astype("uint32") << 16).view("float32")
+        y[...] = from_upper_halves(q)
 
     return {"to_float16": to_float16, "from_float16": from_float16,
             "to_bfloat16": to_bfloat16, "from_bfloat16": from_bfloat16}

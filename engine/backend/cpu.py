@@ -82,17 +82,22 @@ class CpuBackend(Backend):
     def _choose_bf16_unit(self) -> str:
         """What multiplies bfloat16 (kernels/gemm_bf16.c): the fastest that is here, or what ENGINE_BF16 names."""
         wanted = os.environ.get("ENGINE_BF16")
-        has = BF16_UNITS[:1 + self.lib.bf16_unit(len(BF16_UNITS))]
-        if wanted and wanted not in has:
-            raise ImportError(f"ENGINE_BF16: got {wanted!r}, expected one of {', '.join(has)} (known: "
-                              f"{', '.join(BF16_UNITS)}; at level {self.level} this processor has: {', '.join(has)})")
-        return BF16_UNITS[self.lib.bf16_unit(BF16_UNITS.index(wanted) if wanted else -1)]
+        unit = BF16_UNITS[self.lib.bf16_unit(BF16_UNITS.index(wanted) if wanted in BF16_UNITS else -1)]
+        if wanted and wanted != unit:
+            has = BF16_UNITS[:1 + self.lib.bf16_unit(len(BF16_UNITS))]
+            raise ImportError(f"ENGINE_BF16: got {wanted!r}, expected one of {', '.join(has)}, which this processor "
+                              f"has at level {self.level}")
+        return unit
+
+    @property
+    def instructions(self) -> str:
+        """What decides the bits of products in bfloat16: the level, and the unit if it is not that of float32."""
+        return self.level if self.bf16_unit == BF16_UNITS[0] else f"{self.level} {self.bf16_unit}"
 
     @cached_property
     def identity(self) -> str:
-        """The level, a digest of the compiled kernels, and the unit for bfloat16 if there is one."""
-        digest = hashlib.sha256(Path(self._module).read_bytes()).hexdigest()[:12]
-        return " ".join([self.level, digest, *([self.bf16_unit] if self.bf16_unit != BF16_UNITS[0] else [])])
+        """The instructions, and a digest of the compiled kernels."""
+        return f"{self.instructions} {hashlib.sha256(Path(self._module).read_bytes()).hexdigest()[:12]}"
 
     # ── memory ──────────────────────────────────────────────────────────────────────────────────────
 

@@ -87,7 +87,7 @@ def error_function(x: Any, out: Any) -> None:
 
 def gemm(cp: Any, c: Any, a: Any, b: Any, bias: Any, batch: int, m: int, n: int, k: int,
          a_batch: int, a_row: int, a_col: int, b_batch: int, b_row: int, b_col: int,
-         c_batch: int, c_row: int, accumulate: int, factors: int) -> None:
+         c_batch: int, c_row: int, accumulate: int, format: int) -> None:
     """cuBLAS, on views that walk the operands by their strides; the product is written in place where it can be."""
     strided = cp.lib.stride_tricks.as_strided
 
@@ -99,7 +99,7 @@ def gemm(cp: Any, c: Any, a: Any, b: Any, bias: Any, batch: int, m: int, n: int,
         target[...] = 0
     elif k:
         left, right = walk(a, (batch, m, k), (a_batch, a_row, a_col)), walk(b, (batch, k, n), (b_batch, b_row, b_col))
-        left, right = to_format(cp, left, factors), to_format(cp, right, factors)
+        left, right = to_format(cp, left, format), to_format(cp, right, format)
         if accumulate or not target.flags.c_contiguous:
             product = cp.matmul(left, right)
             target[...] = target + product if accumulate else product

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-from engine.backend.codec_rows import codec_rows
+from engine.backend.codec_rows import codec_rows, from_upper_halves, to_upper_halves
 from engine.backend.stored_rows import stored_rows
 from engine.precision import FORMATS
 
@@ -143,14 +143,14 @@ def reduction_rows(xp: Any) -> Rows:
 
 def gemm(xp: Any, c: Any, a: Any, b: Any, bias: Any, batch: int, m: int, n: int, k: int,
          a_batch: int, a_row: int, a_col: int, b_batch: int, b_row: int, b_col: int,
-         c_batch: int, c_row: int, accumulate: int, factors: int) -> None:
+         c_batch: int, c_row: int, accumulate: int, format: int) -> None:
     strided = xp.lib.stride_tricks.as_strided
 
     def walk(x: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
         return strided(x, shape, [s * x.itemsize for s in strides])
 
     left, right = walk(a, (batch, m, k), (a_batch, a_row, a_col)), walk(b, (batch, k, n), (b_batch, b_row, b_col))
-    left, right = to_format(xp, left, factors), to_format(xp, right, factors)
+    left, right = to_format(xp, left, format), to_format(xp, right, format)
     target = walk(c, (batch, m, n), (c_batch, c_row, 1))
     product = xp.matmul(left, right)
     if bias is not None:
@@ -158,14 +158,12 @@ def gemm(xp: Any, c: Any, a: Any, b: Any, bias: Any, batch: int, m: int, n: int,
     target[...] = target + product if accumulate else product
 
 
-def to_format(xp: Any, x: Any, number: int) -> Any:
+def to_format(xp: Any, x: Any, format: int) -> Any:
     """float32 rounded to a format of precision.py, ties to even, and still float32; other types as they are."""
-    if number == FORMATS["float32"] or x.dtype != "float32":
+    if format == FORMATS["float32"] or x.dtype != "float32":
         return x
-    if number == FORMATS["float16"]:
-        return x.astype("float16").astype("float32")
-    bits = x.view("uint32")
-    return xp.where(xp.isnan(x), x, (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).view("float32"))
+    return x.astype("float16").astype("float32") if format == FORMATS["float16"] \
+        else from_upper_halves(to_upper_halves(xp, x))
 
 
 # ── gathering and scattering ──────────────────────────────────────────────────────────────────────────

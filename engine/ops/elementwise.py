@@ -387,7 +387,8 @@ def _(k: Any, g: Array, x: Array) -> Array:
 
 @gelu_tanh.composition
 def _(x: Tensor) -> Tensor:
-    return x * 0.5 * (tanh((x + x * x * x * 0.044715) * math.sqrt(2 / math.pi)) + 1.0)
+    # (1 + tanh z)/2 = σ(2z), which keeps its digits where 1 + tanh has none left
+    return x * sigmoid((x + x * x * x * 0.044715) * (2 * math.sqrt(2 / math.pi)))
 
 
 # ── selection ─────────────────────────────────────────────────────────────────────────────────────────

@@ -165,7 +165,8 @@ def _(k: Any, g: Array, weight_shape: tuple[int, ...], index: Array, sparse: boo
 def _(weight: Tensor, index: Tensor, sparse: bool = False) -> Tensor:
     length = weight.shape[0]
     checked_index(get_backend(index.device), "embedding", index.array, length)
-    return weight[index]
+    rows = weight[index.reshape(-1)]  # a copy; a single number would give a view
+    return rows.reshape(*index.shape, weight.shape[1])
 
 
 @composite("..., ... -> ...", reference=np.take_along_axis)

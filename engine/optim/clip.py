@@ -74,7 +74,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> f
     """
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm_: max_norm is {max_norm!r}, expected a positive number")
-    found = _with_gradients(parameters)
+    found = with_gradients(parameters)
     norm = norm_of_gradients([g for _, g in found])
     scale = clip_scale(norm, max_norm)
     if scale != 1.0:
@@ -102,7 +102,7 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -
     """Bring every element of the gradients into [−clip_value, clip_value]; NaN stays NaN."""
     if not clip_value >= 0:
         raise ValueError(f"clip_grad_value_: clip_value is {clip_value!r}, expected a number of at least 0")
-    for p, g in _with_gradients(parameters):
+    for p, g in with_gradients(parameters):
         p.grad = _mapped(g, partial(_clipped, get_backend(g.device), float(clip_value)))
 
 
@@ -118,6 +118,7 @@ def _mapped(gradient: Gradient, function: Callable[[Array], Array]) -> Gradient:
     return Tensor(function(gradient.array), gradient.device)
 
 
-def _with_gradients(parameters: Tensor | Iterable[Tensor]) -> list[tuple[Tensor, Gradient]]:
+def with_gradients(parameters: Tensor | Iterable[Tensor]) -> list[tuple[Tensor, Gradient]]:
+    """The parameters that have a gradient, each with it."""
     several = (parameters,) if isinstance(parameters, Tensor) else parameters
     return [(p, p.grad) for p in several if p.grad is not None]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from engine.optim.clip import norm_of_gradients, scaled
+from engine.optim.clip import norm_of_gradients, scaled, with_gradients
 from engine.optim.optimizers import Optimizer
 from engine.tensor import Tensor
 
@@ -59,10 +59,11 @@ class GradScaler:
         if id(optimizer) in self._finite:
             raise RuntimeError("GradScaler.unscale_: the gradients of this optimizer are unscaled already; "
                                "call update() after step()")
-        with_gradient = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        for p in with_gradient:
-            p.grad = scaled(p.grad, 1 / self.scale_factor)
-        self._finite[id(optimizer)] = math.isfinite(norm_of_gradients([p.grad for p in with_gradient]))
+        divided = []
+        for p, g in with_gradients(p for group in optimizer.param_groups for p in group["params"]):
+            p.grad = scaled(g, 1 / self.scale_factor)
+            divided.append(p.grad)
+        self._finite[id(optimizer)] = math.isfinite(norm_of_gradients(divided))
         return self._finite[id(optimizer)]
 
     def step(self, optimizer: Optimizer, **options: Any) -> float | None:

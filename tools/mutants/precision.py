@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tools.mutants.record import Mutant
 
-TESTS = "tests/test_precision.py"
+TESTS, SCALER = "tests/test_precision.py", "tests/test_scaler.py"
 ROUNDING = f"{TESTS}::test_factors_are_rounded_to_the_nearest"
 BOUND = f"{TESTS}::test_a_product_is_within_the_bound_on_every_unit"
 DEPTHS = f"{TESTS}::test_every_depth_with_bias_and_what_is_there"
@@ -40,22 +40,21 @@ PRECISION = [
            "outside of the with statement the gradients are those of float32",
            f"{TESTS}::test_backward_rounds_as_forward_did_wherever_it_is_called"),
     Mutant("computed again in another format", "engine/checkpoint.py",
-           "product_format.set(self.format)", "product_format.set(0)",
+           "autocast(self.precision)", 'autocast("float32")',
            "what a checkpoint computes again is not what was computed",
            f"{TESTS}::test_what_is_computed_again_is_rounded_again"),
-    Mutant("a decorator that does not end", "engine/precision.py",
-           "                product_format.reset(token)\n        return run",
-           "                pass\n        return run",
-           "after a decorated function everything is rounded",
-           f"{TESTS}::test_one_object_may_be_entered_twice_and_decorate"),
-    Mutant("NaN in the reference", "engine/backend/numpy_rows.py",
-           "return xp.where(xp.isnan(x), x, ", "return xp.where(xp.isnan(x) & False, x, ",
+    Mutant("an autocast that does not end", "engine/precision.py",
+           "        product_format.reset(token)", "        pass",
+           "after it everything is rounded",
+           f"{TESTS}::test_it_nests_and_ends {TESTS}::test_it_decorates"),
+    Mutant("NaN in the reference", "engine/backend/codec_rows.py",
+           "return xp.where(xp.isnan(x), 0x7FC0, ", "return xp.where(xp.isnan(x) & False, 0x7FC0, ",
            "a NaN whose first digits are zeros becomes infinity, and one whose digits are ones −0",
            ROUNDING),
     Mutant("an overflow steps", "engine/optim/scaler.py",
            "optimizer.step(**options) if finite else None", "optimizer.step(**options)",
            "parameters become NaN",
-           f"{TESTS}::test_an_overflow_costs_a_step_and_nothing_else"),
+           f"{SCALER}::test_an_overflow_costs_a_step_and_nothing_else"),
     Mutant("attention composed of rounded products", "engine/ops/attention.py",
            '@autocast("float32")  # as the kernel\n', "",
            "attention is rounded where it is composed of other ops: on the reference device, for second derivatives",
@@ -67,11 +66,11 @@ PRECISION = [
     Mutant("a second step", "engine/optim/scaler.py",
            "if id(optimizer) in self._stepped:", "if False:",
            "a second step without update is made with gradients that are s times too large",
-           f"{TESTS}::test_the_scaler_refuses_what_it_cannot_do"),
+           f"{SCALER}::test_the_scaler_refuses_what_it_cannot_do"),
     Mutant("looked at before the step", "engine/optim/scaler.py",
            "        if finite is None:", "        if True:",
            "gradients that were unscaled to be looked at cannot be stepped with",
-           f"{TESTS}::test_the_scaler_refuses_what_it_cannot_do"),
+           f"{SCALER}::test_the_scaler_refuses_what_it_cannot_do"),
     Mutant("workers in float32", "tools/training/session.py",
            "self.settings.seed, self.settings.precision)", "self.settings.seed)",
            "--precision bfloat16 changes nothing",

@@ -76,7 +76,7 @@ def collect(session: Session, baselines: dict[str, float], result: Score, sample
         "validation": {"bits_per_byte": result.bits_per_byte, "perplexity": result.perplexity,
                        "tokens": result.tokens, "bytes": result.bytes, "stride": stride},
         "samples": samples, "result_sha256": session.digest(),
-        "machine": {"description": machine.description(), "level": kernels(),
+        "machine": {"description": machine.description(), "level": kernels(settings.precision),
                     "peak_gflops": peak / 1e9 if peak else None},
     }
 

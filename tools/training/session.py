@@ -138,7 +138,7 @@ class Session:
                  "corpus": self.corpus_facts, "tokenizer": self.cache.tokenizer.name,
                  "data_position": self.step * self.settings.microbatches * self.settings.batch,
                  "generator": eg.Generator(self.settings.seed).at(self.step + 1).state_dict(),
-                 "kernels": kernels(), "versions": versions()}
+                 "kernels": kernels(self.settings.precision), "versions": versions()}
         return Checkpoint(kinds["model"], kinds["optimizer"], self.config.asdict(), facts)
 
     def restore(self, saved: Checkpoint) -> None:
@@ -155,13 +155,11 @@ class Session:
         return checkpoint.arrays_digest({name: np.asarray(value) for name, value in self.server.state().items()})
 
 
-def kernels() -> str:
-    """The kernels that compute here: results have the same bits on machines where this is the same."""
+def kernels(precision: str) -> str:
+    """The kernels that compute here: results in a precision have the same bits on machines where this is the same."""
     from engine.backend import get_backend
 
-    backend = get_backend("cpu")
-    unit = getattr(backend, "bf16_unit", "fma")
-    return str(getattr(backend, "level", "numpy")) + (f"+{unit}" if unit != "fma" else "")
+    return str(getattr(get_backend("cpu"), "level" if precision == "float32" else "instructions", "numpy"))
 
 
 def versions() -> dict[str, str]:
