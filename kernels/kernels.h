@@ -131,7 +131,7 @@ KERNEL(linear_activation_vjp)(real *dz, const real *g, const real *weight, const
 
 /* ── quantized.c: the same for a W of quantised blocks. 32 weights of a row are a block: a scale d (and with Q4_1
  * a minimum m) in float16, then quants. scheme is GGUF's number: 2 Q4_0, d(q − 8); 3 Q4_1, d q + m; 8 Q8_0, d q with signed
- * bytes q. Of 4-bit quants byte i holds weight i in its lower half and weight i + 16 in the upper. k is a multiple of 32,
+ * bytes q; 30 BF16, which has no scale, and for quants the upper halves of floats. Of 4-bit quants byte i holds weight i in its lower half and weight i + 16 in the upper. k is a multiple of 32,
  * d and m are finite. 32 rows are a panel, rows beyond n anything finite: for each block d of every row, m of every row,
  * bytes 0 … 3 of every row's quants, bytes 4 … 7 and so on. */
 KERNEL(quantized_linear)(real *y, const real *x, const uint8_t *panels, const real *bias, int64_t m, int64_t n, int64_t k, int scheme);

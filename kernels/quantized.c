@@ -1,7 +1,7 @@
-/* quantized.c: y = x Wᵀ + b for weights in blocks of 8 or 4 bits.
+/* quantized.c: y = x Wᵀ + b for weights in blocks of 16, 8 or 4 bits.
  *
- * Flops 2·m·n·k; bytes n·k·(34, 18 or 20)/32: for one token a quarter or a seventh of what float weights are. With a few
- * rows memory or widening is the bound, with hundreds the FMA units.
+ * Flops 2·m·n·k; bytes n·k·(64, 34, 18 or 20)/32: for one token a half, a quarter or a seventh of what float weights are.
+ * With a few rows memory or widening is the bound, with hundreds the FMA units.
  *
  * Every weight is widened to the float that it stands for, and that is all: x stays as it is, and the sums are those of
  * gemm.c on the widened weights, bit by bit. So a row has the same bits alone and among many, and nothing is lost but
@@ -13,14 +13,16 @@
  *     Q8_0, Q4_0:  d (u − 2ⁿ⁻¹) = D f − 1.5 D     (u = q + 128; q)     at most 20 digits: exact
  *     Q4_1:        d u + m      = D (f − 1) + m                        rounded once, by m
  *
+ * A weight of 16 bits, BF16, is the upper half of a float, so it is moved there.
+ *
  * The order of the sums wants rows of W in the lanes of a vector, and a GGUF file has a row's quants side by side. So when
- * a matrix is made its bytes are dealt out once: 32 rows are a panel, and in each of its blocks come 32 scales, 32 minima
+ * a matrix is made its bytes are dealt out once: 32 rows are a panel, and in each of its blocks come 32 scales and 32 minima
  * where there are any, then four bytes of quants of each row, the next four, and so on. That is one stream from memory,
  * and there is nothing left to shuffle. */
 #include "gemm_micro.h"
 #include "threads.h"
 
-enum scheme { Q4_0 = 2, Q4_1 = 3, Q8_0 = 8 };
+enum scheme { Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, BF16 = 30 };
 
 #define BLOCK 32                /* weights, */
 #define PANEL 32                /* and rows */
@@ -33,9 +35,10 @@ enum scheme { Q4_0 = 2, Q4_1 = 3, Q8_0 = 8 };
 
 typedef uint16_t halves __attribute__((vector_size(2 * VL), aligned(2), may_alias));
 typedef int32_t words __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+typedef float singles __attribute__((vector_size(4 * VL)));
 
-ALWAYS_INLINE int64_t header_bytes(enum scheme scheme) { return scheme == Q4_1 ? 4 : 2; }
-ALWAYS_INLINE int64_t quant_bytes(enum scheme scheme) { return scheme == Q8_0 ? 32 : 16; }
+ALWAYS_INLINE int64_t header_bytes(enum scheme scheme) { return scheme == BF16 ? 0 : scheme == Q4_1 ? 4 : 2; }
+ALWAYS_INLINE int64_t quant_bytes(enum scheme scheme) { return scheme == BF16 ? 64 : scheme == Q8_0 ? 32 : 16; }
 ALWAYS_INLINE int64_t block_bytes(enum scheme scheme) { return header_bytes(scheme) + quant_bytes(scheme); }
 
 /* 2ⁿ times VL float16 numbers, finite ones. Their bits, moved to where a real has them, are a real too small by the
@@ -48,6 +51,12 @@ static inline vf load_halves(const uint8_t *p, int n) {
 
 /* VL weights: of each lane the quant that begins at bit `bit`. */
 ALWAYS_INLINE vf widen(vi quants, int bit, vf scale, vf offset, enum scheme scheme) {
+    if (scheme == BF16) {
+        words pair = __builtin_convertvector(quants, words);
+        if (bit)
+            return __builtin_convertvector((singles)(pair & (int32_t)0xffff0000), vf);
+        return __builtin_convertvector((singles)(pair << 16), vf);
+    }
     const int bits = scheme == Q8_0 ? 8 : 4, up = DIGITS - bits - bit;
     vi digits = up >= 0 ? quants << (up & (REAL_BITS - 1)) : quants >> (-up & (REAL_BITS - 1));
     vf f = (vf)((digits & ((((real_int)1 << bits) - 1) << (DIGITS - bits))) | POWER_OF_2(0));
@@ -74,9 +83,10 @@ ALWAYS_INLINE void walk_block(const struct lanes *at, int vectors, enum scheme s
     vf scale[WIDE], offset[WIDE];
     for (int v = 0; v < vectors; v++) {
         const uint8_t *head = at[v].block + 2 * at[v].lane;
-        scale[v] = load_halves(head, scheme == Q8_0 ? 8 : 4);
+        scale[v] = scheme == BF16 ? vf_zero() : load_halves(head, scheme == Q8_0 ? 8 : 4);
         offset[v] = scheme == Q4_1 ? load_halves(head + 2 * PANEL, 0) : scale[v] * (real)-1.5;
     }
+    const int a_word = scheme == BF16 ? 2 : 4, bits = 32 / a_word;
 #define HALF(half)                                                                                                \
     for (int64_t w = 0; w < quant_bytes(scheme) / 4; w++) {                                                       \
         vi quants[WIDE];                                                                                          \
@@ -87,9 +97,9 @@ ALWAYS_INLINE void walk_block(const struct lanes *at, int vectors, enum scheme s
             if (scheme == Q8_0) /* signed bytes q as q + 128 */                                                   \
                 quants[v] ^= (int32_t)0x80808080;                                                                 \
         }                                                                                                         \
-        _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++, x++) {                                                \
+        _Pragma("GCC unroll 4") for (int i = 0; i < a_word; i++, x++) {                                           \
             for (int v = 0; v < vectors; v++) {                                                                   \
-                vf weight = widen(quants[v], 8 * i + 4 * half, scale[v], offset[v], scheme);                      \
+                vf weight = widen(quants[v], bits * i + 4 * half, scale[v], offset[v], scheme);                   \
                 if (!rows)                                                                                        \
                     vf_store(to + v * VL, weight);                                                                \
                 _Pragma("GCC unroll 8") for (int row = 0; row < rows; row++)                                      \
@@ -99,7 +109,7 @@ ALWAYS_INLINE void walk_block(const struct lanes *at, int vectors, enum scheme s
         }                                                                                                         \
     }
     HALF(0) /* of 4-bit quants the lower halves of bytes are the first 16 weights of a block */
-    if (scheme != Q8_0)
+    if (scheme == Q4_0 || scheme == Q4_1)
         HALF(1)
 }
 
@@ -142,14 +152,14 @@ typedef void columns_function(const struct product *x, int64_t j);
 
 #define COLUMNS(rows, scheme)                                                                                     \
     static void columns_##rows##_##scheme(const struct product *x, int64_t j) { multiply_columns(x, rows, j, scheme); }
-#define EACH(rows) COLUMNS(rows, Q8_0) COLUMNS(rows, Q4_0) COLUMNS(rows, Q4_1)
-#define NAMES(rows) {columns_##rows##_Q8_0, columns_##rows##_Q4_0, columns_##rows##_Q4_1}
+#define EACH(rows) COLUMNS(rows, Q4_0) COLUMNS(rows, Q4_1) COLUMNS(rows, Q8_0) COLUMNS(rows, BF16)
+#define NAMES(rows) {columns_##rows##_Q4_0, columns_##rows##_Q4_1, columns_##rows##_Q8_0, columns_##rows##_BF16}
 EACH(1) EACH(2) EACH(3) EACH(4)
 #if FEW_ROWS == 8
 EACH(5) EACH(6) EACH(7) EACH(8)
 #endif
 
-static columns_function *const columns_of[FEW_ROWS][3] = {
+static columns_function *const columns_of[FEW_ROWS][4] = {
     NAMES(1), NAMES(2), NAMES(3), NAMES(4),
 #if FEW_ROWS == 8
     NAMES(5), NAMES(6), NAMES(7), NAMES(8),
@@ -159,7 +169,8 @@ static columns_function *const columns_of[FEW_ROWS][3] = {
 /* Index: VECTORS · VL columns of y. */
 static void multiply_few_rows(void *context, int64_t begin, int64_t end) {
     const struct product *x = context;
-    columns_function *columns = columns_of[x->m - 1][x->scheme == Q8_0 ? 0 : x->scheme == Q4_0 ? 1 : 2];
+    int which = x->scheme == Q4_0 ? 0 : x->scheme == Q4_1 ? 1 : x->scheme == Q8_0 ? 2 : 3;
+    columns_function *columns = columns_of[x->m - 1][which];
     for (int64_t j = begin; j < end; j++)
         columns(x, j * VECTORS(x->m) * VL);
 }
@@ -179,12 +190,12 @@ ALWAYS_INLINE void unpack_columns(real *to, const struct product *x, int64_t col
 static void unpack_panels(real *packed, const struct product *x, int64_t column, int64_t columns, int64_t p,
                           int64_t depths) {
     for (int64_t end = column + columns; column < end; column += NR, packed += panel_size(NR, depths)) {
-        if (x->scheme == Q8_0)
-            unpack_columns(packed, x, column, p, depths, Q8_0);
-        else if (x->scheme == Q4_0)
-            unpack_columns(packed, x, column, p, depths, Q4_0);
-        else
-            unpack_columns(packed, x, column, p, depths, Q4_1);
+        switch (x->scheme) {
+        case Q4_0: unpack_columns(packed, x, column, p, depths, Q4_0); break;
+        case Q4_1: unpack_columns(packed, x, column, p, depths, Q4_1); break;
+        case Q8_0: unpack_columns(packed, x, column, p, depths, Q8_0); break;
+        default: unpack_columns(packed, x, column, p, depths, BF16);
+        }
     }
 }
 

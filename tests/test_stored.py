@@ -20,6 +20,7 @@ from engine.testing import blocks, check_bits, check_threads
 from engine.testing.bounds import smallest_subnormal, unit_roundoff
 
 FORMS = ["packed", *SCHEMES]
+SCALED = ["q8_0", "q4_0", "q4_1"]  # those whose blocks have scales
 HALF = 2.0**-11  # the unit roundoff of float16; its subnormal numbers are 2⁻²⁴ apart
 
 
@@ -53,6 +54,10 @@ def test_a_block_of_each_scheme_byte_by_byte() -> None:
     block = eg.quantize(eg.tensor(q[None] / 4 - 3, dtype="float32"), "q4_1").blocks.numpy()[0]
     assert (block[4:] & 15 == q[:16]).all() and (block[4:] >> 4 == q[16:]).all()
 
+    x[0, :8] = [1, -1.5, 1 + 2**-8, 1 + 3 * 2**-8, 1.99999, 2.0**-133, 2.0**-135, -0.0]  # ties go to even
+    block = eg.quantize(eg.tensor(x, dtype="float32"), "bf16").blocks.numpy()[0].view(np.uint16)
+    assert block[:8].tolist() == [0x3F80, 0xBFC0, 0x3F80, 0x3F82, 0x4000, 1, 0, 0x8000]
+
 
 @settings(deadline=None)
 @given(st.sampled_from([*SCHEMES]), st.integers(1, 40), st.integers(1, 4), st.integers(0, 2**16),
@@ -71,7 +76,7 @@ def test_blocks_are_those_of_the_definition(scheme: str, n: int, steps: int, see
 
 
 @settings(deadline=None)
-@given(st.sampled_from([*SCHEMES]), st.integers(0, 2**16), st.sampled_from([1.0, 1e-5, 1e3]))
+@given(st.sampled_from(SCALED), st.integers(0, 2**16), st.sampled_from([1.0, 1e-5, 1e3]))
 def test_a_weight_moves_by_half_a_step(scheme: str, seed: int, size: float) -> None:
     """|w − ŵ| ≤ d/2, the exact d, and besides: what rounding d and m to float16 does to d q and m, at most 2⁻¹¹ of them
     or half of 2⁻²⁴ each; what the roundings of float32 do on the way to q, at most 4 u of x/d (x/d is at most 127, or
@@ -92,6 +97,16 @@ def test_a_weight_moves_by_half_a_step(scheme: str, seed: int, size: float) -> N
         error = np.where(cut, 0, error)
     assert (error <= bound[:, None]).all()
     assert (error.max(1) > 0.25 * step).any()  # and it is no better than it should be
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**16), st.sampled_from([1.0, 1e-39, 1e30]))
+def test_a_weight_in_bfloat16_moves_by_half_of_its_last_digit(seed: int, size: float) -> None:
+    """|w − ŵ| ≤ 2⁻⁸ |w|, or half of 2⁻¹³³ where numbers are subnormal."""
+    weight = weights(6, 128, seed, size / 2.0**6)
+    error = np.abs(eg.quantize(eg.tensor(weight), "bf16").dequantize().numpy().astype(np.float64) - weight)
+    bound = np.maximum(2.0**-8 * np.abs(weight.astype(np.float64)), 2.0**-134)
+    assert (error <= bound).all() and (error > bound / 4).any()
 
 
 # ── linear ────────────────────────────────────────────────────────────────────────────────────────────
@@ -133,8 +148,11 @@ def test_scales_of_any_size_and_sign(scheme: str, m: int) -> None:
     data = rng.integers(0, 256, (70, 6 * blocks.BLOCK_BYTES[scheme]), dtype=np.uint8)
     heads = data.reshape(70, 6, -1)
     scales = np.array([65504, -65504, 6e-8, -6e-8, 6.1e-5, 0.0, -0.0, 1.0, -0.333, 1e-3], np.float16)
-    for at in range(0, 4 if scheme == "q4_1" else 2, 2):
+    for at in range(0, {"bf16": 0, "q4_1": 4}.get(scheme, 2), 2):
         heads[..., at:at + 2] = rng.choice(scales, (70, 6, 1)).view(np.uint8)
+    if scheme == "bf16":  # every upper half of a float below 2^112: no sum of products is infinite
+        halves = heads.view(np.uint16)
+        halves[(halves & 0x7F80) > (127 + 111 << 7)] &= 0x807F
     matrix = eg.QuantizedTensor(eg.tensor(data), scheme)
     meant = blocks.decoded(data, scheme)
     check_bits(matrix.dequantize().numpy() + 0.0, meant.astype(np.float32) + 0.0, check=scheme)
@@ -162,7 +180,7 @@ def test_rows_by_index(form: str) -> None:
 def test_what_it_is(form: str) -> None:
     weight = eg.tensor(weights(64, 96, 0))
     matrix = stored(weight, form)
-    bits = {"packed": 32, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5}[form]
+    bits = {"packed": 32, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5}[form]
     assert matrix.shape == (64, 96) and matrix.ndim == 2 and matrix.size == 64 * 96 and matrix.dtype is eg.float32
     assert matrix.nbytes == 64 * 96 * bits / 8 and matrix.device == weight.device
     again = pickle.loads(pickle.dumps(matrix))
@@ -281,7 +299,7 @@ def test_every_matrix_is_stored_and_the_model_is_left_alone() -> None:
         small.to("float64")
     with pytest.raises(ValueError, match=r"Transformer.for_inference: embedding.weight is QuantizedTensor.*only read"):
         small.for_inference("packed")
-    with pytest.raises(ValueError, match="for_inference: weights is 'q5', expected one of packed, q8_0, q4_0, q4_1"):
+    with pytest.raises(ValueError, match=r"for_inference: weights is 'q5', expected .* packed, q8_0, q4_0, q4_1, bf16"):
         gpt.for_inference("q5")
     narrow = Transformer(TransformerConfig.gpt2(**{**SIZES, "width": 34}))
     with pytest.raises(ValueError, match=r"for_inference: embedding: quantize: weight has shape \(45, 34\), expected"):

@@ -36,8 +36,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=(*TABLES, "all"))
-    parser.add_argument("--peers", default="torch,openblas,jax", metavar="LIST",
-                        help="of torch, torch.compile, openblas, jax (default: %(default)s)")
+    parser.add_argument("--peers", default="torch,openblas,jax,llama.cpp", metavar="LIST",
+                        help="of torch, torch.compile, openblas, jax, llama.cpp (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="default: %(default)s")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains this")
     parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each row (default: %(default)s)")

@@ -6,6 +6,7 @@ with its reference's rounding:
     Q8_0 (34 bytes)   w = d q          d = max |x| / 127         q = x/d rounded, halves away from 0: 32 signed bytes
     Q4_0 (18 bytes)   w = d (q − 8)    d = x*/−8                 q = ⌊x/d + 8.5⌋, at most 15; x* is the x of largest |x|
     Q4_1 (20 bytes)   w = d q + m      d = (max − min)/15        q = ⌊(x − min)/d + 0.5⌋, at most 15; m = min
+    BF16 (64 bytes)   w = q            there is none             q = x rounded to bfloat16, ties to even
 
 Of 4-bit quants byte i holds weight i in its lower half and weight i + 16 in the upper one. d and m are rounded to
 float16 when they are stored, and q is computed before that.
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from engine.backend.codec_rows import from_upper_halves, to_upper_halves
 
 Rows = dict[str, Callable[..., None]]
 BLOCK = 32
@@ -33,7 +36,8 @@ class Scheme(NamedTuple):
         return self.header + self.quants
 
 
-SCHEMES = {"q8_0": Scheme(8, 2, 32), "q4_0": Scheme(2, 2, 16), "q4_1": Scheme(3, 4, 16)}
+SCHEMES = {"q8_0": Scheme(8, 2, 32), "q4_0": Scheme(2, 2, 16), "q4_1": Scheme(3, 4, 16),
+           "bf16": Scheme(30, 0, 64)}
 NUMBERED = {scheme.number: (name, scheme) for name, scheme in SCHEMES.items()}
 
 
@@ -62,20 +66,28 @@ def stored_rows(xp: Any) -> Rows:
         d = (x.max(-1, keepdims=True) - m) / 15
         return d, m, halves((x - m) * reciprocal(d) + 0.5)
 
+    def refuse(x: Any, wrong: Any, expected: str) -> None:
+        """x (n, k/32, 32); wrong (n, k/32, ...): whether anything of a block is."""
+        if wrong.any():
+            row, block = divmod(int(wrong.reshape(*x.shape[:2], -1).any(-1).reshape(-1).argmax()), x.shape[1])
+            raise ValueError(f"quantize: row {row} of weight holds numbers from {x[row, block].min()} to "
+                             f"{x[row, block].max()} in block {block}, expected finite ones, {expected}")
+
     def quantize(blocks: Any, x: Any, scheme_number: int) -> None:
         """blocks (n, k/32 · bytes of a block) from x (n, k)."""
         n, k = x.shape
         name, scheme = NUMBERED[scheme_number]
         x = x.astype("float32").reshape(n, k // BLOCK, BLOCK)
-        *numbers, quants = {"q8_0": q8_0, "q4_0": q4_0, "q4_1": q4_1}[name](x)
         target = blocks.reshape(n, k // BLOCK, scheme.bytes)
+        if name == "bf16":
+            upper = to_upper_halves(xp, x).astype("uint16")
+            refuse(x, upper & 0x7F80 == 0x7F80, "that bfloat16 has (up to 3.3895e+38)")
+            target[...] = upper.view("uint8")
+            return
+        *numbers, quants = {"q8_0": q8_0, "q4_0": q4_0, "q4_1": q4_1}[name](x)
         for i, number in enumerate(numbers):
             half = number.astype("float16")
-            if not xp.isfinite(half).all():
-                row, block = divmod(int(xp.isfinite(half).reshape(-1).argmin()), k // BLOCK)
-                raise ValueError(f"quantize: row {row} of weight holds numbers from {x[row, block].min()} to "
-                                 f"{x[row, block].max()} in block {block}, expected finite ones, with a scale that "
-                                 "float16 has (up to 65504)")
+            refuse(x, ~xp.isfinite(half), "with a scale that float16 has (up to 65504)")
             target[..., 2 * i:2 * i + 2] = half.view("uint8")
         target[..., scheme.header:] = quants
 
@@ -113,8 +125,11 @@ def stored_rows(xp: Any) -> Rows:
         _, scheme = NUMBERED[number]
         panel, lane, steps = index // BLOCK, index % BLOCK, panels.shape[1]
         header, quants = (part[panel, :, :, lane] for part in parts(panels, scheme))
-        header = xp.ascontiguousarray(header).view("float16").astype(y.dtype)[..., 0]
         q = xp.ascontiguousarray(quants).reshape(len(index), steps, scheme.quants)
+        if not scheme.header:
+            y[...] = from_upper_halves(q.view("uint16")).reshape(y.shape)
+            return
+        header = xp.ascontiguousarray(header).view("float16").astype(y.dtype)[..., 0]
         d = header[..., :1]
         if scheme.quants == BLOCK:
             w = d * q.view("int8").astype(y.dtype)

@@ -299,7 +299,7 @@ class Transformer(Module):
 
         weights: how it keeps the matrices of its linear layers, and the embedding where it is tied to the output:
                  "packed"   float, in panels: the same bits, and the same memory once the original model is let go
-                 "q8_0", "q4_0", "q4_1"   8.5, 4.5 and 5 bits a weight (ops.quantize)
+                 "bf16", "q8_0", "q4_1", "q4_0"   16, 8.5, 5 and 4.5 bits a weight (ops.quantize)
 
         The rest it shares with this model: norms, biases, positions. It cannot be trained, moved or saved.
         Raises ValueError for another form, and for layers whose inputs are no multiple of 32 where they are quantised.

@@ -1,7 +1,7 @@
 """Matrices of weights in a form that is only read, for inference: `linear` and `embedding` take them as their weight.
 
     packed = eg.pack(weight)               float, in panels of rows: one stream from memory, and the same bits
-    small = eg.quantize(weight, "q8_0")    8 or 4 bits a weight and a scale for each 32, as GGUF files have them
+    small = eg.quantize(weight, "q8_0")    8 or 4 bits a weight and a scale for each 32, or 16 bits, as in GGUF files
 
     y = eg.linear(x, small, bias)          x stays float; gradients flow to x and bias
 
@@ -207,13 +207,13 @@ def _(x: Tensor, panels: Tensor, bias: Tensor | None = None, n: int = 0) -> Tens
     return linear(x, _unpacked(panels, n), bias)
 
 
-# ── weights of 8 or 4 bits ────────────────────────────────────────────────────────────────────────────
+# ── weights of 16, 8 or 4 bits ────────────────────────────────────────────────────────────────────────
 
 class QuantizedTensor(StoredMatrix):
-    """A matrix (n, k), k a multiple of 32, of blocks of 32 weights in a row with a scale of their own.
+    """A matrix (n, k), k a multiple of 32, of blocks of 32 weights in a row with a scale of their own, or of bfloat16.
 
     blocks: uint8 (n, k/32 · bytes of a block), in the very bytes of a GGUF file's tensor
-    scheme: "q8_0", "q4_0" or "q4_1" (backend/stored_rows.py has their equations), 34, 18 and 20 bytes a block
+    scheme: "q8_0", "q4_0", "q4_1" or "bf16" (equations: backend/stored_rows.py), whose blocks have 34, 18, 20, 64 bytes
 
     Raises TypeError or ValueError for anything else, and for a scale or minimum that is not finite.
     """
@@ -270,13 +270,13 @@ class QuantizedTensor(StoredMatrix):
 
 
 def quantize(weight: Tensor, scheme: str = "q8_0") -> QuantizedTensor:
-    """A matrix (n, k) in 8.5 ("q8_0"), 4.5 ("q4_0") or 5 bits ("q4_1") a weight, rounded as ggml's reference does.
+    """A matrix (n, k) in 16 ("bf16"), 8.5 ("q8_0"), 5 ("q4_1") or 4.5 bits ("q4_0") a weight, rounded as ggml does.
 
     Each weight w of a block becomes a number at most half a step d from it, apart from the rounding of d (and m) to
     float16: d = max |w|/127 for q8_0, max |w|/8 for q4_0 (a whole step where w/d rounds to 8, which is cut to 7) and
-    (max w − min w)/15 for q4_1.
+    (max w − min w)/15 for q4_1. bf16 is w rounded to bfloat16, at most 2⁻⁸ |w| from it.
     Raises ValueError for k that is not a multiple of 32, for weights that are infinite or NaN, and for scales beyond
-    float16, 65504; TypeError for anything but a floating tensor (n, k).
+    float16, 65504 (bf16: weights beyond bfloat16); TypeError for anything but a floating tensor (n, k).
     """
     weight, found = _matrix_of("quantize", weight), _scheme("quantize", scheme)
     n, inner = weight.shape

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-BLOCK_BYTES = {"q8_0": 34, "q4_0": 18, "q4_1": 20}
+BLOCK_BYTES = {"q8_0": 34, "q4_0": 18, "q4_1": 20, "bf16": 64}
 
 
 def _float16(x: np.float32) -> bytes:
@@ -24,8 +24,22 @@ def _nibbles(q: list[int]) -> bytes:
     return bytes(q[i] + 16 * q[i + 16] for i in range(16))
 
 
+def _bfloat16(x: np.float32) -> bytes:
+    """The nearer of the two numbers around x that have no more than eight digits, or the even one."""
+    bits = int(np.float32(x).view(np.uint32))
+    below, above = bits >> 16, (bits >> 16) + 1
+    down, up = (abs(_widened(upper) - float(x)) for upper in (below, above))
+    return (below if down < up or (down == up and below % 2 == 0) else above).to_bytes(2, "little")
+
+
+def _widened(upper: int) -> float:
+    return float(np.uint32(upper << 16).view(np.float32))
+
+
 def encoded_block(x: np.ndarray, scheme: str) -> bytes:
     """The bytes of a block of 32 float32 numbers."""
+    if scheme == "bf16":
+        return b"".join(map(_bfloat16, x))
     if scheme == "q8_0":
         d = np.float32(max(abs(v) for v in x)) / np.float32(127)
         scaled = [float(v * _inverse(d)) for v in x]
@@ -44,6 +58,8 @@ def encoded_block(x: np.ndarray, scheme: str) -> bytes:
 
 def decoded_block(block: bytes, scheme: str) -> list[float]:
     """The 32 numbers that a block stands for, exactly."""
+    if scheme == "bf16":
+        return [_widened(int(upper)) for upper in np.frombuffer(block, np.uint16)]
     d = float(np.frombuffer(block[:2], np.float16)[0])
     if scheme == "q8_0":
         return [d * (byte - 256 if byte > 127 else byte) for byte in block[2:]]

@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
 
 def torch_runs(torch: Any, size: Size, prompt: np.ndarray, new: int,
-               quantized: bool = False) -> dict[str, Callable[[], object]]:
-    """quantized: linear layers have weights of 8 bits, and round their inputs to 8 bits as they come."""
+               form: str = "packed") -> dict[str, Callable[[], object]]:
+    """form: "packed", all is float32; "bf16", all is bfloat16; else linear layers have weights of 8 bits, and round
+    their inputs to 8 bits as they come."""
     model, functional, width = torch_model(torch, size).eval(), torch.nn.functional, size.width
-    if quantized:
+    dtype = torch.bfloat16 if form == "bf16" else torch.float32
+    if form in ("packed", "bf16"):
+        model = model.to(dtype)
+    else:
         model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
-    kept = [torch.zeros(2, 1, size.heads, size.time, width // size.heads) for _ in model.blocks]
+    kept = [torch.zeros(2, 1, size.heads, size.time, width // size.heads, dtype=dtype) for _ in model.blocks]
     tokens, length = torch.from_numpy(prompt), prompt.shape[1]
 
     def step(tokens: Any, start: int) -> Any:

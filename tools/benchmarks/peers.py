@@ -8,7 +8,9 @@ import os
 import sys
 from typing import Any
 
-KNOWN = ("torch", "torch.compile", "openblas", "jax")
+MODULES = {"torch": ["torch"], "torch.compile": ["torch"], "jax": ["jax"], "llama.cpp": ["llama_cpp", "gguf"],
+           "openblas": ["numpy"]}
+"""What each peer is imported as."""
 TUNED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_PROC_BIND", "MKL_DEBUG_CPU_TYPE")  # would change a peer's code
 
 
@@ -27,16 +29,19 @@ def prepare_environment(threads: int) -> None:
 
 
 class Peers:
-    """`peers.torch` and `peers.jax` are the modules, or None; `"openblas" in peers` says whether one takes part."""
+    """`peers.torch`, `jax`, `llama_cpp`, `gguf` are modules, or None; `"openblas" in peers`: whether it takes part."""
 
     def __init__(self, names: list[str], threads: int):
-        unknown = set(names) - set(KNOWN)
+        unknown = set(names) - set(MODULES)
         if unknown:
-            raise SystemExit(f"bench: --peers names {', '.join(sorted(unknown))}, expected some of {', '.join(KNOWN)}")
+            raise SystemExit(f"bench: --peers names {', '.join(sorted(unknown))}, "
+                             f"expected some of {', '.join(MODULES)}")
         self.threads = threads
         self.names = [name for name in names if self._installed(name)]
         self.torch: Any = importlib.import_module("torch") if "torch" in self.names else None
         self.jax: Any = importlib.import_module("jax") if "jax" in self.names else None
+        self.llama_cpp, self.gguf = (importlib.import_module(name) if "llama.cpp" in self.names else None
+                                     for name in MODULES["llama.cpp"])
         if self.torch:
             self.torch.set_num_threads(threads)
             self.torch.set_grad_enabled(True)
@@ -44,9 +49,7 @@ class Peers:
 
     @staticmethod
     def _installed(name: str) -> bool:
-        if name == "openblas":
-            return True  # NumPy's
-        found = importlib.util.find_spec(name.split(".")[0]) is not None
+        found = all(importlib.util.find_spec(module) is not None for module in MODULES[name])
         if not found:
             print(f"bench: {name} is not installed, so its column is missing", file=sys.stderr)
         return found

@@ -30,7 +30,7 @@ def load_model(path: Path) -> tuple[Any, Tokenizer, dict[str, Any]]:
 
 
 def add_quantize(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quantize", choices=list(SCHEMES), help="multiply by weights of 8.5, 4.5 or 5 bits "
+    parser.add_argument("--quantize", choices=list(SCHEMES), help="multiply by weights of 8.5, 4.5, 5 or 16 bits "
                                                                   "(default: by the float32 of the checkpoint)")
 
 

@@ -13,7 +13,7 @@ from engine.testing.rounded import Rounded
 from engine.testing.source import Source
 
 Draw = tuple[list[Any], dict[str, Any]]
-SCHEMES = ["q8_0", "q4_0", "q4_1"]
+SCHEMES = ["q8_0", "q4_0", "q4_1", "bf16"]
 
 
 def _drawn(s: Source, rows: tuple[int, ...], inputs: int, outputs: int, **attributes: Any) -> Draw:
@@ -92,6 +92,7 @@ register(OpSpec("linear: quantized", _quantized, formula=_formula, gradient=_gra
     ErrorCase(lambda: eg.quantize(eg.full((1, 32), float("nan"))), ValueError, ("quantize", "nan", "finite")),
     ErrorCase(lambda: eg.quantize(eg.full((1, 32), float("inf"))), ValueError, ("quantize", "inf", "finite")),
     ErrorCase(lambda: eg.quantize(eg.full((1, 32), 1e6), "q4_0"), ValueError, ("quantize", "1000000.0", "float16")),
+    ErrorCase(lambda: eg.quantize(eg.full((1, 32), 3.4e38), "bf16"), ValueError, ("quantize", "3.39", "bfloat16")),
     ErrorCase(lambda: eg.QuantizedTensor(eg.zeros(2, 33, dtype="uint8"), "q8_0"), TypeError,
               ("QuantizedTensor", "(2, 33)", "multiple of 34")),
     ErrorCase(lambda: eg.QuantizedTensor(eg.zeros(2, 34, dtype="uint8"), "q9"), ValueError,
