@@ -6,6 +6,7 @@ import importlib.util
 import json
 import mmap
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,11 @@ from limited import counted
 import engine as eg
 from engine.backend import get_backend, get_num_threads, set_num_threads
 from engine.backend.cpu import CpuBackend
-from tools.benchmarks import memory, overhead, sharder, sweep, train
+from tools.benchmarks import gemm, generate, goals, kernels, memory, overhead, sharder, sweep, train
 from tools.benchmarks.contest import OURS, Contest, Machine, Result, measure
 from tools.benchmarks.kernels import Maker
 from tools.benchmarks.peers import Peers, prepare_environment
-from tools.benchmarks.report import table
+from tools.benchmarks.report import rows, table
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = Machine(2, 1e9, 1e9, 1e9)
@@ -58,6 +59,31 @@ def test_the_ratio_is_the_median_of_turns_against_the_best_peer() -> None:
     assert result.of_bound == 1e-3 / 2
     assert result.shown(OURS) == 5.0  # ten things in two seconds
     assert "| 5 | 5 | 1.11 |" in table("title", MACHINE, [result])
+
+
+@pytest.mark.parametrize(("bound", "text"), [
+    (9e-4, "1.25 ×, 0.5 of bound ✓"), (5e-4, "1.25 ×, 0.5 of bound [1]"), (None, "1.25 ×, 0.5 of bound")])
+def test_a_goal_is_met_or_its_limit_is_said(monkeypatch: pytest.MonkeyPatch, bound: float | None, text: str) -> None:
+    known = goals.Goal("title", "other", 9.0), goals.Goal("title", "row", 1.25, 0.5, "Why.")
+    monkeypatch.setattr(goals, "GOALS", known)
+    result = given(engine=[1.6e-3, 1.6e-3, 1.6e-3], torch=[2e-3, 2e-3, 2e-3])
+    result.bounds = [bound] * 3 if bound else []
+    shown = table("title", MACHINE, [result])
+    assert shown.splitlines()[4].endswith(f"| {text} |")
+    assert ("[1] Why." in shown) == ("[1]" in text)
+    assert rows("title", [result])[0]["met"] is {"✓": True, "]": False, "d": None}[text[-1]]
+    slower = given(engine=[1e-2, 1e-2, 1e-2], torch=[2e-3, 2e-3, 2e-3])
+    assert goals.goal_of("title", slower).met(slower) is False  # whatever the bound
+    assert table("elsewhere", MACHINE, [result]).splitlines()[4].endswith("|  |")
+
+
+def test_every_goal_speaks_of_a_row_and_says_what_limits_it() -> None:
+    peers = with_torch()
+    names = {name: [row for row, _ in module.contests(peers)] for name, module in
+             (("gemm", gemm), ("kernels", kernels), ("train", train), ("generate", generate))}
+    for goal in goals.GOALS:
+        assert any(re.fullmatch(goal.rows, row) for row in names[goal.table]), goal
+        assert goal.limit.endswith((".", ")")) and (goal.ratio or goal.share)
 
 
 def test_without_peers_there_is_no_ratio() -> None:

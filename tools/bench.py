@@ -11,8 +11,8 @@
     python tools/bench.py overhead --peers torch                microseconds a call, and to wake the team of threads
     python tools/bench.py memory                                of a training step: pool, resident set, page faults
 
-Contestants take turns within a row. Each table is printed when it is measured; other work on the machine shows in the
-spread.
+Contestants take turns within a row. Each table is printed when it is measured, with the goals of its rows, and below it
+what limits those that miss theirs (benchmarks/goals.py); other work on the machine shows in the spread.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> int:
             continue
         results = contest_results(name, peers, arguments)
         print(sweep.slowest(results) if name == "sweep" else report.table(name, machine, results), flush=True)
-        measured[name] = machine, report.rows(results)
+        measured[name] = machine, report.rows(name, results)
         if arguments.png:
             report.save_picture(arguments.png / f"{name}.png", name, machine, results)
     if arguments.json:

@@ -180,6 +180,22 @@ def embedding_vjp(m: Maker, count: int, vocabulary: int, n: int) -> Row:
                4.0 * vocabulary * n + 12.0 * count * n)
 
 
+def embedding_rows_vjp(m: Maker, count: int, vocabulary: int, n: int) -> Row:
+    """Only the rows that were looked up, where PyTorch's gradient is as large as the table."""
+    (g, tg), (index, tindex) = m.pair(count, n), m.integers(vocabulary, count)
+    weight = eg.zeros(vocabulary, n, requires_grad=True)
+    with eg.enable_grad():
+        y, cotangent = eg.embedding(weight, eg.Tensor(index, "cpu"), sparse=True), eg.Tensor(g, "cpu")
+
+    def ours() -> object:
+        weight.grad = None
+        y.backward(cotangent, retain_graph=True)
+        return weight.grad
+
+    return Row(ours, m.run(lambda: lambda: m.aten.embedding_dense_backward(tg, tindex, vocabulary, -1, False)),
+               8.0 * count * n)
+
+
 def adamw(m: Maker, n: int) -> Row:
     (p, tp), (g, tg), (first, _), (second, _) = m.pair(n), m.pair(n), m.outputs(n), m.outputs(n)
 
@@ -251,6 +267,7 @@ ROWS: dict[str, Callable[[Maker], Row]] = {
     "sum over rows of 2048×3072": partial(sum_rows, rows=2048, n=3072),
     "dropout 2048×3072": partial(dropout, rows=2048, n=3072),
     "embedding backward 1024 of 50257×768": partial(embedding_vjp, count=1024, vocabulary=50257, n=768),
+    "embedding backward, rows alone": partial(embedding_rows_vjp, count=1024, vocabulary=50257, n=768),
     "adamw 30,000,000": partial(adamw, n=30_000_000),
     **{f"causal attention {'backward ' if backward else ''}{'×'.join(map(str, shape))}":
        partial(attention, shape=shape, backward=backward)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.benchmarks.contest import OURS, TIMES, Machine, Result
+from tools.benchmarks.goals import Notes, goal_of
 
 
 def number(value: float) -> str:
@@ -20,25 +21,27 @@ def head(machine: Machine) -> str:
 
 
 def table(title: str, machine: Machine, results: list[Result]) -> str:
-    """A line a result: the median of each contestant, our 10-90 % spread, × the best peer, share of the bound."""
-    who = list(dict.fromkeys(name for r in results for name in r.seconds))
+    """A line a result: the median of each contestant, our 10-90 % spread, × the best peer, share of the bound, the
+    goal; and below the lines what limits those that miss theirs."""
+    who, notes = list(dict.fromkeys(name for r in results for name in r.seconds)), Notes()
     lines = [f"{title} ({head(machine)})", "",
-             "| work | unit | " + " | ".join(who) + " | 10–90 % | × best peer | of bound |",
-             "|---" * (len(who) + 5) + "|"]
+             "| work | unit | " + " | ".join(who) + " | 10–90 % | × best peer | of bound | goal |",
+             "|---" * (len(who) + 6) + "|"]
     for r in results:
         cells = [number(r.shown(name)) if name in r.seconds else "" for name in who]
         spread = "–".join(number(r.shown(OURS, q)) for q in ((0.1, 0.9) if r.contest.unit in TIMES else (0.9, 0.1)))
         lines.append(f"| {r.contest.name} | {r.contest.unit} | " + " | ".join(cells) + f" | {spread} | "
                      + (f"{r.ratio:.2f}" if r.ratio else "") + " | "
-                     + (f"{r.of_bound:.2f}" if r.of_bound else "") + " |")
-    return "\n".join(lines) + "\n"
+                     + (f"{r.of_bound:.2f}" if r.of_bound else "") + f" | {notes.cell(title, r)} |")
+    return "\n".join([*lines, *(["", *notes.lines()] if notes.texts else [])]) + "\n"
 
 
-def rows(results: list[Result]) -> list[dict[str, Any]]:
-    """[{"name", "unit", "ratio", "seconds": {who: [of each turn]} ...}]"""
+def rows(title: str, results: list[Result]) -> list[dict[str, Any]]:
+    """[{"name", "unit", "ratio", "goal", "met", "seconds": {who: [of each turn]} ...}]"""
+    goals = [goal_of(title, r) for r in results]
     return [{"name": r.contest.name, "unit": r.contest.unit, "work": r.contest.work, "flops": r.contest.flops,
-             "bytes": r.contest.bytes, "ratio": r.ratio, "of_bound": r.of_bound, "seconds": r.seconds,
-             "bounds": r.bounds} for r in results]
+             "bytes": r.contest.bytes, "ratio": r.ratio, "of_bound": r.of_bound, "goal": goal and goal.text(),
+             "met": goal and goal.met(r), "seconds": r.seconds, "bounds": r.bounds} for r, goal in zip(results, goals)]
 
 
 def save_json(path: Path, tables: dict[str, tuple[Machine, list[dict[str, Any]]]]) -> None:

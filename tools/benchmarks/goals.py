@@ -1,0 +1,113 @@
+"""What we want to reach in the rows of the tables, and what limits those that do not.
+
+Goals are ratios, to the best peer of the same run or to the machine's limit in the same run, so that they mean the same
+on every machine. What limits a row was measured where its text says, and is shown where the goal is missed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from tools.benchmarks.contest import Result
+
+
+@dataclass(frozen=True)
+class Goal:
+    """For the rows of a table whose whole name matches.
+
+    ratio: times as fast as the best peer, at least; share: of the machine's limit, at least
+    """
+
+    table: str
+    rows: str
+    ratio: float | None = None
+    share: float | None = None
+    limit: str = ""
+
+    def text(self) -> str:
+        share = f"{self.share:g} of bound" if self.share else ""
+        return ", ".join(part for part in (f"{self.ratio:g} ×" if self.ratio else "", share) if part)
+
+    def met(self, result: Result) -> bool | None:
+        """None if something that it takes to say so is not there: a peer, the bound."""
+        wanted = [(self.ratio, result.ratio), (self.share, result.of_bound)]
+        found = [got >= least for least, got in wanted if least is not None and got is not None]
+        if not all(found):
+            return False
+        return True if len(found) == sum(least is not None for least, _ in wanted) else None
+
+
+PACKING = ("Tiles alone reach 0.95 of the peak on packed panels; packing both operands for each task takes 14 % of the "
+           "time, most of it waiting for memory. Packing once for all tasks gains 2 % at one shape and loses as much "
+           "at another (Cascade Lake).")
+SMALL = ("One task of a few microseconds, of which a call through Python and the packing are a part; without packing "
+         "the tile misses in the first-level cache.")
+TILES = ("AMX: A is rounded and packed again for each 768 columns, a quarter of the time, and tile loads halve the "
+         "rate: 515 of 917 GFLOP/s from the first-level cache (Sapphire Rapids).")
+EXPONENTIAL = "Bound by arithmetic: polynomials that keep to the stated accuracy, where the peer's are shorter."
+STREAMS = "Out of the caches both are bound by memory, and ours writes through the caches as the peer does."
+LAUNCHES = ("A step of this size is hundreds of launches of microseconds each: Python's share is a fifth of the time, "
+            "products of 128 columns half (kernels/README.md, engine/README.md).")
+TOKEN = ("One token is 165 launches through Python, 12 ms of 42 with float weights on Cascade Lake; the products "
+         "themselves run at the speed of memory.")
+WIDENING = ("8-bit weights are widened and multiplied as floats, 10 to 13 billion a second (Cascade Lake); integer dot "
+            "products (VNNI) would round x as well, and cost accuracy.")
+
+GOALS = (
+    Goal("gemm", r".. 256×384×384", share=0.87, limit=SMALL),
+    Goal("gemm", r".. 64×64×64", share=0.81, limit=SMALL),
+    Goal("gemm", r".. 96 of .*", share=0.85, limit=SMALL),
+    Goal("gemm", r".. bfloat16 .*", ratio=1, limit=TILES),
+    Goal("gemm", r".. (1024|3072|512|2048)×.*", ratio=1, share=0.92, limit=PACKING),
+    Goal("kernels", r"gelu_tanh (backward )?2048×3072", ratio=4.5, limit=EXPONENTIAL),
+    Goal("kernels", r"softmax (backward )?4096×1024", ratio=1.6, limit=STREAMS),
+    Goal("kernels", r"layer_norm 2048×768", ratio=1.3, limit=STREAMS),
+    Goal("kernels", r"layer_norm backward 2048×768", ratio=2.5, limit=STREAMS),
+    Goal("kernels", r"cross_entropy (backward )?1024×50257", ratio=12,
+         limit="The logits are read once and their gradient written once; linear_cross_entropy never holds them."),
+    Goal("kernels", r"causal attention (backward )?4×12×256×64", ratio=2.5,
+         limit="On the diagonal half of the work is masked; tiles of D = 64 run at 0.6 of the peak."),
+    Goal("kernels", r"embedding backward, rows alone", ratio=100,
+         limit="The rows that were looked up are summed in the order of the text, and the peer's gradient is dense."),
+    Goal("kernels", r"transpose copy 2048×3072", ratio=6, limit=STREAMS),
+    Goal("kernels", r"adamw .*", ratio=1, limit=STREAMS),
+    Goal("kernels", r"(exp|add|relu) 2048×3072", share=0.95, limit=STREAMS),
+    Goal("train", r"tiny", ratio=1.8, limit=LAUNCHES),
+    Goal("train", r"char", ratio=1.25, limit=PACKING),
+    Goal("train", r"gpt2", ratio=1.2, limit=PACKING),
+    Goal("train", r"char bfloat16", ratio=1.5, limit=TILES),
+    Goal("train", r"gpt2 bfloat16", ratio=1.2, limit=TILES),
+    Goal("generate", r"decode gpt2", ratio=1.05, limit=TOKEN),
+    Goal("generate", r"decode gpt2 bf16", ratio=1.15, limit=TOKEN),
+    Goal("generate", r"decode gpt2 q8_0", ratio=1.3, limit=WIDENING),
+    Goal("generate", r"prefill gpt2( bf16| q8_0)?", ratio=1.15, limit=WIDENING),
+)
+
+
+def goal_of(table: str, result: Result) -> Goal | None:
+    """The first that speaks of the row."""
+    name = result.contest.name
+    return next((goal for goal in GOALS if goal.table == table and re.fullmatch(goal.rows, name)), None)
+
+
+class Notes:
+    """Footnotes of one table: the limits of rows that miss their goal, numbered as they come."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def cell(self, table: str, result: Result) -> str:
+        """The goal, and whether it is met: "1.25 × ✓", "1.25 × [1]"; without a mark where that cannot be said."""
+        goal = goal_of(table, result)
+        if goal is None:
+            return ""
+        met = goal.met(result)
+        if met is not False:
+            return goal.text() + (" ✓" if met else "")
+        if goal.limit not in self.texts:
+            self.texts.append(goal.limit)
+        return f"{goal.text()} [{self.texts.index(goal.limit) + 1}]"
+
+    def lines(self) -> list[str]:
+        return [f"[{i}] {text}" for i, text in enumerate(self.texts, 1)]
