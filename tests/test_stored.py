@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import engine as eg
 from engine.backend import get_backend
 from engine.models import Transformer, TransformerConfig
+from engine.nn import attention
 from engine.ops.stored import SCHEMES, StoredMatrix
 from engine.testing import blocks, check_bits, check_threads
 from engine.testing.bounds import smallest_subnormal, unit_roundoff
@@ -304,6 +305,40 @@ def test_every_matrix_is_stored_and_the_model_is_left_alone() -> None:
     narrow = Transformer(TransformerConfig.gpt2(**{**SIZES, "width": 34}))
     with pytest.raises(ValueError, match=r"for_inference: embedding: quantize: weight has shape \(45, 34\), expected"):
         narrow.for_inference("q8_0")
+
+
+@pytest.mark.skipif(not get_backend("cpu").has_fused("attention"),
+                    reason="without kernels there is one way, which the tests of layers hold")
+@pytest.mark.parametrize("changes", [{}, {"rotary": True}, {"kv_heads": 1, "rotary": True}, {"lengths": True}])
+def test_the_short_way_of_new_tokens_has_the_bits_of_the_long_one(monkeypatch: pytest.MonkeyPatch,
+                                                                  changes: dict[str, Any]) -> None:
+    """Several tokens at once and one by one, over a cache that is not empty; the caches are the same afterwards."""
+    layer = eg.nn.MultiHeadAttention(24, 4, changes.get("kv_heads")).eval()
+    layer.join()
+    x, table = eg.randn(3, 9, 24), eg.rope_table(9, 6)
+    lengths = eg.tensor([9, 2, 5]) if "lengths" in changes else None
+    results: list[list[np.ndarray]] = []
+    ways: list[str] = []
+
+    def watched(name: str, whole: Any) -> Any:
+        return lambda *args, **kwargs: ways.append(name) or whole(*args, **kwargs)
+
+    for name in ("attend_kept", "attend"):
+        monkeypatch.setattr(attention, name, watched(name, getattr(attention, name)))
+    for short in (True, False):
+        if not short:
+            monkeypatch.setattr(eg.nn.MultiHeadAttention, "_only_read", lambda self, x: False)
+        cache, made = eg.nn.KeyValueCache(3, layer.kv_heads, 10, 6), []
+        for first, last in ((0, 4), (4, 5), (5, 8), (8, 9)):
+            rotary = (table[0][first:last], table[1][first:last]) if "rotary" in changes else None
+            with eg.no_grad():
+                made.append(layer(x[:, first:last], causal=True, lengths=lengths, rotary=rotary, cache=cache).numpy())
+        results.append([*made, *[kept.numpy() for kept in cache.filled()]])
+    assert ways == ["attend_kept"] * 4 + ["attend"] * 4
+    for one, other in zip(*results):
+        check_bits(one, other, check="the short way")
+    with eg.no_grad(), pytest.raises(ValueError, match=r"KeyValueCache: got keys \(3, .*at most 10 positions"):
+        layer(x[:, :2], cache=cache)
 
 
 def test_decoding_reads_no_weight_that_is_not_stored() -> None:

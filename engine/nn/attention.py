@@ -7,11 +7,11 @@ from typing import Any
 
 from engine import ops
 from engine.autograd import is_grad_enabled
-from engine.backend import get_backend
+from engine.backend import Array, get_backend
 from engine.dtypes import DType, float32
 from engine.nn.layers import Linear, fusible
 from engine.nn.module import Module, Parameter
-from engine.ops.attention import attend, attend_joined, turned
+from engine.ops.attention import attend, attend_joined, attend_kept, turned
 from engine.ops.matmul import joined_linear
 from engine.tensor import Tensor
 
@@ -36,20 +36,34 @@ class KeyValueCache:
         """
         if is_grad_enabled() and (key.requires_grad or value.requires_grad):
             raise RuntimeError("KeyValueCache: no gradient flows through a cache; use it under eg.no_grad()")
-        stop = self.length + key.shape[2]
-        expected = (*self.keys.shape[:2], key.shape[2], self.keys.shape[3])
+        for new, kept in ((key, self.keys), (value, self.values)):
+            if new.device != kept.device:
+                raise ValueError(f"KeyValueCache: got {new.dtype} on {new.device}, expected {kept.dtype} on "
+                                 f"{kept.device}")
+        self._write(key.array, value.array)
+        return self.filled()
+
+    def extend(self, key: Array, value: Array) -> tuple[Array, Array]:
+        """append() for arrays of the cache's device, (batch, T, kv_heads, head width); gives them in that order too."""
+        self._write(*(new.view(new.data.transpose(0, 2, 1, 3)) for new in (key, value)))
+        keys, values = (kept.array.view(kept.array.data[:, :, :self.length].transpose(0, 2, 1, 3))
+                        for kept in (self.keys, self.values))
+        return keys, values
+
+    def _write(self, key: Array, value: Array) -> None:
+        (batch, heads, _, width), time = self.keys.shape, key.shape[2]
+        stop, expected = self.length + time, (batch, heads, time, width)
         for what, kept, new in (("keys", self.keys, key), ("values", self.values, value)):
             if new.shape != expected or stop > self.capacity:
                 raise ValueError(f"KeyValueCache: got {what} {new.shape} after {self.length} positions, expected "
                                  f"{expected} and at most {self.capacity} positions")
-            if new.device != kept.device or new.dtype is not kept.dtype:
-                raise ValueError(f"KeyValueCache: got {new.dtype} on {new.device}, expected {kept.dtype} on "
+            if new.dtype is not kept.dtype:
+                raise ValueError(f"KeyValueCache: got {new.dtype} on {kept.device}, expected {kept.dtype} on "
                                  f"{kept.device}")
             k, target = get_backend(kept.device), kept.array.view(kept.array.data[:, :, self.length:stop])
-            k.copy(target, new.array, k.layout(target, new.array))
+            k.copy(target, new, k.layout(target, new))
             kept.array.storage.version += 1
         self.length = stop
-        return self.filled()
 
     def filled(self) -> tuple[Tensor, Tensor]:
         """Views of the keys and values of the positions so far."""
@@ -118,6 +132,9 @@ class MultiHeadAttention(Module):
             maps = (self.query, self.key, self.value)
             joined = joined_linear(x, *[each.weight for each in maps], *[each.bias for each in maps])
             y = attend_joined(self._heads(joined, self.heads + 2 * self.kv_heads), self.kv_heads, mask, **options)
+        elif self.joined is not None and cache is not None and mask is None and self._only_read(x):
+            return self.output(attend_kept(self.joined(x), self.heads, self.kv_heads, cache.extend, rotary,
+                                           causal=causal, lengths=lengths))
         else:
             query, key, value = self._operands(x, context, rotary, cache)
             y = attend(query, key, value, mask, scale=1 / math.sqrt(self.head_width), **options)
@@ -129,6 +146,12 @@ class MultiHeadAttention(Module):
             return False
         maps = (self.query, self.key, self.value)
         return fusible(*maps) and len({each.bias is None for each in maps}) == 1
+
+    def _only_read(self, x: Tensor) -> bool:
+        """Whether a token may take the short way: nothing is recorded or dropped, and attention has its kernels."""
+        k = get_backend(x.device)
+        return (not is_grad_enabled() and not (self.training and self.dropout)
+                and k.has_fused("attention") and k.has_fused("rope"))
 
     def _operands(self, x: Tensor, context: Tensor | None, rotary: tuple[Tensor, Tensor] | None,
                   cache: KeyValueCache | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,33 @@ def attend_joined(joined: Tensor, kv_heads: int, mask: Tensor | None = None, *, 
     batch, t, heads, d = joined.shape
     mask = None if mask is None else _bias(mask, joined.dtype, (batch, heads - 2 * kv_heads, t, t))
     return self_attention(joined, mask, lengths, kv_heads, 1 / math.sqrt(d), causal, dropout, _draw(dropout, None))
+
+
+Keep = Callable[[Array, Array], tuple[Array, Array]]
+"""Takes keys and values (batch, T, kv_heads, d) of new positions, and gives those of all, (batch, S, kv_heads, d)."""
+
+
+def attend_kept(joined: Tensor, heads: int, kv_heads: int, keep: Keep, rotary: tuple[Tensor, Tensor] | None = None, *,
+                causal: bool = False, lengths: Tensor | None = None) -> Tensor:
+    """attend for new positions, (batch, T, (heads + 2 kv_heads) · d) to (batch, T, heads · d), over all that are kept.
+
+    For inference, where the kernels are, and on arrays: for one token a view made by an op costs as much as a kernel.
+    """
+    k, (batch, t, width) = get_backend(joined.device), joined.shape
+    d = width // (heads + 2 * kv_heads)
+    query, key, value = _split(joined.array.reshaped((batch, t, heads + 2 * kv_heads, d)), kv_heads)
+    if rotary is not None:
+        query, key = (_rotated(k, x, *rotary) for x in (query, key))
+    keys, values = keep(key, value)
+    out, _ = _forward(k, query, keys, values, None, None if lengths is None else lengths.array, 1 / math.sqrt(d),
+                      causal, 0.0, NO_DRAW)
+    return Tensor(out.reshaped((batch, t, heads * d)), joined.device)
+
+
+def _rotated(k: Any, x: Array, cosine: Tensor, sine: Tensor) -> Array:
+    """rope of x (batch, T, heads, d)."""
+    y = rotate_pairs.forward(k, x.view(x.data.transpose(0, 2, 1, 3)), cosine.array, sine.array, False)
+    return y.view(y.data.transpose(0, 2, 1, 3))
 
 
 def _draw(dropout: float, generator: Generator | None) -> Key:
