@@ -106,6 +106,7 @@ KERNEL(attention)(real *out, real *lse, const real *q, const real *k, const real
     };
     if (batch <= 0 || heads <= 0 || t <= 0)
         return;
-    double tile_flops = 4.0 * (double)at_most(rows_of(&x), QUERIES) * (double)s * (double)d;
+    double queries = (double)(divide_up(at_most(rows_of(&x), QUERIES), VL) * VL); /* one takes as long as a vector of them */
+    double tile_flops = 4.0 * queries * (double)s * (double)d;
     parallel_for(batch * kv_heads * tiles_of(&x), 1 + (int64_t)(PIECE_FLOPS / (tile_flops + 1000)), attend, &x);
 }

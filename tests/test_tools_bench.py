@@ -64,7 +64,7 @@ def test_the_ratio_is_the_median_of_turns_against_the_best_peer() -> None:
 @pytest.mark.parametrize(("bound", "text"), [
     (9e-4, "1.25 ×, 0.5 of bound ✓"), (5e-4, "1.25 ×, 0.5 of bound [1]"), (None, "1.25 ×, 0.5 of bound")])
 def test_a_goal_is_met_or_its_limit_is_said(monkeypatch: pytest.MonkeyPatch, bound: float | None, text: str) -> None:
-    known = goals.Goal("title", "other", 9.0), goals.Goal("title", "row", 1.25, 0.5, "Why.")
+    known = goals.Goal("title", "other", 9.0), goals.Goal("title", "row", 1.25, 0.5, limit="Why.")
     monkeypatch.setattr(goals, "GOALS", known)
     result = given(engine=[1.6e-3, 1.6e-3, 1.6e-3], torch=[2e-3, 2e-3, 2e-3])
     result.bounds = [bound] * 3 if bound else []

@@ -63,6 +63,7 @@ def contest_results(name: str, peers: Peers, arguments: argparse.Namespace) -> l
     for row, make in contests:
         if arguments.only in row:
             results.append(measure(make(), arguments.seconds, probes()))
+            results[-1].contest.contestants.clear()  # models, of which the next row has its own
             print(results[-1].line(), file=sys.stderr, flush=True)
     if name == "overhead" and not arguments.only:
         results += overhead.team_results(peers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,14 @@ def _arguments(k: Any, q: Array, key: Array, value: Array, mask: Array | None, l
     strides += [x.data.strides[1] // size for x in gradients]
     if lengths is not None:
         lengths = k.contiguous(lengths if lengths.dtype is int64 else cast(k, lengths, int64))
-    record = k.array(np.array(strides, np.int64), int64)
+    record = _record(k, tuple(strides))
     return (q, key, value, mask, lengths, batch, heads, kv_heads, t, s, d, record, scale, int(causal), p, *draw)
+
+
+@lru_cache(maxsize=1024)
+def _record(k: Any, strides: tuple[int, ...]) -> Array:
+    """Strides in the device's memory; tokens and layers share one, so nobody may write to it."""
+    return k.array(np.array(strides, np.int64), int64)
 
 
 def _forward(k: Any, q: Array, key: Array, value: Array, *rest: Any) -> Any:

@@ -84,10 +84,13 @@ class Result:
     @property
     def ratio(self) -> float | None:
         """How many times as fast as the best peer: the median of the turns' own ratios."""
-        best = self.best_peer
-        if best is None or OURS not in self.seconds:
+        return self.times(self.best_peer)
+
+    def times(self, who: str | None) -> float | None:
+        """How many times as fast as this one, or None where it or we did not take part."""
+        if who not in self.seconds or OURS not in self.seconds:
             return None
-        return float(np.median(np.array(self.seconds[best]) / np.array(self.seconds[OURS])))
+        return float(np.median(np.array(self.seconds[who]) / np.array(self.seconds[OURS])))
 
     @property
     def of_bound(self) -> float | None:
