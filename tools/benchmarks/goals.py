@@ -55,8 +55,8 @@ TOKEN = ("A token is some 150 launches, whose way through Python is 5 to 7 ms of
          "read weights at 0.9 of the bandwidth (Sapphire Rapids, two threads).")
 WIDENING = ("8-bit weights are widened and multiplied as floats, 14 GB/s of them where memory has 21, and Python is a "
             "quarter of a token (Sapphire Rapids, two threads); integer dot products would round x as well.")
-PROMPT = ("A prompt is multiplied in float, at up to 0.9 of the FMA units' peak; peers round x to bfloat16 or to 8 bits "
-          "and use AMX.")
+PROMPT = ("A prompt is multiplied in float, at up to 0.9 of the FMA units' peak; peers round x to bfloat16 or to 8 "
+          "bits and use AMX.")
 
 GOALS = (
     Goal("gemm", r".. 256×384×384", share=0.87, limit=SMALL),
