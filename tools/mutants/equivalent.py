@@ -10,8 +10,8 @@ from tools.mutants.record import Mutant
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("engine/ops/attention.py",
-     "record = k.array(np.array(strides, np.int64), int64)",
-     "record = k.array(np.array(strides, ), int64)"): "NumPy's own whole numbers have 64 bits since 2.0",
+     "return k.array(np.array(strides, np.int64), int64)",
+     "return k.array(np.array(strides, ), int64)"): "NumPy's own whole numbers have 64 bits since 2.0",
     ("engine/ops/attention.py",
      "def self_attention(k: Any, joined: Array, mask: Array | None = None, lengths: Array | None = None, "
      "kv_heads: int = 1,",
