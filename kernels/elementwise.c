@@ -13,7 +13,6 @@
 
 /* ── y = f(x) ───────────────────────────────────────────────────────────────────────────────────── */
 
-static inline vf identity(vf x) { return x; }
 static inline vf negate(vf x) { return -x; }
 static inline vf square_of(vf x) { return x * x; }
 static inline vf reciprocal_of(vf x) { return vf_set1(1) / x; }
@@ -24,7 +23,6 @@ static inline vf sign_of(vf x) {
     return vf_select((x < 0) | (x > 0), one, vf_select(x == 0, vf_zero(), x));
 }
 
-UNARY(copy, identity)
 UNARY(negative, negate)
 UNARY(abs, vf_abs)
 UNARY(sign, sign_of)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import engine as eg
-from engine.backend import Array, finishers, get_backend, observers
+from engine.backend import Array, finishers, get_backend, get_num_threads, observers, set_num_threads
 from engine.backend.cpu import CpuBackend, merge_axes
 from engine.backend.pool import ALIGNMENT, SMALL, Pool, size_class
 from engine.testing import check_errors
@@ -235,6 +235,55 @@ def test_merged_axes_walk_the_same_elements(operands: list[np.ndarray]) -> None:
         assert np.array_equal(again.reshape(-1), x.reshape(-1))
     for axis in range(len(merged) - 1):
         assert any(w[axis] != w[axis + 1] * merged[axis + 1] for w in walks), "two axes that could have been merged"
+
+
+SIDES = st.sampled_from([1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 70])
+
+
+@given(shape=st.lists(SIDES, min_size=2, max_size=4).filter(lambda shape: np.prod(shape) < 40_000),
+       dtype=st.sampled_from(["float32", "float64"]), data=st.data())
+def test_a_copy_from_any_layout_into_any_other(shape: list[int], dtype: str, data: st.DataObject) -> None:
+    """Axes in any order, steps of 1, 2 and −1: every element arrives, and none beside them is written."""
+    def laid_out(first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Memory, its numbers from `first` on; a view of it with the shape; and where in the memory the view is."""
+        order = data.draw(st.permutations(range(len(shape))))
+        steps = data.draw(st.lists(st.sampled_from([1, 1, 1, 2, -1]), min_size=len(shape), max_size=len(shape)))
+        room = [shape[axis] * 2 + 3 for axis in order]
+        at = np.arange(np.prod(room))
+        memory = (first + at % 1000).astype(dtype)
+
+        def view(whole: np.ndarray) -> np.ndarray:
+            turned = whole.reshape(room).transpose(np.argsort(order))
+            taken = turned[tuple(slice(1, 1 + n * abs(step), abs(step)) for n, step in zip(shape, steps))]
+            return taken[tuple(slice(None, None, -1 if step < 0 else 1) for step in steps)]
+
+        return memory, view(memory), view(at)
+
+    k = get_backend("cpu")
+    (_, source, _), (memory, target, places) = laid_out(0), laid_out(1000)
+    want = memory.copy()
+    want[places.reshape(-1)] = source.reshape(-1)
+    x, y = k.from_numpy(source), Array(target)
+    k.copy(y, x, k.layout(y, x))
+    assert (memory == want).all()
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("shape", "order"), [
+    ((1600, 1424), (1, 0)), ((1601, 1425), (1, 0)), ((3, 1100, 720), (0, 2, 1)), ((520, 20, 300), (2, 1, 0))])
+def test_a_large_transposition_for_any_number_of_threads(shape: tuple[int, ...], order: tuple[int, ...],
+                                                         threads: int) -> None:
+    """More than goes past the caches, in whole vectors and not, of more than one tile."""
+    k, x = get_backend("cpu"), np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    turned, before = k.from_numpy(x.transpose(order)), get_num_threads()
+    y = k.full(turned.shape, -1, eg.float32)
+    try:
+        set_num_threads(threads)
+        k.copy(y, turned, k.layout(y, turned))
+    finally:
+        set_num_threads(before)
+    assert (y.data == x.transpose(order)).all()
 
 
 @compiled

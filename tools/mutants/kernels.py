@@ -6,6 +6,7 @@ import shlex
 
 from tools.mutants.record import Mutant
 
+COPIES = "tests/test_backend.py"
 FORWARD, BITS, GRADIENTS = "tests/ops/test_forward.py", "tests/ops/test_bits.py", "tests/ops/test_gradients.py"
 
 
@@ -23,6 +24,21 @@ KERNELS = [
            "if (i + 1 < n) name##_step(p, stride, i, n - i); \\",
            "a last element that is alone in its vector is not computed",
            forward("exp", "add")),
+    Mutant("transposition: last rows", "kernels/copy.c",
+           "turn_block(to, t->y_row, from, t->x_row, rows - i, columns - j, 0);",
+           "turn_block(to, t->y_row, from, t->x_row, VL, columns - j, 0);",
+           "a block that ends within a vector is written beyond its last row",
+           f"{COPIES}::test_a_copy_from_any_layout_into_any_other"),
+    Mutant("transposition: other axes", "kernels/copy.c",
+           "x += rest % t->shape[axis] * t->x_step[axis];",
+           "x += rest % t->shape[axis] * t->y_step[axis];",
+           "each matrix of a batch is read where it is to be written",
+           f"{COPIES}::test_a_copy_from_any_layout_into_any_other"),
+    Mutant("transposition: past the caches", "kernels/copy.c",
+           "vf_stream(y + i * y_row, block[i]);",
+           "vf_stream(y + i * y_row, block[VL - 1 - i]);",
+           "in a large copy the rows of a block are written from the last to the first",
+           f"{COPIES}::test_a_large_transposition_for_any_number_of_threads"),
     Mutant("elementwise odometer", "kernels/elementwise.h",
            "p[k] += wraps ? w->step[k][axis] * (1 - w->shape[axis]) : w->step[k][axis];",
            "p[k] += wraps ? w->step[k][axis] * -w->shape[axis] : w->step[k][axis];",
