@@ -327,7 +327,7 @@ def test_the_short_way_of_new_tokens_has_the_bits_of_the_long_one(monkeypatch: p
         monkeypatch.setattr(attention, name, watched(name, getattr(attention, name)))
     for short in (True, False):
         if not short:
-            monkeypatch.setattr(eg.nn.MultiHeadAttention, "_only_read", lambda self, x: False)
+            monkeypatch.setattr(eg.nn.MultiHeadAttention, "_only_read", lambda *args: False)
         cache, made = eg.nn.KeyValueCache(3, layer.kv_heads, 10, 6), []
         for first, last in ((0, 4), (4, 5), (5, 8), (8, 9)):
             rotary = (table[0][first:last], table[1][first:last]) if "rotary" in changes else None
@@ -337,8 +337,23 @@ def test_the_short_way_of_new_tokens_has_the_bits_of_the_long_one(monkeypatch: p
     assert ways == ["attend_kept"] * 4 + ["attend"] * 4
     for one, other in zip(*results):
         check_bits(one, other, check="the short way")
-    with eg.no_grad(), pytest.raises(ValueError, match=r"KeyValueCache: got keys \(3, .*at most 10 positions"):
-        layer(x[:, :2], cache=cache)
+
+
+def test_what_does_not_fit_a_token_is_refused() -> None:
+    """Each by its line, before a kernel reads beyond it."""
+    layer = eg.nn.MultiHeadAttention(24, 4).eval()
+    layer.join()
+    x, (cosine, sine) = eg.randn(3, 2, 24), eg.rope_table(2, 6)
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("KeyValueCache: got keys .* at most 1 positions", {"cache": eg.nn.KeyValueCache(3, 4, 1, 6)}),
+        ("KeyValueCache: got keys .*expected", {"cache": eg.nn.KeyValueCache(2, 4, 9, 6)}),
+        ("KeyValueCache: got float32 on cpu, expected float64", {"cache": eg.nn.KeyValueCache(3, 4, 9, 6, eg.float64)}),
+        ("KeyValueCache: got float64 on cpu, expected float32", {"rotary": (cosine.to("float64"), sine.to("float64"))}),
+        ("rope: cosine has shape", {"rotary": (cosine[:1], sine[:1])}),
+        ("attention: .*lengths", {"lengths": eg.tensor([1, 2])})]
+    for line, options in wrong:
+        with eg.no_grad(), pytest.raises(ValueError, match=line):
+            layer(x, **{"cache": eg.nn.KeyValueCache(3, 4, 9, 6), **options})
 
 
 def test_decoding_reads_no_weight_that_is_not_stored() -> None:

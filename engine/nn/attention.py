@@ -132,7 +132,7 @@ class MultiHeadAttention(Module):
             maps = (self.query, self.key, self.value)
             joined = joined_linear(x, *[each.weight for each in maps], *[each.bias for each in maps])
             y = attend_joined(self._heads(joined, self.heads + 2 * self.kv_heads), self.kv_heads, mask, **options)
-        elif self.joined is not None and cache is not None and mask is None and self._only_read(x):
+        elif self.joined is not None and cache is not None and mask is None and self._only_read(x, cache, lengths):
             return self.output(attend_kept(self.joined(x), self.heads, self.kv_heads, cache.extend, rotary,
                                            causal=causal, lengths=lengths))
         else:
@@ -147,11 +147,13 @@ class MultiHeadAttention(Module):
         maps = (self.query, self.key, self.value)
         return fusible(*maps) and len({each.bias is None for each in maps}) == 1
 
-    def _only_read(self, x: Tensor) -> bool:
-        """Whether a token may take the short way: nothing is recorded or dropped, and attention has its kernels."""
-        k = get_backend(x.device)
-        return (not is_grad_enabled() and not (self.training and self.dropout)
-                and k.has_fused("attention") and k.has_fused("rope"))
+    def _only_read(self, x: Tensor, cache: KeyValueCache, lengths: Tensor | None) -> bool:
+        """Whether a token may take the short way: nothing is recorded or dropped, attention has its kernel, and what
+        comes with x fits it. The long way says what does not fit."""
+        fits = cache.keys.device == x.device and (lengths is None or (
+            lengths.shape == x.shape[:1] and lengths.device == x.device))
+        return (fits and not is_grad_enabled() and not (self.training and self.dropout)
+                and get_backend(x.device).has_fused("attention"))
 
     def _operands(self, x: Tensor, context: Tensor | None, rotary: tuple[Tensor, Tensor] | None,
                   cache: KeyValueCache | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -204,17 +204,11 @@ def attend_kept(joined: Tensor, heads: int, kv_heads: int, keep: Keep, rotary: t
     d = width // (heads + 2 * kv_heads)
     query, key, value = _split(joined.array.reshaped((batch, t, heads + 2 * kv_heads, d)), kv_heads)
     if rotary is not None:
-        query, key = (_rotated(k, x, *rotary) for x in (query, key))
-    keys, values = keep(key, value)
+        query, key = (turned(rope(turned(Tensor(x, k.device)), *rotary)).array for x in (query, key))
+    keys, values = keep(key, value)  # which refuses all types but that of what it has, so now there is one
     out, _ = _forward(k, query, keys, values, None, None if lengths is None else lengths.array, 1 / math.sqrt(d),
                       causal, 0.0, NO_DRAW)
     return Tensor(out.reshaped((batch, t, heads * d)), joined.device)
-
-
-def _rotated(k: Any, x: Array, cosine: Tensor, sine: Tensor) -> Array:
-    """rope of x (batch, T, heads, d)."""
-    y = rotate_pairs.forward(k, x.view(x.data.transpose(0, 2, 1, 3)), cosine.array, sine.array, False)
-    return y.view(y.data.transpose(0, 2, 1, 3))
 
 
 def _draw(dropout: float, generator: Generator | None) -> Key:
