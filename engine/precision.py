@@ -27,6 +27,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from contextlib import _GeneratorContextManager
 
 FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2}
 """What factors may be rounded to, by the numbers of kernels.h."""
@@ -35,8 +39,7 @@ product_format: ContextVar[int] = ContextVar("product_format", default=0)
 """The format of the products that are computed now, in this thread."""
 
 
-@contextmanager
-def autocast(dtype: str = "bfloat16", enabled: bool = True) -> Iterator[None]:
+def autocast(dtype: str = "bfloat16", enabled: bool = True) -> _GeneratorContextManager[None]:
     """`with eg.autocast("bfloat16"):` or `@eg.autocast("bfloat16")`: products inside round their factors to bfloat16.
 
     dtype "bfloat16", "float16", or "float32", which inside another autocast leaves factors as they are, as does
@@ -47,7 +50,12 @@ def autocast(dtype: str = "bfloat16", enabled: bool = True) -> Iterator[None]:
     """
     if dtype not in FORMATS:
         raise ValueError(f"autocast: dtype is {dtype!r}, expected one of {', '.join(FORMATS)}")
-    token = product_format.set(FORMATS[dtype] if enabled else FORMATS["float32"])
+    return _products_in(FORMATS[dtype] if enabled else FORMATS["float32"])
+
+
+@contextmanager
+def _products_in(format: int) -> Iterator[None]:
+    token = product_format.set(format)
     try:
         yield
     finally:

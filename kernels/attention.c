@@ -106,7 +106,8 @@ KERNEL(attention)(real *out, real *lse, const real *q, const real *k, const real
     };
     if (batch <= 0 || heads <= 0 || t <= 0)
         return;
-    double queries = (double)(divide_up(at_most(rows_of(&x), QUERIES), VL) * VL); /* one takes as long as a vector of them */
+    /* One query takes as long as a vector of them. */
+    double queries = (double)(divide_up(at_most(rows_of(&x), QUERIES), VL) * VL);
     double tile_flops = 4.0 * queries * (double)s * (double)d;
     parallel_for(batch * kv_heads * tiles_of(&x), 1 + (int64_t)(PIECE_FLOPS / (tile_flops + 1000)), attend, &x);
 }

@@ -17,38 +17,26 @@
 #define SIDE_BY_SIDE 8       /* elements along each of the two axes: with fewer, most of a block would be empty */
 #define CACHES (1 << 23)     /* bytes of y that may be wanted again before they have left the caches */
 
-ALWAYS_INLINE vf load_first(const real *p, int64_t n) { return n >= VL ? vf_load(p) : vf_load_n(p, n, 0); }
-ALWAYS_INLINE void store_first(real *p, vf v, int64_t n) {
-    if (n >= VL)
-        vf_store(p, v);
-    else
-        vf_store_n(p, v, n);
-}
-
 /* y[i·y_row + j] = x[i + j·x_row] for i < rows, j < columns, and so for every index of the other axes. */
 struct turn {
     real *y;
     const real *x;
     int64_t rows, columns, y_row, x_row;
-    int past_caches;
-    int axes;
-    int64_t shape[MAX_AXES], y_step[MAX_AXES], x_step[MAX_AXES]; /* of the other axes */
+    int past_caches, axes;
+    int64_t others, shape[MAX_AXES], y_step[MAX_AXES], x_step[MAX_AXES]; /* of the other axes, and how many indices */
 };
 
 /* The first `rows` × `columns` of a block; all of it where there are more. */
 ALWAYS_INLINE void turn_block(real *y, int64_t y_row, const real *x, int64_t x_row, int64_t rows, int64_t columns,
                               int past_caches) {
     vf block[VL];
-#pragma GCC unroll 16
-    for (int j = 0; j < VL; j++)
-        block[j] = j < columns ? load_first(x + j * x_row, rows) : vf_zero();
-    vf_transpose(block);
+    load_turned(block, x, x_row, columns, rows);
 #pragma GCC unroll 16
     for (int i = 0; i < VL; i++)
         if (past_caches)
             vf_stream(y + i * y_row, block[i]);
         else if (i < rows)
-            store_first(y + i * y_row, block[i], columns);
+            store_up_to(y + i * y_row, block[i], columns);
 }
 
 static void turn_tile(const struct turn *t, real *y, const real *x, int64_t rows, int64_t columns) {
@@ -99,25 +87,23 @@ static int find_turn(struct turn *t, real *y, const real *x, const int64_t *layo
     int along_y = dense_axis(ndim, shape, y_strides), along_x = dense_axis(ndim, shape, x_strides);
     if (along_y < 0 || along_x < 0 || along_y == along_x || x_strides[along_y] == 1)
         return 0;
-    t->y = y, t->x = x, t->axes = 0;
+    t->y = y, t->x = x, t->axes = 0, t->others = 1;
     t->rows = shape[along_x], t->columns = shape[along_y];
     t->y_row = y_strides[along_x], t->x_row = x_strides[along_y];
-    int64_t elements = t->rows * t->columns, unaligned = (int64_t)((uintptr_t)y / sizeof(real)) | t->y_row;
+    int64_t unaligned = (int64_t)((uintptr_t)y / sizeof(real)) | t->y_row;
     for (int axis = 0; axis < ndim; axis++)
         if (axis != along_x && axis != along_y) {
             t->shape[t->axes] = shape[axis];
             t->y_step[t->axes] = y_strides[axis];
             t->x_step[t->axes++] = x_strides[axis];
-            elements *= shape[axis], unaligned |= y_strides[axis];
+            t->others *= shape[axis], unaligned |= y_strides[axis];
         }
-    t->past_caches = elements > CACHES / (int64_t)sizeof(real) && unaligned % VL == 0;
+    t->past_caches = t->rows * t->columns * t->others > CACHES / (int64_t)sizeof(real) && unaligned % VL == 0;
     return 1;
 }
 
-ALWAYS_INLINE void copy_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) {
-    vf_store_any(REAL_AT(0), stride[0], LOAD(1), n);
-}
-RUN_OF(copy, 2)
+static inline vf identity(vf x) { return x; }
+UNARY_RUN(copy, identity)
 
 KERNEL(copy)(real *y, const real *x, const int64_t *layout) {
     struct turn t;
@@ -126,7 +112,5 @@ KERNEL(copy)(real *y, const real *x, const int64_t *layout) {
         return;
     }
     int64_t tiles = divide_up(t.rows, ROWS) * divide_up(t.columns, COLUMNS);
-    for (int axis = 0; axis < t.axes; axis++)
-        tiles *= t.shape[axis];
-    parallel_for(tiles, 1 + GRAIN / (1 + at_most(t.rows, ROWS) * at_most(t.columns, COLUMNS)), turn_tiles, &t);
+    parallel_for(tiles * t.others, 1 + GRAIN / (1 + at_most(t.rows, ROWS) * at_most(t.columns, COLUMNS)), turn_tiles, &t);
 }

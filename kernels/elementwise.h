@@ -147,11 +147,13 @@ ALWAYS_INLINE void store_mask(uint8_t *p, int64_t stride, vi mask, int64_t n) {
 #define REAL_SIZES ((const int64_t[]){sizeof(real), sizeof(real), sizeof(real), sizeof(real)})
 
 /* y = f(x) */
-#define UNARY(name, f) \
+#define UNARY_RUN(name, f) \
     ALWAYS_INLINE void name##_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
         vf_store_any(REAL_AT(0), stride[0], f(LOAD(1)), n); \
     } \
-    RUN_OF(name, 2) \
+    RUN_OF(name, 2)
+#define UNARY(name, f) \
+    UNARY_RUN(name, f) \
     KERNEL(name)(real *y, const real *x, const int64_t *layout) { \
         walk_layout(layout, 2, (void *const[]){y, (void *)x}, REAL_SIZES, name##_run); \
     }

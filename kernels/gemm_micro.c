@@ -189,10 +189,7 @@ static __attribute__((noinline)) void transpose_whole(real *to, int64_t width, c
 static __attribute__((noinline)) void transpose_part(real *to, int64_t width, const real *x, int64_t x_line,
                                                      int64_t lines, int64_t steps) {
     vf block[VL];
-#pragma GCC unroll 16
-    for (int i = 0; i < VL; i++)
-        block[i] = i < lines ? load_up_to(x + i * x_line, steps) : vf_zero();
-    vf_transpose(block);
+    load_turned(block, x, x_line, lines, steps);
 #pragma GCC unroll 16
     for (int q = 0; q < VL; q++)
         if (q < steps)

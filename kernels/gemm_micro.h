@@ -95,14 +95,4 @@ void TYPED(pack_panels)(real *packed, const real *x, int64_t width, int64_t line
 /* In whole cache lines, so that a panel starts on one if the first does. */
 static inline int64_t panel_size(int64_t width, int64_t k) { return (width * k + VL + 15) / 16 * 16; }
 
-
-/* The first n reals of a vector, or all of it when n ≥ VL. */
-static inline vf load_up_to(const real *p, int64_t n) { return n >= VL ? vf_load(p) : vf_load_n(p, n, 0); }
-static inline void store_up_to(real *p, vf v, int64_t n) {
-    if (n >= VL)
-        vf_store(p, v);
-    else
-        vf_store_n(p, v, n);
-}
-
 #endif

@@ -36,8 +36,10 @@
 #endif
 #define EXPORT extern
 
-/* ── elementwise.c: y = f(x), and the derivatives that are worth one pass ───────────────────────── */
+/* ── copy.c: y = x ── */
 KERNEL(copy)(real *y, const real *x, const int64_t *layout);
+
+/* ── elementwise.c: y = f(x), and the derivatives that are worth one pass ───────────────────────── */
 KERNEL(negative)(real *y, const real *x, const int64_t *layout);
 KERNEL(abs)(real *y, const real *x, const int64_t *layout);
 KERNEL(sign)(real *y, const real *x, const int64_t *layout);

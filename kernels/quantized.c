@@ -16,9 +16,9 @@
  * A weight of 16 bits, BF16, is the upper half of a float, so it is moved there.
  *
  * The order of the sums wants rows of W in the lanes of a vector, and a GGUF file has a row's quants side by side. So when
- * a matrix is made its bytes are dealt out once: 32 rows are a panel, and in each of its blocks come 32 scales and 32 minima
- * where there are any, then four bytes of quants of each row, the next four, and so on. That is one stream from memory,
- * and there is nothing left to shuffle. */
+ * a matrix is made its bytes are dealt out once: 32 rows are a panel, and in each of its blocks come 32 scales and 32
+ * minima where there are any, then four bytes of quants of each row, the next four, and so on. That is one stream from
+ * memory, and there is nothing left to shuffle. */
 #include "gemm_micro.h"
 #include "threads.h"
 

@@ -122,6 +122,15 @@ static inline void vf_store_n(real *p, vf v, int64_t n) {
 #endif
 }
 
+/* The first n reals of a vector, or all of it when n ≥ VL. */
+static inline vf load_up_to(const real *p, int64_t n) { return n >= VL ? vf_load(p) : vf_load_n(p, n, 0); }
+static inline void store_up_to(real *p, vf v, int64_t n) {
+    if (n >= VL)
+        vf_store(p, v);
+    else
+        vf_store_n(p, v, n);
+}
+
 /* Lanes 0 … n−1 from p[0], p[stride], p[2 stride] …; the other lanes are 0. */
 static inline vf vf_load_strided(const real *p, int64_t stride, int64_t n) {
     real lanes[VL] = {0};

@@ -49,4 +49,14 @@ static inline __attribute__((always_inline)) void vf_transpose(vf row[VL]) {
     EXCHANGE(1)
 }
 
+/* row[q] = step q of `lines` lines of x, x_line apart, `steps` steps of each: at most VL of either count, and there are
+ * zeros beyond the last line. */
+static inline __attribute__((always_inline)) void load_turned(vf row[VL], const real *x, int64_t x_line, int64_t lines,
+                                                              int64_t steps) {
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++)
+        row[i] = i < lines ? load_up_to(x + i * x_line, steps) : vf_zero();
+    vf_transpose(row);
+}
+
 #endif

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -157,17 +156,21 @@ def test_as_much_as_the_buffers_hold(unit: int, m: int, n: int, inner: int) -> N
         whole(unit, m, n, inner, accumulate)
 
 
-# NumPy's BLAS cuts a product up by its size, and sums in another order where it does.
-@pytest.mark.skipif(not isinstance(get_backend("cpu"), CpuBackend), reason="NumPy's products promise no bits")
 @pytest.mark.parametrize("unit", units())
 def test_a_row_does_not_depend_on_its_neighbours(unit: int) -> None:
+    """Without kernels NumPy's BLAS sums in an order that depends on the sizes: two of them are within their bounds."""
     set_unit(unit)
+    compiled = isinstance(get_backend("cpu"), CpuBackend)
     rng = np.random.default_rng(5)
     a, b = (rng.standard_normal(s).astype(np.float32) for s in ((75, 300), (300, 70)))
     whole = product(a, b, "bfloat16")
+    bound = 2 * matmul_bound(nearest(a, "bfloat16"), nearest(b, "bfloat16"), "float32")
     for rows in (slice(0, 1), slice(3, 20), slice(40, 75)):
-        assert product(a[rows], b, "bfloat16").tobytes() == whole[rows].tobytes()
-        assert product(a, b[:, rows], "bfloat16").tobytes() == whole[:, rows].tobytes()
+        of_rows, of_columns = product(a[rows], b, "bfloat16"), product(a, b[:, rows], "bfloat16")
+        for part, at in ((of_rows, np.s_[rows]), (of_columns, np.s_[:, rows])):
+            if compiled:
+                assert part.tobytes() == whole[at].tobytes()
+            assert (np.abs(part.astype(np.float64) - whole[at]) <= bound[at]).all()
 
 
 @pytest.mark.parametrize("unit", units())
@@ -356,8 +359,7 @@ def test_a_rule_that_raises_leaves_the_setting_as_it_was() -> None:
 @pytest.mark.parametrize("dtype", ["int8", "half", None, eg.float32])
 def test_another_type_is_refused(dtype: Any) -> None:
     with pytest.raises(ValueError, match=r"autocast: dtype is .*, expected one of float32, bfloat16, float16"):
-        with eg.autocast(dtype):
-            pass
+        eg.autocast(dtype)
 
 
 def run_with_unit(unit: str) -> subprocess.CompletedProcess[str]:
@@ -379,9 +381,9 @@ def test_machines_whose_units_differ_are_told_apart() -> None:
     """By what decides the bits; a machine of the level alone has the level's name, as before there were units."""
     names = {}
     for unit in BF16_UNITS:
-        machine: Any = SimpleNamespace(level="v4", bf16_unit=unit, _module=__file__)
-        machine.instructions = CpuBackend.instructions.fget(machine)  # type: ignore[attr-defined]
-        names[unit] = CpuBackend.identity.func(machine)
+        machine = CpuBackend.__new__(CpuBackend)  # with no more than what names it
+        machine.__dict__.update(level="v4", bf16_unit=unit, _module=__file__)
+        names[unit] = machine.identity
         assert names[unit].startswith(f"{machine.instructions} ")
     assert len(set(names.values())) == 3 and names["fma"].startswith("v4 ") and len(names["fma"].split()) == 2
 

@@ -73,18 +73,18 @@ def stored_rows(xp: Any) -> Rows:
             raise ValueError(f"quantize: row {row} of weight holds numbers from {x[row, block].min()} to "
                              f"{x[row, block].max()} in block {block}, expected finite ones, {expected}")
 
+    def bf16(x: Any) -> tuple[Any]:
+        upper = to_upper_halves(xp, x).astype("uint16")
+        refuse(x, upper & 0x7F80 == 0x7F80, "that bfloat16 has (up to 3.3895e+38)")
+        return (upper.view("uint8"),)
+
     def quantize(blocks: Any, x: Any, scheme_number: int) -> None:
         """blocks (n, k/32 · bytes of a block) from x (n, k)."""
         n, k = x.shape
         name, scheme = NUMBERED[scheme_number]
         x = x.astype("float32").reshape(n, k // BLOCK, BLOCK)
+        *numbers, quants = {"q8_0": q8_0, "q4_0": q4_0, "q4_1": q4_1, "bf16": bf16}[name](x)
         target = blocks.reshape(n, k // BLOCK, scheme.bytes)
-        if name == "bf16":
-            upper = to_upper_halves(xp, x).astype("uint16")
-            refuse(x, upper & 0x7F80 == 0x7F80, "that bfloat16 has (up to 3.3895e+38)")
-            target[...] = upper.view("uint8")
-            return
-        *numbers, quants = {"q8_0": q8_0, "q4_0": q4_0, "q4_1": q4_1}[name](x)
         for i, number in enumerate(numbers):
             half = number.astype("float16")
             refuse(x, ~xp.isfinite(half), "with a scale that float16 has (up to 65504)")

@@ -126,15 +126,16 @@ class MultiHeadAttention(Module):
         cache:   keys and values of earlier positions; these are added. In cross attention it is filled by the first
                  call, and later calls do not look at `context` again
         """
+        if (self.joined is not None and cache is not None and context is None and mask is None
+                and self._only_read(x, cache, lengths)):
+            return self.output(attend_kept(self.joined(x), self.heads, self.kv_heads, cache.extend, rotary,
+                                           causal=causal, lengths=lengths))
         options: dict[str, Any] = {"causal": causal, "lengths": lengths,
                                    "dropout": self.dropout if self.training else 0.0}
         if context is None and rotary is None and cache is None and is_grad_enabled() and self._one_product():
             maps = (self.query, self.key, self.value)
             joined = joined_linear(x, *[each.weight for each in maps], *[each.bias for each in maps])
             y = attend_joined(self._heads(joined, self.heads + 2 * self.kv_heads), self.kv_heads, mask, **options)
-        elif self.joined is not None and cache is not None and mask is None and self._only_read(x, cache, lengths):
-            return self.output(attend_kept(self.joined(x), self.heads, self.kv_heads, cache.extend, rotary,
-                                           causal=causal, lengths=lengths))
         else:
             query, key, value = self._operands(x, context, rotary, cache)
             y = attend(query, key, value, mask, scale=1 / math.sqrt(self.head_width), **options)

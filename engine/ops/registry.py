@@ -142,12 +142,12 @@ class Op:
         first = tensors[0] if tensors else None
         device = first.device if first is not None else self._device_of(tensors)
         k = get_backend(device)
-        if self.composed is not None and not k.has_fused(self.kernel):
-            return self.composed(*tensors, **attributes)
         arrays = [None if t is None else t.array for t in tensors]
         if self.named_axes:
             check_shapes(self.name, self.signature, self.inputs,
                          tuple([None if a is None else a.data.shape for a in arrays]))
+        if self.composed is not None and not k.has_fused(self.kernel):
+            return self.composed(*tensors, **attributes)
         y = self.forward(k, arrays, **attributes) if self.variadic else self.forward(k, *arrays, **attributes)
         extra: dict[str, Array | None] = {}
         if y.__class__ is tuple:

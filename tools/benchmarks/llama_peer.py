@@ -12,9 +12,6 @@ import numpy as np
 if TYPE_CHECKING:
     from tools.benchmarks.train import Size
 
-FORMS = {"packed": "F32", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
-"""Our forms of weights, and ggml's types of the same bits."""
-
 
 def matrices(size: Size) -> Iterator[tuple[str, tuple[int, int]]]:
     """The matrices of a GPT-2 by GGUF's names, each (outputs, inputs)."""
@@ -30,7 +27,7 @@ def matrices(size: Size) -> Iterator[tuple[str, tuple[int, int]]]:
 
 def write_model(gguf: Any, path: Path, size: Size, form: str) -> None:
     """A GPT-2 whose matrices have the type of `form`; what is not a matrix is float32."""
-    rng, kind = np.random.default_rng(0), gguf.GGMLQuantizationType[FORMS[form]]
+    rng, kind = np.random.default_rng(0), gguf.GGMLQuantizationType["F32" if form == "packed" else form.upper()]
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_context_length(size.time)
     writer.add_embedding_length(size.width)
