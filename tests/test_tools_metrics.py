@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from tools.training.metrics import Metrics, read_metrics
 from tools.training.plot import plot_losses, smooth
 from tools.training.progress import Progress, duration
 from tools.training.status import Status
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_lines_survive_a_cut_and_a_resume(tmp_path: Path) -> None:
@@ -93,3 +97,15 @@ def test_missing_extra_is_one_line_with_the_command(monkeypatch: pytest.MonkeyPa
 
     assert run_program("train", broken) == 1
     assert capsys.readouterr().err == "train: one line\n"
+
+
+def test_a_reader_that_has_gone_ends_a_program_without_a_word() -> None:
+    """As `| head` does. What is printed waits in a buffer until the end, so it is the last flush that fails."""
+    command = [sys.executable, str(ROOT / "tools" / "lines.py")]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, "")

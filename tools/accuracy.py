@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 
 import engine as eg
 from engine.backend import get_backend
+from tools.training.errors import run_program
 
 Function = Callable[[np.ndarray], np.ndarray]
 CHUNK = 1 << 20
@@ -191,4 +192,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("accuracy", main))

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
+from tools.training.errors import run_program
+
 if TYPE_CHECKING:
     from tools.benchmarks.contest import Result
     from tools.benchmarks.peers import Peers
@@ -99,4 +101,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("bench", main))

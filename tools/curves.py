@@ -22,6 +22,7 @@ from engine.optim import SGDRule
 from engine.sharder import Consistency
 from engine.sharder.drivers.faults import Weather
 from engine.sharder.drivers.simulator import Simulation
+from tools.training.errors import run_program
 
 WORK = 100  # units of virtual time for a microbatch; a message takes 1 or 2
 CALM = Weather(latency=(1, 2), work=WORK, disk=1, timeout=50 * WORK)
@@ -85,4 +86,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("curves", main))

@@ -36,6 +36,7 @@ from engine.testing.rounded import FLOAT32_ULPS
 from tools.accuracy import FUNCTIONS, Function, allow_floor, units, wrong_zeros
 from tools.build_kernels import FLAGS, find_compiler, levels_here
 from tools.c_parts import definitions, needed
+from tools.training.errors import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 SEGMENTS, CHUNK = 64, 1 << 17  # a chunk and what is computed from it stay in the second-level cache
@@ -228,4 +229,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("exhaustive", main))

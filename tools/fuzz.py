@@ -37,6 +37,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
+from tools.training.errors import run_program
+
 if TYPE_CHECKING:
     from tools.fuzz_targets import Target
 
@@ -304,4 +306,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("fuzz", main))

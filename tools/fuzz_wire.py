@@ -51,6 +51,7 @@ from engine.sharder.memory import Checkpoint
 from engine.sharder.messages import Gone, Identity, ProtocolError, Push, Restore, Term
 from engine.sharder.setup import Setup, as_hyper
 from engine.sharder.shard import Shard
+from tools.training.errors import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 SLICE = 20_000  # inputs
@@ -488,4 +489,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("fuzz_wire", main))

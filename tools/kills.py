@@ -35,6 +35,7 @@ from engine.sharder.drivers.plain import Plain
 from engine.sharder.drivers.processes import ProcessServer
 from engine.sharder.memory import Checkpoint
 from tools.training.checkpoint import arrays_digest
+from tools.training.errors import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("worker", "shard", "coordinator")
@@ -167,4 +168,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("kills", main))

@@ -50,6 +50,7 @@ from tools.mutants import MUTANTS, Mutant
 from tools.mutants.automatic import sample
 from tools.mutants.equivalent import changed_lines, why_equivalent
 from tools.mutate_server import OUT_OF_TIME
+from tools.training.errors import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("engine", "kernels", "tests", "tools", "pyproject.toml")
@@ -441,4 +442,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("mutate", main))

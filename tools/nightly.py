@@ -43,6 +43,7 @@ from engine.testing.programs import check_program
 from engine.testing.row_checks import CHECKS, RowCheck
 from engine.testing.strategies import EngineMachine, optim_traces, programs, row_examples
 from engine.testing.traces import check_trace
+from tools.training.errors import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, PROGRAMS, LIVES, STEPS = 10_000, 20_000, 125, 100
@@ -233,4 +234,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("nightly", main))

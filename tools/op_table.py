@@ -27,6 +27,7 @@ from engine.backend import cuda_source, observers
 from engine.ops.registry import Op, registry
 from engine.testing import specs
 from engine.testing.source import Seeded
+from tools.training.errors import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 README, HARDWARE = ROOT / "README.md", ROOT / "kernels" / "cuda" / "hardware.json"
@@ -134,4 +135,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("op_table", main))

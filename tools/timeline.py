@@ -24,6 +24,7 @@ from engine.sharder import Consistency
 from engine.sharder.drivers.faults import FAULTS, Weather
 from engine.sharder.drivers.simulator import DURABILITIES, Simulation
 from engine.sharder.drivers.timeline import timeline
+from tools.training.errors import run_program
 
 
 def gradient(parameters: Mapping[str, np.ndarray], clock: int, microbatch: int) -> tuple[Any, float, float]:
@@ -70,4 +71,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("timeline", main))

@@ -29,6 +29,7 @@ import engine as eg
 from engine import autograd
 from engine.backend import get_backend
 from tools.training.checkpoint import arrays_digest
+from tools.training.errors import run_program
 
 TOKENS, VOCABULARY, CLOCKS = 8, 512, 3
 FORMULAS = {1: ("4Ψ", "4Ψ"), 2: ("4Ψ", "8Ψ/S"), 3: ("8Ψ/S", "8Ψ/S")}
@@ -116,4 +117,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("zero", main))

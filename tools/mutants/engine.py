@@ -201,7 +201,7 @@ ENGINE = [
            "if self._commits == self.writers:",
            "if self._commits:",
            "a version is current as soon as the first shard has written its range",
-           "tests/sharder/test_threads.py tests/sharder/test_conformance.py"),
+           "tests/sharder/test_versions.py"),
     Mutant("checkpoint follows its argument", "engine/checkpoint.py",
            "return Tensor(x.array, x.device, x.requires_grad, x.node) if isinstance(x, Tensor) else x", "return x",
            "a checkpoint computes again from what its argument has become since",

@@ -48,7 +48,9 @@ def run_program(name: str, main: Callable[[], int]) -> int:
     Returns the status: main's own, 1 after such an error, 130 after Ctrl-C (128 + SIGINT, as shells count it).
     """
     try:
-        return main()
+        status = main()
+        sys.stdout.flush()
+        return status
     except ProgramError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
