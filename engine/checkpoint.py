@@ -43,13 +43,13 @@ class _Recomputation:
         self.generator = default_generator()
         self.cursor = self.generator.state_dict()
         self.precision = get_autocast()
-        self.count = 0
+        self.first: list[tuple[int, int]] = []  # of each array that f saves: its storage, by id, and its version
         self.again: list[Any] | None = None
         self.versions = [Saved(x.array) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
 
     def save(self, array: Array) -> _Promise:
-        self.count += 1
-        return _Promise(self, self.count - 1)
+        self.first.append((id(array.storage), array.storage.version))
+        return _Promise(self, len(self.first) - 1)
 
     def saved(self, index: int) -> Any:
         if self.again is None:
@@ -64,9 +64,14 @@ class _Recomputation:
                     self.f(*self.args, **self.kwargs)
             finally:
                 autograd._saving.reset(token)
-            if len(collector.arrays) != self.count:
-                raise RuntimeError(f"checkpoint: f saved {self.count} arrays the first time and "
+            if len(collector.arrays) != len(self.first):
+                raise RuntimeError(f"checkpoint: f saved {len(self.first)} arrays the first time and "
                                    f"{len(collector.arrays)} the second; it must do the same both times")
+            # What f makes has another storage now, or the same history. What it finds outside must be as it was.
+            for (storage, before), (found, now, shape) in zip(self.first, collector.versions):
+                if storage == found and now != before:
+                    raise RuntimeError(f"checkpoint: an array of shape {shape} that f closes over was modified in "
+                                       f"place before backward (version {now}, at first {before})")
             self.again = collector.arrays
         return self.again[index]
 
@@ -79,8 +84,10 @@ def _as_it_is(x: Any) -> Any:
 class _Collector:
     def __init__(self) -> None:
         self.arrays: list[Any] = []
+        self.versions: list[tuple[int, int, tuple[int, ...]]] = []
 
     def save(self, array: Array) -> Any:
+        self.versions.append((id(array.storage), array.storage.version, array.shape))
         self.arrays.append(autograd.kept(array))
         return self.arrays[-1]
 
@@ -89,7 +96,8 @@ def checkpoint(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """f(*args, **kwargs), keeping none of its intermediate results for backward: they are computed again there.
 
     The result and every gradient have the same bits as without it. f must do the same when it is called twice
-    (random draws from the default generator are repeated). Gradients flow to args and to whatever f closes over.
+    (random draws from the default generator are repeated). Gradients flow to args and to whatever f closes over. If an
+    array of these that backward needs was modified in place meanwhile, it raises RuntimeError.
     """
     token = autograd._saving.set(_Recomputation(f, args, kwargs))
     try:

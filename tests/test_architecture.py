@@ -41,11 +41,11 @@ def tree() -> Sources:
 # ── imports point down ────────────────────────────────────────────────────────────────────────────────
 
 # Each room, from the bottom up, and what it may know besides itself.
-BOTTOM = ("engine.dtypes", "engine.precision", "engine.backend")
+BOTTOM = ("engine.dtypes", "engine.precision", "engine.files", "engine.backend")
 GRAPH = ("engine.autograd", "engine.rowsparse", "engine.tensor", "engine.random", "engine.checkpoint",
          "engine.functional")
 ROOMS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("engine.dtypes", "engine.precision"): (),
+    ("engine.dtypes", "engine.precision", "engine.files"): (),
     ("engine.backend",): ("engine.dtypes", "engine.precision"),
     GRAPH: BOTTOM,
     ("engine.ops",): (*GRAPH, *BOTTOM),

@@ -334,6 +334,26 @@ def test_checkpoints_nest_and_refuse_changed_inputs() -> None:
         y.sum().backward()
 
 
+def test_a_checkpoint_refuses_a_weight_that_changed_and_bears_what_f_changes() -> None:
+    w = leaf(2.0)
+    y = eg.checkpoint(lambda t: t * w, leaf(1.0))
+    with eg.no_grad():
+        w *= 3.0
+    with pytest.raises(RuntimeError, match=r"an array of shape \(.*\) that f closes over was modified in place"):
+        y.sum().backward()
+
+    def f(t: eg.Tensor) -> eg.Tensor:
+        z = eg.exp(t)
+        z += t
+        return z * z * w
+
+    x, plain = leaf(0.5), leaf(0.5)
+    for run, at in ((eg.checkpoint, x), (lambda g, t: g(t), plain)):
+        w.grad = None
+        run(f, at).sum().backward()
+    np.testing.assert_array_equal(x.grad.numpy(), plain.grad.numpy())
+
+
 # ── transforms and higher orders ──────────────────────────────────────────────────────────────────────
 
 def test_vjp_and_jvp_of_a_known_jacobian() -> None:

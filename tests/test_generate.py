@@ -212,10 +212,15 @@ def test_an_encoder_decoder_continues_what_it_translates(kind: str) -> None:
     ({"prompt": [1.5]}, r"the prompt is float64 \(1,\), expected integers"),
     ({"prompt": [[1], [2]]}, r"the prompt is int64 \(2, 1\)"),
     ({"prompt": [13]}, r"holds tokens from 13 to 13, expected \[0, 13\)"),
-    ({"max_new_tokens": -1}, "max_new_tokens is -1, expected at least 0"),
+    ({"max_new_tokens": -1}, "max_new_tokens is -1, expected a whole number of at least 0"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, expected a whole number"),
+    ({"top_k": 2.5}, "top_k is 2.5, expected a whole number"),
+    ({"stop": "x"}, "stop is 'x', expected a token or several"),
+    ({"stop": ["3"]}, "stop is .*'3'.*, expected a token or several"),
+    ({"stop": None}, "stop is None, expected a token or several"),
     ({"temperature": -0.1}, "temperature is -0.1, expected a number of at least 0"),
     ({"temperature": math.nan}, "temperature is nan"),
-    ({"top_k": 0}, "top_k is 0, expected at least 1, or None"),
+    ({"top_k": 0}, "top_k is 0, expected a whole number of at least 1, or None"),
     ({"top_p": 0.0}, r"top_p is 0.0, expected a number in \(0, 1\], or None"),
     ({"top_p": 1.1}, "top_p is 1.1"),
     ({"repetition_penalty": 0}, "repetition_penalty is 0, expected a positive number"),
@@ -236,6 +241,8 @@ def test_models_that_cannot_generate_say_so(model: Transformer) -> None:
     broken = Transformer(TransformerConfig.gpt2(**sizes))
     with eg.no_grad():
         broken.embedding.weight[0] = math.nan
-    with pytest.raises(ValueError, match="generate: the model's logits hold NaN"):
+    with pytest.raises(ValueError, match="generate: the largest logit is nan"):
         next(broken.generate([0], 1))
+    with pytest.raises(ValueError, match="generate: the largest logit is inf, expected a finite number"):
+        next(model.generate(list(range(13)), 1, repetition_penalty=1e-320))
     assert list(model.generate([1], 0)) == []

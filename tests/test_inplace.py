@@ -114,6 +114,37 @@ def test_a_write_whose_source_overlaps_its_target() -> None:
     assert np.array_equal(x.numpy(), (want + want[::-1])[::-1])
 
 
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+@pytest.mark.parametrize("f, shapes", [
+    (eg.linear, [(2, 3), (4, 3)]), (eg.softmax, [(2, 3)]), (lambda x: eg.softmax(x, 0), [(2, 3)]),
+    (lambda x, w: eg.linear_cross_entropy(x, w, eg.tensor([0, 1])), [(2, 3), (4, 3)]),
+    (lambda x, w: eg.einsum("ij,kj->ik", x, w), [(2, 3), (4, 3)]), (eg.conv1d, [(1, 2, 5), (3, 2, 2)]),
+    (eg.scaled_dot_product_attention, [(1, 2, 3, 4)] * 3)])
+def test_a_view_that_an_op_made_for_itself_forbids_nothing(f: Callable[..., eg.Tensor], shapes: list[tuple[int, ...]],
+                                                          device: str) -> None:
+    """The tape keeps it, and with it the elements as they were; nobody else sees it."""
+    found = []
+    with eg.device(device):
+        for change in (False, True):
+            leaves = [eg.ones(*shape, dtype="float64", requires_grad=True) for shape in shapes]
+            operands = [eg.tanh(x) for x in leaves]
+            y = f(*operands)
+            for x in operands if change else ():
+                x += 1.0
+            found.append([g.numpy() for g in eg.grad((y * y).sum(), leaves)])
+    for plain, changed in zip(*found):
+        np.testing.assert_array_equal(plain, changed)
+
+
+def test_a_view_that_an_op_gives_is_seen() -> None:
+    """Ops that are made of others may give a view of their operand, and so may a method."""
+    for view_of in (lambda x: eg.flatten(x), lambda x: eg.squeeze(x), lambda x: eg.split(x, 2)[0]):
+        x = eg.tanh(eg.ones(1, 4, requires_grad=True))
+        view = view_of(x)
+        if np.shares_memory(view.numpy(), x.numpy()):
+            check_errors(lambda x=x: x.__iadd__(1.0), RuntimeError, "__iadd__", "view")
+
+
 def test_views_share_memory_and_pass_gradients() -> None:
     x = eg.tensor(np.arange(6.0).reshape(2, 3))
     for view in (x[1], x[:, ::2], x.T, x.mT, x.reshape(3, 2), x.flip(0), x.expand_dims(0), x.broadcast_to((2, 2, 3)),

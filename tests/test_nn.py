@@ -146,6 +146,20 @@ def test_repr_shows_the_tree_and_counts() -> None:
                                 "  2: ModuleList()  4 parameters", "    0: RMSNorm(4, eps=1e-06)  4 parameters"]
 
 
+def test_a_row_holds_modules_only() -> None:
+    with pytest.raises(TypeError, match="Sequential: item 1 is Op, expected a Module"):
+        nn.Sequential(nn.Linear(2, 3), eg.relu, nn.Linear(3, 1))
+    with pytest.raises(TypeError, match="ModuleList: item 0 is list, expected a Module"):
+        nn.ModuleList([[nn.Linear(2, 3)]])
+
+
+def test_a_tensor_takes_the_place_of_a_module() -> None:
+    module = nn.Sequential(nn.Linear(2, 3))
+    module.extra = nn.Linear(2, 2)
+    module.extra = eg.ones(1)
+    assert [name for name, _ in module.named_parameters()] == ["0.weight", "0.bias"]
+
+
 # ── state ─────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_state_dict_goes_round() -> None:
@@ -172,6 +186,11 @@ def test_load_state_dict_names_what_does_not_fit_and_loads_nothing() -> None:
             module.load_state_dict({**state, **changes})
     with pytest.raises(ValueError, match="another shape"):  # also without strict
         module.load_state_dict({**state, "first.bias": np.ones(5)}, strict=False)
+    for name, value in module.state_dict().items():
+        assert np.array_equal(value.numpy(), before[name])
+    for wrong in (np.array(list("abcd")), np.ones(4, complex), np.array([None] * 4)):
+        with pytest.raises(TypeError, match=r"Pair\.load_state_dict: expected real numbers; first\.bias is"):
+            module.load_state_dict({**state, "first.bias": wrong})
     for name, value in module.state_dict().items():
         assert np.array_equal(value.numpy(), before[name])
     module.load_state_dict({"first.bias": np.full(4, 7.0), "third": np.ones(1)}, strict=False)

@@ -233,7 +233,15 @@ def test_a_parameter_may_be_a_transposed_view() -> None:
 
 @pytest.mark.parametrize("make, error, message", [
     (lambda p: optim.SGD([]), ValueError, "SGD: got no parameters"),
-    (lambda p: optim.SGD(p), TypeError, "SGD: params is a tensor, expected a list"),
+    (lambda p: optim.SGD(p), TypeError, "SGD: params is Tensor, expected a list"),
+    (lambda p: optim.SGD(eg.nn.Linear(2, 2)), TypeError, "SGD: params is Linear, expected a list"),
+    (lambda p: optim.SGD([{"weights": [p]}]), ValueError, "a group has 'weights', expected 'params' and"),
+    (lambda p: optim.Adam([p], betas=(0.9,)), ValueError, r"Adam: betas is \(0.9,\), expected two numbers"),
+    (lambda p: optim.AdamW([p], betas=0.9), ValueError, "AdamW: betas is 0.9, expected two numbers"),
+    (lambda p: optim.Adam([{"params": [p], "betas": "0.9"}]), ValueError, "Adam: betas is '0.9', expected two"),
+    (lambda p: optim.Adam([p], lr="0.1"), ValueError, "AdamRule: lr is '0.1', expected a number"),
+    (lambda p: optim.Adam([p], lr=True), ValueError, "AdamRule: lr is True, expected a number"),
+    (lambda p: optim.SGD([p], momentum=0.9, nesterov=1), ValueError, "nesterov is 1, expected True or False"),
     (lambda p: optim.Adam([p, p]), ValueError, r"Adam: parameter 1 of shape \(2,\) is given more than once"),
     (lambda p: optim.Adam([p * 2]), ValueError, "parameter 0 .* was made by multiply, expected a leaf"),
     (lambda p: optim.Adam([eg.ones(2)]), ValueError, "does not require grad, expected a leaf"),
@@ -277,8 +285,34 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     third.step()
     with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(3,\), expected \(2,\)"):
         optimizer.load_state_dict(third.state_dict())
+    fitting = optim.Adam([a])
+    a.grad = eg.ones(2)
+    fitting.step()
+    saved = fitting.state_dict()
+    entry = saved["state"][0]
+    for wrong, message in [
+        (eg.nn.Linear(1, 1).state_dict(), "got 'weight', 'bias', expected 'state' and 'param_groups'"),
+        ({**saved, "param_groups": [{"lr": 1.0}]}, "each with its 'params'"),
+        ({**saved, "state": {"0": entry}}, "there is a state of '0', which is no parameter"),  # as JSON has it
+        ({**saved, "state": {0: {k: v for k, v in entry.items() if k != "step"}}}, r"parameter 0 has .*, expected \['"),
+        ({**saved, "state": {0: {k: v for k, v in entry.items() if k != "exp_avg_sq"}}}, "parameter 0 has"),
+        ({**saved, "state": {0: {**entry, "momentum_buffer": entry["exp_avg"]}}}, "parameter 0 has .*'momentum_buf"),
+    ]:
+        with pytest.raises(ValueError, match="Adam.load_state_dict: .*" + message):
+            optimizer.load_state_dict(wrong)
     assert optimizer.state_dict() == {"state": {}, "param_groups": [{**third.param_groups[0], "params": [0],
                                                                      "lr": 1e-3}]}
+
+
+def test_momentum_may_come_and_go_between_steps() -> None:
+    (p,) = weights((2,))
+    for first, then in ((0.0, 0.9), (0.9, 0.0)):
+        optimizer, other = optim.SGD([p], momentum=first), optim.SGD([p])
+        p.grad = eg.ones(2)
+        optimizer.step()
+        optimizer.param_groups[0]["momentum"] = then
+        other.load_state_dict(optimizer.state_dict())
+        assert other.state_dict()["state"][0].keys() == optimizer.state_dict()["state"][0].keys()
 
 
 # ── schedules ─────────────────────────────────────────────────────────────────────────────────────────
@@ -319,6 +353,13 @@ def test_scheduler_sets_the_coming_updates_rate() -> None:
     assert again.last_lr == [0.1, 0.1]
     with pytest.raises(ValueError, match="got 1 schedules, expected one for each of the 2 groups"):
         optim.Scheduler(optimizer, [optim.constant(1.0)])
+    for wrong in ({}, {"updates": "2"}, {"updates": -1}, {"updates": 1, "lr": 2}):
+        with pytest.raises(ValueError, match=r"Scheduler\.load_state_dict: got .*, expected a number of updates"):
+            again.load_state_dict(wrong)
+    assert again.updates == 1
+    optimizer.add_param_group({"params": weights((3,))})
+    with pytest.raises(ValueError, match="the optimizer has 3 groups by now, expected 2"):
+        again.step()
 
 
 @pytest.mark.parametrize("make", [lambda: optim.cosine(1.0, 0), lambda: optim.linear(1.0, 0),

@@ -301,6 +301,20 @@ def test_lazy_adam_leaves_other_rows_alone() -> None:
     assert not optimizer.state_dict()["state"][0]["exp_avg"][[0, 2, 3]].any()
 
 
+def test_lazy_adam_sees_what_another_optimizer_postponed() -> None:
+    found = []
+    for read_first in (True, False):
+        p = eg.ones(4, 2, requires_grad=True)
+        adam, lazy = optim.Adam([p], lr=0.1), optim.LazyAdam([p], lr=0.1)
+        for optimizer, row in ((adam, 1), (adam, 2), (adam, 2), (lazy, 1)):
+            p.grad = eg.RowSparse(np.array([row]), eg.ones(1, 2), 4)
+            if read_first:
+                p.numpy()
+            optimizer.step()
+        found.append(p.numpy().tobytes())
+    assert found[0] == found[1]
+
+
 def test_lazy_adam_of_rows_touched_in_every_step_is_adam() -> None:
     tables = [table(), table()]
     for make, p in zip((optim.LazyAdam, optim.Adam), tables):

@@ -92,6 +92,17 @@ def test_the_scaler_goes_on_from_its_state() -> None:
         assert other.state_dict() == state
 
 
+def test_a_loaded_scaler_has_divided_nothing_yet() -> None:
+    p = eg.tensor([1.0, 2.0], requires_grad=True)
+    optimizer, scaler = eg.optim.SGD([p], lr=0.1), eg.optim.GradScaler()
+    state = scaler.state_dict()
+    step_with(scaler, optimizer, p, 1.0)
+    p.grad = eg.ones(2)
+    scaler.unscale_(optimizer)
+    scaler.load_state_dict(state)
+    assert scaler.unscale_(optimizer)
+
+
 def test_gradients_of_a_few_rows_are_scaled_too() -> None:
     p = eg.ones(9, 4, requires_grad=True)
     optimizer, scaler = eg.optim.SGD([p], lr=1.0), eg.optim.GradScaler()

@@ -63,6 +63,21 @@ def test_no_piece_of_a_job_is_left_out() -> None:
         eg.set_num_threads(before)
 
 
+def test_jobs_that_follow_each_other_at_once() -> None:
+    """So that threads still spin when the next job is opened: those that have gone to sleep are woken under a lock."""
+    k, before = get_backend("cpu"), eg.get_num_threads()
+    x, ys = k.full((1 << 15,), 1.5, eg.float32), [k.empty((1 << 15,), eg.float32) for _ in range(4)]
+    try:
+        eg.set_num_threads(2)
+        for _ in range(200):
+            for y, left in zip(ys, (x, *ys)):
+                k.add(y, left, x, k.layout(y, left, x))
+    finally:
+        eg.set_num_threads(before)
+    for i, y in enumerate(ys):
+        np.testing.assert_array_equal(y.data, np.full(1 << 15, 1.5 * (i + 2), np.float32))
+
+
 def test_python_numbers_keep_their_digits() -> None:
     """A weak scalar takes the tensor's type before it takes part: 0.1 is not rounded to float32 on the way."""
     assert (eg.ones(1, dtype="float64") * 0.1).item() == 0.1

@@ -23,7 +23,8 @@ def example(step: int) -> Checkpoint:
     weights = np.arange(6, dtype=np.float32).reshape(2, 3) + step
     return Checkpoint(model={"w": weights.T, "b": np.zeros(0, np.float32)}, optimizer={"exp_avg": weights * 2},
                       config={"width": 3}, facts={"step": step, "seed": 7, "seconds": 1.5, "settings": {},
-                                                    "corpus": {"data": None, "sha256": "0" * 64}})
+                                                    "corpus": {"data": None, "sha256": "0" * 64},
+                                                    "kernels": "v4"})
 
 
 def store(folder: Path, step: int, keep: int = 3) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,41 @@ def test_byte_pair_tokens_give_the_text_back(folder: Path, tmp_path: Path) -> No
     loaded = load_tokenizer(cache.folder)
     assert np.array_equal(loaded.encode("file ä\n".encode()), tokenizer.encode("file ä\n".encode()))
     assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
+
+
+def test_byte_pair_tokens_lose_no_byte() -> None:
+    pytest.importorskip("tokenizers")
+    tokenizer = BPETokenizer.train([b"ab ab \xe4 ab\n" * 20], 260)
+
+    @given(st.binary(max_size=40) | st.text(max_size=20).map(str.encode))
+    @settings(max_examples=100, deadline=None)
+    def goes_round(text: bytes) -> None:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.byte_lengths()[ids].sum() == len(text)
+
+    goes_round()
+
+
+@pytest.mark.parametrize("names", [("VERSION", "b.txt"), ("one.txt",)])
+def test_too_little_text_is_one_line(tmp_path: Path, names: tuple[str, ...]) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    for name in names:
+        (root / name).write_text("1" if name != "b.txt" else "text\n" * 500)
+    with pytest.raises(ProgramError, match=r"the part for .* has [01] tokens, expected at least 2"):
+        open_cache(open_corpus(str(root)), tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_file_names_need_not_be_utf8(folder: Path) -> None:
+    before = open_corpus(str(folder)).sha256
+    name = os.fsdecode(b"\xff\xfe.txt")
+    try:
+        (folder / name).write_text("text")
+    except (OSError, UnicodeEncodeError):
+        pytest.skip("this file system takes no such names")
+    assert open_corpus(str(folder)).sha256 != before
 
 
 @given(text=st.text(), data=st.data())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log2
+from math import inf, log2
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import engine as eg
 from tools.training.errors import ProgramError
-from tools.training.evaluation import sampled_score, score, windows
+from tools.training.evaluation import Score, sampled_score, score, windows
 from tools.training.generation import until, visible
 
 BIGRAM = np.random.default_rng(0).normal(0, 2, (7, 7))
@@ -61,7 +61,13 @@ def test_sampled_score_covers_the_whole_text_evenly() -> None:
     assert everything.tokens == 7
 
 
-@pytest.mark.parametrize("tokens, stride, message", [([1], 4, "has 1 tokens"), ([1, 2, 3], 9, "--stride is 9")])
+def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
+    assert Score(bits=1023.0, tokens=1, bytes=1).perplexity == 2.0**1023
+    assert Score(bits=2e4, tokens=3, bytes=3).perplexity == inf
+
+
+@pytest.mark.parametrize("tokens, stride, message", [([1], 4, "has 1 tokens"), ([1, 2, 3], 9, "--stride is 9"),
+                                                     ([1, 2, 3], 0, "--stride is 0, expected 1 to 8")])
 def test_unusable_input_is_one_line(tokens: list[int], stride: int, message: str) -> None:
     with pytest.raises(ProgramError, match=message):
         score(bigram, np.array(tokens, np.uint8), np.ones(7, np.int64), 8, stride)

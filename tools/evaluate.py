@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 import numpy as np
 
 from tools.training.corpus import open_corpus, read_file
-from tools.training.errors import ProgramError, run_program
+from tools.training.errors import ProgramError, finite, run_program
 from tools.training.evaluation import score
 from tools.training.progress import show_percent
 from tools.training.tokens import Tokenizer
@@ -64,8 +64,9 @@ def main() -> int:
     context = model.config.context_length
     result = score(model, tokens, tokenizer.byte_lengths(), context, arguments.stride, arguments.batch, show_percent)
     if arguments.json:
-        print(json.dumps({"bits_per_byte": result.bits_per_byte, "perplexity": result.perplexity,
-                          "tokens": result.tokens, "bytes": result.bytes, "stride": arguments.stride or context}))
+        print(json.dumps(finite({"bits_per_byte": result.bits_per_byte, "perplexity": result.perplexity,
+                                 "tokens": result.tokens, "bytes": result.bytes,
+                                 "stride": context if arguments.stride is None else arguments.stride})))
     else:
         print(f"{result.bits_per_byte:.4f} bits per byte, perplexity {result.perplexity:.4f} per token, on "
               f"{result.tokens:,} tokens ({result.bytes:,} bytes)")

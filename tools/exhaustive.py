@@ -32,6 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
 from engine.backend.cpu import CpuBackend, load_level
+from engine.files import replace_file
 from engine.testing.rounded import FLOAT32_ULPS
 from tools.accuracy import FUNCTIONS, Function, allow_floor, units, wrong_zeros
 from tools.build_kernels import FLAGS, find_compiler, levels_here
@@ -186,10 +187,8 @@ def run(names: list[str], backends: dict[str, CpuBackend], ledger: Path, seconds
             for level, found in sweep(name, backends, at * size, (at + 1) * size).items():
                 entry["worst"][level] = list(max(tuple(entry["worst"][level]), found))
             entry["segments"] = at + 1
-            partial = ledger.with_suffix(".tmp")
             ledger.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(known, indent=1))
-            os.replace(partial, ledger)
+            replace_file(ledger, json.dumps(known, indent=1).encode())
         print(line(name, entry), flush=True)
     return done
 

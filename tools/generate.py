@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from math import inf
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
@@ -43,11 +44,11 @@ def check(arguments: argparse.Namespace) -> None:
     """Refuse flags that cannot work, each with one line."""
     rules = [("max-new-tokens", arguments.max_new_tokens >= 1, "at least 1"),
              ("num-samples", arguments.num_samples >= 1, "at least 1"),
-             ("seed", arguments.seed >= 0, "at least 0"),
-             ("temperature", arguments.temperature >= 0, "at least 0"),
+             ("seed", 0 <= arguments.seed < 2**63, "a whole number in [0, 2**63)"),
+             ("temperature", 0 <= arguments.temperature < inf, "a number of at least 0"),
              ("top-k", arguments.top_k is None or arguments.top_k >= 1, "at least 1"),
              ("top-p", arguments.top_p is None or 0 < arguments.top_p <= 1, "a number above 0 and at most 1"),
-             ("repetition-penalty", arguments.repetition_penalty > 0, "a positive number"),
+             ("repetition-penalty", 0 < arguments.repetition_penalty < inf, "a positive number"),
              ("stop", arguments.stop != "", "some text"),
              ("prompt", arguments.prompt != "", "some text: the model goes on from it")]
     for name, holds, expected in rules:

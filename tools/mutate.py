@@ -46,6 +46,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
+from engine.files import replace_file
 from tools.mutants import MUTANTS, Mutant
 from tools.mutants.automatic import sample
 from tools.mutants.equivalent import changed_lines, why_equivalent
@@ -376,10 +377,8 @@ def run(mutants: Sequence[Mutant], root: Path, ledger: Path, fresh: bool = False
 
 
 def write(ledger: Path, known: dict[str, Any]) -> None:
-    partial = ledger.with_suffix(".tmp")
     ledger.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(known, indent=1))
-    os.replace(partial, ledger)
+    replace_file(ledger, json.dumps(known, indent=1).encode())
 
 
 def report(mutants: Sequence[Mutant], verdicts: Sequence[dict[str, Any]]) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from math import inf, isfinite
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tools.planning.cost_model import OPTIMIZERS, PLACEMENTS, Plan
 from tools.planning.predict import best, scan
 from tools.planning.stragglers import KINDS
 from tools.planning.table import aligned, table
-from tools.training.errors import ProgramError, run_program
+from tools.training.errors import ProgramError, finite, run_program
 
 
 def parse() -> argparse.Namespace:
@@ -160,13 +160,6 @@ def describe(plan: Plan) -> str:
     if plan.straggler != "none":
         parts.append(plan.straggler)
     return "; ".join(parts)
-
-
-def finite(value: Any) -> Any:
-    """For JSON, which has no infinity: null."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 # ── predictions beside what is known ──────────────────────────────────────────────────────────────────

@@ -62,6 +62,8 @@ def main() -> int:
     arguments = parse()
     for module in ("safetensors.numpy", "matplotlib", *(["tqdm"] if sys.stderr.isatty() else [])):
         require(module, "training")  # now, not when the training is done
+    if arguments.trace is not None:
+        arguments.trace.open("a").close()  # now, too
     with run_lock(arguments.run):
         settings, saved = choose_settings(arguments)
         expect_effect(settings, given(arguments))
@@ -138,7 +140,7 @@ def prepare(settings: Settings, corpus: Corpus, arguments: argparse.Namespace,
 
 def train(session: Session, arguments: argparse.Namespace) -> tuple[float, bool]:
     """Run the remaining steps. Returns the seconds of training, earlier sessions included, and whether it was
-    interrupted. Every way out of here but a crash leaves a checkpoint of the last finished step."""
+    interrupted. A run that ends so, or at its last step, leaves a checkpoint of its last finished step."""
     settings, start = session.settings, time.monotonic()
     metrics = Metrics(arguments.run / "metrics.jsonl", resume_step=session.step)
     peak = measured_peak()
@@ -151,20 +153,23 @@ def train(session: Session, arguments: argparse.Namespace) -> tuple[float, bool]
         for done in session.steps(arguments.trace):
             step, seconds = done.clock + 1, session.seconds + time.monotonic() - start
             if not isfinite(done.mean_loss):
-                raise ProgramError(f"the loss of step {step} is {done.mean_loss}; the last checkpoint is of step "
-                                   f"{saved_step}; start a new run with a smaller --lr, now {settings.lr}")
+                raise diverged(f"the loss of step {step} is {done.mean_loss}", saved_step, settings)
             bits_per_byte = done.mean_loss / log(2) / bytes_per_token
             record = {"bits_per_byte": bits_per_byte, "gradient_norm": done.norm,
                       "lr": session.hyper(session.server.setup.updates(step), "")["lr"], "seconds": round(seconds, 2)}
             progress.update(step, bits_per_byte, status(done))
             last = step == settings.steps or interrupts.requested or (
                 arguments.minutes is not None and time.monotonic() - start > 60 * arguments.minutes)
-            if step % settings.validation_interval == 0:
+            saved = last or step % settings.checkpoint_interval == 0
+            validated = step % settings.validation_interval == 0
+            if (saved or validated) and (name := session.not_finite()):  # the loss is of the parameters before
+                raise diverged(f"{name} is not finite after step {step}", saved_step, settings)
+            if validated:
                 record["validation_bits_per_byte"] = session.validate().bits_per_byte
                 progress.measured(measured_peak())
                 progress.say(f"step {step}: {record['validation_bits_per_byte']:.3f} bits per byte on validation text")
             metrics.write(step, **record)
-            if last or step % settings.checkpoint_interval == 0:
+            if saved:
                 checkpoint.save(folder, session.checkpoint(seconds), session.cache.tokenizer, settings.keep)
                 saved_step = step
             progress.pause()
@@ -173,6 +178,12 @@ def train(session: Session, arguments: argparse.Namespace) -> tuple[float, bool]
     progress.close()
     metrics.close()
     return seconds, interrupts.requested and saved_step < settings.steps
+
+
+def diverged(what: str, saved_step: int, settings: Settings) -> ProgramError:
+    kept = f"the last checkpoint is of step {saved_step}" if saved_step else "there is no checkpoint yet"
+    return ProgramError(f"{what}: training has diverged; {kept}; start a new run with a smaller --lr, now "
+                        f"{settings.lr}")
 
 
 if __name__ == "__main__":

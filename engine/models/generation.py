@@ -53,18 +53,19 @@ def generate(model: Transformer, prompt: Any, max_new_tokens: int, *, temperatur
     Raises ValueError at the call, with one line, for arguments outside their range.
     """
     text = _prompt(prompt)
-    stops = frozenset((stop,) if isinstance(stop, (int, np.integer)) else stop)
+    stops = _stops(stop)
     samples = 1 if num_samples is None else num_samples
     config = model.config
-    rules = [("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
+    rules = [("max_new_tokens", max_new_tokens, _whole(max_new_tokens) and max_new_tokens >= 0,
+              "a whole number of at least 0"),
              ("temperature", temperature, 0 <= temperature < np.inf, "a number of at least 0"),
-             ("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or None"),
+             ("top_k", top_k, top_k is None or (_whole(top_k) and top_k >= 1), "a whole number of at least 1, or None"),
              ("top_p", top_p, top_p is None or 0 < top_p <= 1, "a number in (0, 1], or None"),
              ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < np.inf, "a positive number"),
-             ("num_samples", num_samples, samples >= 1, "at least 1, or None"),
+             ("num_samples", num_samples, _whole(samples) and samples >= 1, "a whole number of at least 1, or None"),
              ("the prompt's length", text.size, 1 <= text.size <= config.context_length,
               f"1 to context_length = {config.context_length}"),
-             ("source", source if source is None else source.shape, _source_fits(config.kind, source),
+             ("source", getattr(source, "shape", source), _source_fits(config.kind, source),
               "(1, source time) for an encoder-decoder, None for a decoder"),
              ("model.training", True, not (model.training and config.dropout), "False: call model.eval() first")]
     if model.decoder is None:
@@ -81,8 +82,21 @@ def generate(model: Transformer, prompt: Any, max_new_tokens: int, *, temperatur
     return (token for token, in tokens) if num_samples is None else tokens
 
 
-def _source_fits(kind: str, source: Tensor | None) -> bool:
-    return source is None if kind == "decoder" else source is not None and source.ndim == 2 and source.shape[0] == 1
+def _source_fits(kind: str, source: Any) -> bool:
+    if kind == "decoder":
+        return source is None
+    return isinstance(source, Tensor) and source.ndim == 2 and source.shape[0] == 1
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, (int, np.integer))
+
+
+def _stops(stop: Any) -> frozenset[Any]:
+    tokens = np.asarray(list(stop) if isinstance(stop, (set, frozenset)) else stop)
+    if tokens.size and tokens.dtype.kind not in "iu":
+        raise ValueError(f"generate: stop is {stop!r:.100}, expected a token or several, which are whole numbers")
+    return frozenset(tokens.reshape(-1).tolist())
 
 
 def _prompt(prompt: Any) -> np.ndarray:
@@ -145,9 +159,12 @@ class _Draw:
 
     def __call__(self, logits: np.ndarray, text: np.ndarray) -> np.ndarray:
         """One token for each row of logits (samples, vocabulary), int64."""
-        if np.isnan(logits).any():
-            raise ValueError("generate: the model's logits hold NaN")
-        logits = penalized(logits.astype(np.float64), text, self.repetition_penalty)
+        with np.errstate(over="ignore"):
+            logits = penalized(logits.astype(np.float64), text, self.repetition_penalty)
+        largest = logits.max(axis=1)
+        if not np.isfinite(largest).all():
+            raise ValueError(f"generate: the largest logit is {largest[~np.isfinite(largest)][0]}, expected a finite "
+                             "number to draw by")
         if self.temperature == 0:
             return logits.argmax(axis=1)
         cumulative = distribution(logits, self.temperature, self.top_k, self.top_p).cumsum(axis=1)

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.files import replace_file
 from engine.models.config import TransformerConfig, shown
 from engine.models.transformer import Transformer
 from engine.nn.module import listed
@@ -277,8 +278,8 @@ def _existing(path: Path) -> Path:
 
 
 def _parts(path: Path) -> list[str]:
-    """The names of the folder's weight files, which lie in it."""
-    if not (path / INDEX).exists():
+    """The names of the folder's weight files, which lie in it: one, or if that is not there, those of the index."""
+    if (path / SINGLE).exists() or not (path / INDEX).exists():
         return [SINGLE]
     places = _json(path / INDEX).get("weight_map")
     names = list(places.values()) if isinstance(places, dict) else []
@@ -329,12 +330,7 @@ def save(model: Transformer, folder: str | os.PathLike[str]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for name, data in ((SINGLE, to_bytes(weights, {"format": "pt"})),
                        ("config.json", json.dumps(entries, indent=2).encode() + b"\n")):
-        temporary = path / f".{name}.tmp"
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path / name)
+        replace_file(path / name, data)
 
 
 def _library(name: str) -> ModuleType:

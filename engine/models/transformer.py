@@ -158,6 +158,9 @@ class Transformer(Module):
         super().__init__()
         if config is not None and choices:
             raise TypeError("Transformer: got a config and fields of one, expected either")
+        if not isinstance(config, (TransformerConfig, type(None))):
+            raise TypeError(f"Transformer: config is {type(config).__name__}, expected a TransformerConfig, or fields "
+                            "of one by name")
         self.config = config = config or TransformerConfig(**choices)
         sinusoidal = config.positions == "sinusoidal"
         self.embedding_scale = math.sqrt(config.width) if sinusoidal else 1.0
@@ -199,6 +202,11 @@ class Transformer(Module):
                              f"needs and no other; this model is of kind {self.config.kind!r}")
         if segments is not None and not self.config.segments:
             raise ValueError("Transformer: got segments, and this model's config has none")
+        if source_lengths is not None and source is None:
+            raise ValueError(f"Transformer: got source_lengths, which belong to a source; this model is of kind "
+                             f"{self.config.kind!r}")
+        if cache is not None and self.decoder is None:
+            raise ValueError("Transformer: got a cache, and a model of kind 'encoder' has nothing to keep in one")
         if self.decoder is None:
             return self.encode(tokens, lengths, segments)
         return self.decode(tokens, None if source is None else self.encode(source, source_lengths), lengths=lengths,
@@ -225,6 +233,8 @@ class Transformer(Module):
 
     def embed(self, tokens: Tensor, start: int = 0, segments: Tensor | None = None) -> Tensor:
         """Embeddings, positions and segments of tokens (batch, time), the first of which stands at position `start`."""
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"Transformer: tokens are {type(tokens).__name__}, expected a tensor (batch, time)")
         if tokens.ndim != 2 or tokens.dtype.is_floating:
             raise ValueError(f"Transformer: tokens are {tokens.dtype} {tokens.shape}, expected integers (batch, time)")
         stop = start + tokens.shape[1]
@@ -271,23 +281,27 @@ class Transformer(Module):
     def _rotary(self, start: int, time: int) -> tuple[Tensor, Tensor] | None:
         if self.config.positions != "rotary":
             return None
-        weight = self.embedding.weight
         cosine, sine = rotations(self.config.context_length, self.config.head_width, self.config.rotary_base,
-                                 weight.dtype, weight.device)
+                                 self._dtype(), self.embedding.weight.device)
         return cosine[start:start + time], sine[start:start + time]
+
+    def _dtype(self) -> DType:
+        """What it computes in: the type of a parameter, which a stored embedding is not."""
+        return next(self.parameters()).dtype
 
     # ── generation ──────────────────────────────────────────────────────────────────────────────────
 
     def make_cache(self, batch: int, capacity: int | None = None, source_length: int = 0) -> Cache:
         """An empty cache for `batch` rows of up to `capacity` tokens (default: context_length), and of a source of
         `source_length` tokens for an encoder-decoder."""
-        config, weight = self.config, self.embedding.weight
+        config, dtype, device = self.config, self._dtype(), self.embedding.weight.device
 
         def empty(positions: int) -> KeyValueCache:
-            return KeyValueCache(batch, config.kv_heads, positions, config.head_width, weight.dtype, weight.device)
+            return KeyValueCache(batch, config.kv_heads, positions, config.head_width, dtype, device)
 
         cross = config.kind == "encoder_decoder"
-        return Cache([LayerCache(empty(capacity or config.context_length), empty(source_length) if cross else None)
+        positions = config.context_length if capacity is None else capacity
+        return Cache([LayerCache(empty(positions), empty(source_length) if cross else None)
                       for _ in range(config.layers)])
 
     def generate(self, prompt: Any, max_new_tokens: int, **options: Any) -> Iterator[Any]:
@@ -301,7 +315,8 @@ class Transformer(Module):
                  "packed"   float, in panels: the same bits, and the same memory once the original model is let go
                  "bf16", "q8_0", "q4_1", "q4_0"   16, 8.5, 5 and 4.5 bits a weight (ops.quantize)
 
-        The rest it shares with this model: norms, biases, positions. It cannot be trained, moved or saved.
+        The rest it shares with this model: norms, positions, most biases, and maps that are something else than a
+        Linear; so do not train this one on while the other is in use. It cannot be trained, moved or saved.
         Raises ValueError for another form, and for layers whose inputs are no multiple of 32 where they are quantised.
         """
         if weights != "packed" and weights not in SCHEMES:
@@ -313,7 +328,7 @@ class Transformer(Module):
             try:
                 if isinstance(module, Block):
                     module.attention.join()
-                elif isinstance(module, Linear) or module is tied:
+                elif type(module) is Linear or module is tied:
                     weight = module.weight
                     stored = ops.pack(weight) if weights == "packed" else ops.quantize(weight, weights)
                     module.register_stored("weight", stored)

@@ -104,8 +104,11 @@ class MultiHeadAttention(Module):
     def join(self) -> None:
         """Put copies of W_q, W_k and W_v one above the other, in place of the three modules: one product for all.
 
-        For self-attention, and for inference: state dicts have the three.
+        For self-attention, and for inference: state dicts have the three. Where one of them is a map of its own kind,
+        or has a bias and the others none, all stay as they are.
         """
+        if not self._one_product():
+            return
         parts, self.joined = (self.query, self.key, self.value), self.query.twin()
         self.joined.weight = Parameter(ops.concat([part.weight for part in parts]))
         biases = [part.bias for part in parts if part.bias is not None]

@@ -17,6 +17,9 @@ class ModuleList(Module):
             self.append(module)
 
     def append(self, module: Module) -> None:
+        """Add one at the end. Raises TypeError for what is not a Module, like a function."""
+        if not isinstance(module, Module):
+            raise TypeError(f"{type(self).__name__}: item {len(self)} is {type(module).__name__}, expected a Module")
         setattr(self, str(len(self)), module)
 
     def __len__(self) -> int:

@@ -53,6 +53,8 @@ class Module:
         elif isinstance(value, Tensor):
             if value.requires_grad and value.node is None:
                 roles[name] = "parameter"
+            elif roles.get(name) == "module":
+                del roles[name]
             elif roles.get(name) == "parameter":
                 raise TypeError(f"{type(self).__name__}: {name} is a parameter, and what is assigned to it is not a "
                                 "leaf tensor that requires grad; wrap it in nn.Parameter")
@@ -201,7 +203,8 @@ class Module:
         """Overwrite parameters and buffers with those of `state`, converted to the module's dtypes.
 
         A shared parameter may come under any of its names. strict: every name must be there, and no other.
-        Raises ValueError, and loads nothing, for missing, unexpected or (strict or not) misshapen entries.
+        Raises ValueError, and loads nothing, for missing, unexpected or (strict or not) misshapen entries, and
+        TypeError for what holds no real numbers.
         """
         targets = dict(self._saved(remove_duplicate=False))
         given = {id(targets[name]) for name in state if name in targets}
@@ -215,12 +218,15 @@ class Module:
         if any(names for _, names in problems):
             raise ValueError(f"{type(self).__name__}.load_state_dict: "
                              + "; ".join(f"{what}: {listed(names)}" for what, names in problems if names))
-        for name, value in targets.items():
-            if name in state:
-                k = get_backend(value.device)
-                source = k.array(np.asarray(state[name]), value.dtype)
-                k.copy(value.array, source, k.layout(value.array, source))
-                value.array.storage.version += 1
+        arrays = {name: np.asarray(state[name]) for name in targets if name in state}
+        if wrong := [f"{name} is {array.dtype}" for name, array in arrays.items() if array.dtype.kind not in "biuf"]:
+            raise TypeError(f"{type(self).__name__}.load_state_dict: expected real numbers; {listed(wrong)}")
+        for name, array in arrays.items():
+            value = targets[name]
+            k = get_backend(value.device)
+            source = k.array(array, value.dtype)
+            k.copy(value.array, source, k.layout(value.array, source))
+            value.array.storage.version += 1
 
     # ── looks ───────────────────────────────────────────────────────────────────────────────────────
 

@@ -129,7 +129,8 @@ class Op:
 
     def __call__(self, *args: Value, **attributes: Any) -> Tensor:
         if self.composite:
-            return self.forward(*self._composite_operands(args), **attributes)
+            operands = self._composite_operands(args)
+            return _keeping_views(operands, lambda: self.forward(*operands, **attributes))
         values: Sequence[Any] = args
         if attributes or self.binds or len(args) != len(self.inputs):
             values, attributes = self._bind(args, attributes)
@@ -147,7 +148,8 @@ class Op:
             check_shapes(self.name, self.signature, self.inputs,
                          tuple([None if a is None else a.data.shape for a in arrays]))
         if self.composed is not None and not k.has_fused(self.kernel):
-            return self.composed(*tensors, **attributes)
+            composed = self.composed
+            return _keeping_views(tensors, lambda: composed(*tensors, **attributes))
         y = self.forward(k, arrays, **attributes) if self.variadic else self.forward(k, *arrays, **attributes)
         extra: dict[str, Array | None] = {}
         if y.__class__ is tuple:
@@ -361,6 +363,20 @@ def _alias(x: Tensor | None) -> Tensor | None:
     if x is None or not x.requires_grad:
         return x
     return Tensor(x.array, x.device, True, Node(ALIAS, (edge_of(x),), (x.shape,), {}, {}, x.device))
+
+
+def _keeping_views(operands: Sequence[Any], run: Callable[[], Any]) -> Any:
+    """run(), an op that is made of others. A view that it makes of an operand, and that the tape may keep, is nobody
+    else's: it does not keep the operand from being changed in place (inplace.py), unless it is the result."""
+    given = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+    unseen = [x.array.storage for x in given if x.__class__ is Tensor and not x.array.storage.has_views]
+    result = run()
+    if unseen and isinstance(result, (Tensor, tuple, list)):
+        results = (result,) if isinstance(result, Tensor) else result
+        shared = {id(y.array.storage) for y in results if isinstance(y, Tensor)}
+        for storage in unseen:
+            storage.has_views = id(storage) in shared
+    return result
 
 
 def cast(k: Any, x: Array, dtype: DType) -> Array:

@@ -78,20 +78,35 @@ class Accumulator:
             tokens: float = 1) -> None:
         """Give microbatch `index` (from 0): the gradients of its loss sum, that sum, and its number of tokens.
 
-        Raises ValueError for an index outside the range, or one that was added before.
+        Raises ValueError, and adds nothing, for an index outside the range or one that was added before, and for
+        gradients that are not as many, of the shapes and of the types that the others are.
         """
         if not 0 <= index < self.microbatches:
             raise ValueError(f"Accumulator.add: index is {index}, expected one in [0, {self.microbatches})")
         if index in self._added:
             raise ValueError(f"Accumulator.add: microbatch {index} was added before")
-        self._added.add(index)
         arrays = tuple(g.array if isinstance(g, Tensor) else g for g in gradients)
-        self._finished[index, index + 1] = Accumulated(arrays, float(loss), tokens)
+        self._expect_alike(index, arrays)
+        self._added.add(index)
+        self._finished[index, index + 1] = Accumulated(arrays, float(loss), float(tokens))
         for left, right in reversed(list(splits_above(index, self.microbatches))):
             if left not in self._finished or right not in self._finished:
                 break
             total = self._sum(self._finished.pop(left), self._finished.pop(right))
             self._finished[left[0], right[1]] = total
+
+    def _expect_alike(self, index: int, gradients: tuple[Any, ...]) -> None:
+        missing = [i for i, g in enumerate(gradients) if g is None]
+        if missing:
+            raise ValueError(f"Accumulator.add: gradient {missing[0]} of microbatch {index} is None, expected an array")
+        known = next(iter(self._finished.values()), None)
+        if known is not None and len(gradients) != len(known.gradients):
+            raise ValueError(f"Accumulator.add: microbatch {index} has {len(gradients)} gradients, expected "
+                             f"{len(known.gradients)} as before")
+        for i, (g, like) in enumerate(zip(gradients, known.gradients if known is not None else ())):
+            if g.shape != like.shape or g.dtype is not like.dtype:
+                raise ValueError(f"Accumulator.add: gradient {i} of microbatch {index} is {g.dtype} {g.shape}, "
+                                 f"expected {like.dtype} {like.shape} as before")
 
     def _sum(self, a: Accumulated, b: Accumulated) -> Accumulated:
         gradients = tuple(_add(self.k, x, y) for x, y in zip(a.gradients, b.gradients, strict=True))
@@ -107,7 +122,7 @@ class Accumulator:
             raise ValueError(f"Accumulator: microbatches {missing} of {self.microbatches} are missing")
         total = self._finished[0, self.microbatches]
         if not total.tokens > 0:
-            raise ValueError(f"Accumulator: the tokens of all microbatches sum to {total.tokens}, expected > 0")
+            raise ValueError(f"Accumulator: the tokens of all microbatches sum to {total.tokens:g}, expected > 0")
         return total
 
     def mean(self) -> Accumulated:
@@ -117,8 +132,14 @@ class Accumulator:
         return Accumulated(gradients, total.loss, total.tokens)
 
     def assign(self, parameters: Sequence[Tensor]) -> float:
-        """Make the mean gradient the `.grad` of each parameter; returns the mean loss. Raises as total() does."""
+        """Make the mean gradient the `.grad` of each parameter; returns the mean loss.
+
+        Raises as total() does, and ValueError, assigning nothing, for parameters of other shapes than the gradients.
+        """
         mean = self.mean()
+        shapes, given = [g.shape for g in mean.gradients], [p.shape for p in parameters]
+        if given != shapes:
+            raise ValueError(f"Accumulator.assign: the parameters have shapes {given}, expected {shapes}")
         for parameter, gradient in zip(parameters, mean.gradients, strict=True):
             parameter.grad = gradient if isinstance(gradient, RowSparse) else Tensor(gradient, parameter.device)
         return mean.loss / mean.tokens

@@ -43,8 +43,8 @@ class Optimizer:
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[int, dict[str, Any]] = {}  # by id(parameter): "step", and the rule's slots
         self.postponed: dict[int, Postponed] = {}  # by id(parameter)
-        if isinstance(params, Tensor):
-            raise TypeError(f"{self.name}: params is a tensor, expected a list of tensors or of groups")
+        if isinstance(params, Tensor) or not isinstance(params, Iterable):
+            raise TypeError(f"{self.name}: params is {type(params).__name__}, expected a list of tensors or of groups")
         several: list[Any] = list(params)
         if not several:
             raise ValueError(f"{self.name}: got no parameters")
@@ -58,10 +58,13 @@ class Optimizer:
     def add_param_group(self, group: Mapping[str, Any]) -> None:
         """Add {"params": tensors, hyper-parameters ...}; what it does not name is as in the constructor."""
         group = dict(group)
+        if "params" not in group:
+            raise ValueError(f"{self.name}: a group has {', '.join(map(repr, group)) or 'nothing'}, expected 'params' "
+                             "and hyper-parameters")
         params = group.pop("params")
         params = [params] if isinstance(params, Tensor) else list(params)
         if "betas" in group:  # as PyTorch names the pair
-            group["beta1"], group["beta2"] = group.pop("betas")
+            group["beta1"], group["beta2"] = pair(self.name, group.pop("betas"))
         rule = self.rule.with_(**group)
         known = {id(p) for other in self.param_groups for p in other["params"]}
         for i, p in enumerate(params):
@@ -135,6 +138,8 @@ class Optimizer:
 
     def _update_rows(self, k: Backend, rule: Rule, p: Tensor, state: dict[str, Any], grad: RowSparse) -> None:
         if self.lazy:
+            if p.array.storage.postponed is not None:  # another optimizer's updates of these rows
+                p.array.storage.postponed.settle(grad.rows)
             table = Array(p.array.data.reshape(p.shape[0], -1), p.dtype)
             return update_rows(k, rule, table, state, grad, state["step"] + 1)
         known = self.postponed.get(id(p))
@@ -177,6 +182,9 @@ class Optimizer:
 
         Raises ValueError with one line, and changes nothing, if it does not fit.
         """
+        if not {"state", "param_groups"} <= set(saved) or not all("params" in group for group in saved["param_groups"]):
+            raise ValueError(f"{self.name}.load_state_dict: got {', '.join(map(repr, saved)):.200}, expected "
+                             "'state' and 'param_groups', each with its 'params'")
         sizes = [len(group["params"]) for group in self.param_groups]
         saved_sizes = [len(group["params"]) for group in saved["param_groups"]]
         if sizes != saved_sizes:
@@ -184,18 +192,26 @@ class Optimizer:
                              f"expected {sizes}")
         rules = [self.rule.with_(**{name: v for name, v in group.items() if name != "params"})
                  for group in saved["param_groups"]]
-        parameters = self._parameters()
-        order = [i for group in saved["param_groups"] for i in group["params"]]  # as the saving optimizer numbered them
-        loaded = {id(parameters[place]): self._loaded(i, parameters[place], saved["state"][i])
-                  for place, i in enumerate(order) if i in saved["state"]}
+        # As the saving optimizer numbered them; zip cannot be shorter, since the groups are of the same sizes.
+        order = [(i, rule) for group, rule in zip(saved["param_groups"], rules) for i in group["params"]]
+        unknown = saved["state"].keys() - {i for i, _ in order}
+        if unknown:
+            raise ValueError(f"{self.name}.load_state_dict: there is a state of {min(map(repr, unknown))}, which is no "
+                             "parameter of a saved group")
+        loaded = {id(p): self._loaded(i, rule, p, saved["state"][i])
+                  for p, (i, rule) in zip(self._parameters(), order) if i in saved["state"]}
         self.settle()
         self.postponed.clear()
         self.state = loaded
         for group, rule in zip(self.param_groups, rules):
             group.update({f.name: getattr(rule, f.name) for f in fields(rule)})
 
-    def _loaded(self, index: int, p: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:
-        k = get_backend(p.device)
+    def _loaded(self, index: int, rule: Rule, p: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:
+        k, slots = get_backend(p.device), {"step", *rule.slots}
+        optional = {"momentum_buffer"} if hasattr(rule, "momentum") else set()  # momentum may come and go between steps
+        if not slots - optional <= entry.keys() <= slots | optional:
+            raise ValueError(f"{self.name}.load_state_dict: parameter {index} has {sorted(map(str, entry))!r:.200}, "
+                             f"expected {sorted(slots)}")
         state: dict[str, Any] = {"step": int(entry["step"])}
         for name, value in entry.items():
             if name == "step":
@@ -215,6 +231,15 @@ class Optimizer:
         return f"{self.name}({'; '.join(groups)})"
 
 
+def pair(name: str, betas: Any) -> tuple[float, float]:
+    """Adam's two decay rates."""
+    try:
+        beta1, beta2 = betas
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: betas is {betas!r}, expected two numbers in [0, 1)") from None
+    return beta1, beta2
+
+
 class SGD(Optimizer):
     """Stochastic gradient descent with momentum: rules.SGDRule."""
 
@@ -228,7 +253,7 @@ class Adam(Optimizer):
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0):
-        super().__init__(params, AdamRule(lr, weight_decay, *betas, eps))
+        super().__init__(params, AdamRule(lr, weight_decay, *pair(self.name, betas), eps))
 
 
 class AdamW(Optimizer):
@@ -236,7 +261,7 @@ class AdamW(Optimizer):
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.01):
-        super().__init__(params, AdamWRule(lr, weight_decay, *betas, eps))
+        super().__init__(params, AdamWRule(lr, weight_decay, *pair(self.name, betas), eps))
 
 
 class LazyAdam(Adam):

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
+
 from engine.backend import Array, Backend
 from engine.dtypes import DType
 
@@ -41,9 +43,10 @@ class Rule:
         for field in fields(self):
             value = getattr(self, field.name)
             highest = 1.0 if field.name in self.below_one else math.inf
-            if not isinstance(value, bool) and not 0 <= value < highest:
-                raise ValueError(f"{type(self).__name__}: {field.name} is {value!r}, "
-                                 f"expected a number in [0, {highest})")
+            number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+            if not (isinstance(value, bool) if field.type == "bool" else number and 0 <= value < highest):
+                expected = "True or False" if field.type == "bool" else f"a number in [0, {highest})"
+                raise ValueError(f"{type(self).__name__}: {field.name} is {value!r}, expected {expected}")
 
     @property
     def slots(self) -> tuple[str, ...]:

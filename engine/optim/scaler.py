@@ -115,6 +115,8 @@ class GradScaler:
                 raise ValueError(f"GradScaler.load_state_dict: {name} is {state[name]!r}, expected a whole number of "
                                  "at least 0")
         self.scale_factor, self.good_steps, self.skipped_steps = scale, state["good_steps"], state["skipped_steps"]
+        self._finite.clear()
+        self._stepped.clear()
 
 
 def _power_of_two(what: str, name: str, value: Any) -> float:

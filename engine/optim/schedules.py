@@ -118,13 +118,19 @@ class Scheduler:
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def _set(self) -> None:
-        for group, schedule in zip(self.optimizer.param_groups, self.schedules):
+        groups = self.optimizer.param_groups
+        if len(groups) != len(self.schedules):
+            raise ValueError(f"Scheduler: the optimizer has {len(groups)} groups by now, expected "
+                             f"{len(self.schedules)} as when this was made")
+        for group, schedule in zip(groups, self.schedules):
             group["lr"] = schedule(self.updates + 1)
 
     def state_dict(self) -> dict[str, int]:
         return {"updates": self.updates}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after as many updates as were saved."""
+        """Continue after as many updates as were saved. Raises ValueError, and changes nothing, for anything else."""
+        if set(state) != {"updates"} or not isinstance(state["updates"], int) or state["updates"] < 0:
+            raise ValueError(f"Scheduler.load_state_dict: got {state!r:.100}, expected a number of updates")
         self.updates = state["updates"]
         self._set()

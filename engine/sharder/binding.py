@@ -27,15 +27,27 @@ def bind(replica: Any, values: Mapping[str, np.ndarray]) -> None:
     """Make each parameter of the replica a view of `values[its name]`; its gradient is dropped.
 
     The memory stays the server's: it must not be written to. A tape recorded before keeps the values it saw.
-    Raises ValueError with one line for a missing name, or another shape or dtype.
+    Raises ValueError with one line, and binds nothing, for a missing name, or another shape or dtype.
     """
-    for name, parameter in named(replica).items():
-        if name not in values:
-            raise ValueError(f"bind: the server has no parameter {name!r}; it has {', '.join(values)}")
-        value = values[name]
-        check_fits(name, parameter, value.shape, as_dtype(value.dtype))
-        parameter.array = get_backend(parameter.device).from_numpy(value)
+    parameters = named(replica)
+    refuse_others(parameters, values)
+    for name, parameter in parameters.items():
+        check_fits(name, parameter, values[name].shape, as_dtype(values[name].dtype))
+    for name, parameter in parameters.items():
+        parameter.array = get_backend(parameter.device).from_numpy(values[name])
         parameter.grad = None
+
+
+def refuse_others(parameters: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise ValueError for a parameter of a replica that the server does not have, or one under two names."""
+    known = list(names)
+    for name in parameters:
+        if name not in known:
+            raise ValueError(f"bind: the server has no parameter {name!r}; it has {', '.join(known)}")
+    first: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if first.setdefault(id(parameter), name) != name:
+            raise ValueError(f"bind: {first[id(parameter)]!r} and {name!r} are one tensor, expected one for each name")
 
 
 def check_fits(name: str, parameter: Any, shape: tuple[int, ...], dtype: DType) -> None:
@@ -77,7 +89,10 @@ def flat_gradient(parameter: Parameter, dtype: DType, gradient: Any, counter: Co
     """The gradient of one parameter, as flat_gradients has it."""
     if gradient is None:
         raise ValueError(f"push: {parameter.name!r} has no gradient; every parameter of the server needs one in every "
-                         "microbatch (leave frozen parameters out of the server)")
+                         "microbatch (leave frozen parameters out of the server, and give pull and backward a mapping "
+                         "without them)")
+    if isinstance(gradient, Tensor) and gradient.requires_grad and gradient.node is None:
+        raise ValueError(f"push: the gradient of {parameter.name!r} is a parameter; expected its .grad, or the module")
     sparse = isinstance(gradient, RowSparse)
     data = gradient.data if isinstance(gradient, Array) else \
         gradient if sparse else np.asarray(gradient)  # from a GPU: a copy

@@ -15,6 +15,7 @@ import numpy as np
 
 from engine.backend import Array, get_backend
 from engine.dtypes import as_dtype
+from engine.optim import Rule
 from engine.sharder.binding import named
 from engine.sharder.compression import compression_of
 from engine.sharder.consistency import Consistency, Damping
@@ -57,10 +58,25 @@ class Cluster:
         for name, value in (("microbatches", microbatches), ("shards", shards), ("workers", workers)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"ParameterServer: {name} is {value!r}, expected a whole number of at least 1")
+        if not isinstance(save_every, int) or save_every < 0:
+            raise ValueError(f"ParameterServer: save_every is {save_every!r}, expected a whole number of at least 0")
+        if not hasattr(rule, "apply"):
+            raise ValueError(f"ParameterServer: rule is {rule!r:.100}, expected an update rule, as optim.AdamWRule()")
+        if not isinstance(compress, (str, type(None))):
+            raise ValueError(f"ParameterServer: compress is {compress!r}, expected the name of a codec or None")
+        if isinstance(hyper, Mapping) and isinstance(rule, Rule):
+            rule.with_(**hyper)  # refuses what it does not know
+        if not isinstance(hyper, (Mapping, type(None))) and not callable(hyper):
+            raise ValueError(f"ParameterServer: hyper is {hyper!r}, expected a dict, a function or None")
+        if damping is not None and not callable(damping):
+            raise ValueError(f"ParameterServer: damping is {damping!r}, expected a function or None")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"ParameterServer: clip_norm is {clip_norm!r}, expected a positive number or None")
         if isinstance(consistency, str):
             consistency = Consistency.parse(consistency)
+        if not isinstance(consistency, Consistency):
+            raise ValueError(f"ParameterServer: consistency is {consistency!r}, expected bsp, ssp:3, asp or a "
+                             "Consistency")
         if consistency.asynchronous and clip_norm is not None:
             raise ValueError("ParameterServer: clip_norm needs the whole gradient of a clock, which asp never sees")
         if consistency.asynchronous and zero == 3:
@@ -85,7 +101,8 @@ class Cluster:
         self.setup = Setup(
             shapes={name: value.shape for name, value in values.items()}, dtype=self.dtype, k=self.k, rule=rule,
             hyper=as_hyper(hyper), microbatches=microbatches, clip_norm=clip_norm, consistency=consistency,
-            damping=damping, placement=placement, save_every=save_every, compress=compress, zero=zero)
+            damping=damping, placement=placement, compress=compress, zero=zero,
+            save_every=0 if self.shared else save_every)  # what shares its memory lives and dies together
         self.compression = compression_of(self.setup, goes_back=False)
         self.term = Term(0, shards, 0)
         self._place(Checkpoint(0, values, dict.fromkeys(rule.slots)))
@@ -146,6 +163,9 @@ class Cluster:
         """Continue from a state(). Raises ValueError with one line, and changes nothing, if it does not fit."""
         if self.active:
             raise RuntimeError("load: training is running; end the loop over run() first")
+        clock = state.get("clock", 0)
+        if np.shape(clock) or np.asarray(clock).dtype.kind not in "iu" or clock < 0:
+            raise ValueError(f"load: 'clock' is {clock!r:.100}, expected a whole number of at least 0")
         residuals = {key: value for key, value in state.items() if self.compression and key.startswith("residual.")}
         state = {key: value for key, value in state.items() if key not in residuals}
         kinds = ("parameters", *self.rule.slots)
@@ -183,6 +203,15 @@ class Cluster:
             raise ValueError(f"reshard: shards is {shards!r}, expected a whole number of at least 1")
 
     # ── machines ────────────────────────────────────────────────────────────────────────────────────
+
+    @staticmethod
+    def check_run(clocks: int | None, stride: int) -> None:
+        """Raise ValueError unless a run may have so many clocks, and such a stride."""
+        for name, value, least, rest in (("clocks", clocks, 0, " or None"), ("stride", stride, 1, "")):
+            if value is None and rest:
+                continue
+            if not isinstance(value, (int, np.integer)) or value < least:
+                raise ValueError(f"run: {name} is {value!r}, expected a whole number of at least {least}{rest}")
 
     def start(self, clocks: int | None = None) -> tuple[Coordinator, list[Shard], list[Worker]]:
         """The machines of a new run of so many clocks. Whatever an interrupted run had not committed is forgotten."""

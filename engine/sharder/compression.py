@@ -98,7 +98,7 @@ class InMemory:
     def write(self, microbatch: int, piece: Piece, mark: Mark, left: Array) -> None:
         own = self.left.setdefault((microbatch, piece.parameter.name), {})
         if mark not in own:
-            own[mark] = self.k.empty((piece.parameter.size,), self.dtype)
+            own[mark] = self.k.zeros((piece.parameter.size,), self.dtype)  # some pieces of it may never come
         self.k.cast(self.read(microbatch, piece, mark), left)
 
     def remove(self, microbatch: int, parameter: Parameter, mark: Mark) -> None:
@@ -136,7 +136,7 @@ class Compression:
             self.shelf.write(microbatch, piece, (clock, term), kept)
             needed = self._needed(clock, floor)
             for mark in marks:
-                if mark[0] not in needed:
+                if mark[0] not in needed and mark != before:  # which the parameter's other pieces still begin with
                     self.shelf.remove(microbatch, piece.parameter, mark)
         return payload
 

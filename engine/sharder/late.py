@@ -27,7 +27,7 @@ import numpy as np
 
 from engine.backend import Array, get_backend
 from engine.backend.array import LateStorage
-from engine.sharder.binding import check_fits, named
+from engine.sharder.binding import check_fits, named, refuse_others
 from engine.sharder.events import Received
 from engine.sharder.versions import Version, assemble_one
 from engine.tensor import Tensor
@@ -69,11 +69,12 @@ class LateParameters(Mapping[str, np.ndarray]):
     def bind(self, replica: Any) -> None:
         """Let each parameter of the replica fetch its memory when it is used; its gradient is dropped. Raises as
         binding.bind does."""
-        for name, tensor in named(replica).items():
-            if name not in self.tensors:
-                raise ValueError(f"bind: the server has no parameter {name!r}; it has {', '.join(self.tensors)}")
+        parameters = named(replica)
+        refuse_others(parameters, self.tensors)
+        for name, tensor in parameters.items():
             if not hasattr(tensor, "late"):  # else it was looked at when it was bound first
                 check_fits(name, tensor, self.partition.parameters[name].shape, self.client.dtype)
+        for name, tensor in parameters.items():
             tensor.release(partial(self.array, name, tensor.device))
             tensor.grad = None
             self.tensors[name].append(tensor)

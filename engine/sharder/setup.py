@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.backend import Backend
 from engine.dtypes import DType
-from engine.optim import clip
+from engine.optim import Rule, clip
 from engine.sharder.consistency import BSP, Consistency, Damping
 from engine.sharder.partition import Partition
 
@@ -66,11 +66,14 @@ class Setup:
         return self.consistency.updates(clock, self.microbatches)
 
     def hyper_at(self, step: int, name: str, staleness: int) -> Mapping[str, Any]:
-        """The hyper-parameters of an update that comes `staleness` updates late."""
+        """The hyper-parameters of an update that comes `staleness` updates late. Raises ValueError as the rule does for
+        those that it cannot work with: before anything is written."""
         hyper = self.hyper(step, name)
-        if self.damping is None:
-            return hyper
-        return {**hyper, "lr": hyper.get("lr", self.rule.lr) * self.damping(staleness)}
+        if self.damping is not None:
+            hyper = {**hyper, "lr": hyper.get("lr", self.rule.lr) * self.damping(staleness)}
+        if hyper and isinstance(self.rule, Rule):
+            self.rule.with_(**hyper)
+        return hyper
 
     def clip(self, squares: np.ndarray) -> tuple[float, float]:
         """Σg² of every block -> (norm of the gradient, factor that clips it)."""

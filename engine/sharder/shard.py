@@ -227,14 +227,14 @@ class Shard:
     def _update(self, total: Accumulated, scale: float, staleness: int) -> None:
         """new parameters, new state = rule(parameters, state, Σ gradients / Σ tokens · scale); parameters into the next
         version."""
-        memory, k = self.memory, self.k
+        memory, k, step = self.memory, self.k, self.memory.version + 1
+        hypers = [self.setup.hyper_at(step, piece.parameter.name, staleness) for piece in self.pieces]
         memory.torn = True
-        old, new, step = memory.versions.current, memory.versions.reserve(), memory.version + 1
+        old, new = memory.versions.current, memory.versions.reserve()
         for i, (piece, gradient) in enumerate(zip(self.pieces, total.gradients, strict=True)):
             state = {slot: of_pieces[i] for slot, of_pieces in memory.slots.items()}
-            hyper = self.setup.hyper_at(step, piece.parameter.name, staleness)
-            self.setup.rule.apply(k, new.piece(piece), state, old.piece(piece), state, gradient, step,
-                                  total.tokens, scale, **hyper)
+            self.setup.rule.apply(k, new.piece(piece), state, old.piece(piece), state, gradient, step, total.tokens,
+                                  scale, **hypers[i])
         memory.versions.commit()
         memory.version, memory.torn = step, False
 

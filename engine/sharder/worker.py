@@ -144,28 +144,32 @@ class Worker:
         if not 0 <= request.tokens < inf:
             raise ValueError(f"worker {self.number}: push of microbatch {request.microbatch} with {request.tokens} "
                              "tokens, expected a finite number of at least 0")
+        if self.setup.consistency.asynchronous and not request.tokens:
+            raise ValueError(f"worker {self.number}: push of microbatch {request.microbatch} without tokens; in asp "
+                             "each is an update of its own, which divides by them")
         shards: Iterable[int] = range(self.term.shards) if request.shard is None else (request.shard,)
-        if request.shard is None:
-            self.due.remove(request.microbatch)
         if self._void(begun):
+            if request.shard is None:
+                self.due.remove(request.microbatch)
             self.leaving.clear()
             return []
         identity, have = self.leaving.get(request.microbatch) or self._new_push(request.microbatch)
-        sends = []
+        pushes = {}
         for shard in shards:
             if shard in have:
                 continue
-            have.add(shard)
             version = begun.version
             if self.setup.consistency.asynchronous:
                 version = self.read.get(shard, version)
-            push = Push(identity, self.term.number, begun.clock, version, request.microbatch, request.loss,
-                        request.tokens, self._share(shard, request))
-            self.pushes[shard, identity.sequence] = push
-            sends.append(Send(shard_address(shard), push))
+            pushes[shard] = Push(identity, self.term.number, begun.clock, version, request.microbatch, request.loss,
+                                 request.tokens, self._share(shard, request))
+        # What may fail, as writing a residual may, is done: till here it can be asked for again.
+        have.update(pushes)
+        self.pushes.update({(shard, identity.sequence): push for shard, push in pushes.items()})
         if request.shard is None:
+            self.due.remove(request.microbatch)
             del self.leaving[request.microbatch]
-        return sends
+        return [Send(shard_address(shard), push) for shard, push in pushes.items()]
 
     def _void(self, begun: Begin) -> bool:
         """Whether nobody waits for what it computes: its term is over, or its clock, so that it was given parameters of

@@ -66,6 +66,18 @@ def test_assign_gives_tensors_their_mean_gradient_and_returns_the_mean_loss():
     assert parameter.grad.tolist() == [1.0, 1.5]
 
 
+def test_what_does_not_fit_the_parameters_is_assigned_to_none():
+    accumulator = Accumulator(1)
+    accumulator.add(0, [eg.ones(2), eg.ones(3)])
+    a, b = (eg.zeros(n, requires_grad=True) for n in (2, 3))
+    for wrong in ([a], [a, b, b], [a, a]):
+        with pytest.raises(ValueError, match=r"assign: the parameters have shapes .*, expected \[\(2,\), \(3,\)\]"):
+            accumulator.assign(wrong)
+        assert a.grad is None
+    accumulator.assign([a, b])
+    assert b.grad.tolist() == [1.0] * 3
+
+
 def test_errors_are_one_clear_line():
     with pytest.raises(ValueError, match="microbatches is 0, expected at least 1"):
         Accumulator(0)
@@ -78,6 +90,14 @@ def test_errors_are_one_clear_line():
         accumulator.add(3, one)
     with pytest.raises(ValueError, match=r"microbatches \[0, 2\] of 3 are missing"):
         accumulator.mean()
+    for wrong, message in [([], "microbatch 0 has 0 gradients, expected 1 as before"),
+                           ([*one, *one], "microbatch 0 has 2 gradients"),
+                           ([None], "gradient 0 of microbatch 0 is None"),
+                           ([K.zeros((1, 1), eg.float32)], r"is float32 \(1, 1\), expected float32 \(1,\)"),
+                           ([K.zeros((1,), eg.float64)], r"is float64 \(1,\), expected float32 \(1,\)")]:
+        with pytest.raises(ValueError, match=message):
+            accumulator.add(0, wrong)
+        assert 0 not in accumulator
     accumulator.add(0, one, tokens=0)
     accumulator.add(2, one, tokens=0)
     with pytest.raises(ValueError, match="sum to 0, expected > 0"):

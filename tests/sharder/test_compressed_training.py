@@ -73,6 +73,32 @@ def test_the_bits_are_those_of_a_plain_loop_with_error_feedback(codec):
     assert any(np.any(states[0][key]) for key in states[0] if key.startswith("residual."))
 
 
+@pytest.mark.parametrize("codec", ["int8", "topk:0.05"])
+def test_a_gradient_that_is_sparse_in_some_clocks_leaves_its_residual_for_the_others(codec):
+    """It is sent as it is then, so its residual is older than the clock before when it is needed again."""
+    table = {"table": np.random.default_rng(0).standard_normal((3000, 4)).astype("float32")}
+
+    def train(client):
+        while client.clock():
+            for index in client.microbatches:
+                random = np.random.default_rng((client.step, index))
+                if client.step in (1, 2):
+                    rows = eg.tensor(random.standard_normal((2, 4)).astype("float32"))
+                    gradient = eg.RowSparse(np.array([5, 2999]), rows, 3000)
+                else:
+                    gradient = random.standard_normal((3000, 4)).astype("float32")
+                client.push(index, {"table": gradient}, 1.0, 1)
+
+    states = []
+    for shards in (1, 2, 3):
+        cluster = ParameterServer(table, RULE, microbatches=2, shards=shards, compress=codec)
+        for _ in cluster.run(train, clocks=5):
+            pass
+        states.append(cluster.state())
+    for state in states:
+        assert_same_bits(state, states[0])
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_saved_state_goes_on_to_the_same_bits(codec):
     whole = run(server(codec), 5)

@@ -219,6 +219,27 @@ def test_a_snapshot_is_found_while_its_folder_is_being_taken(tmp_path, monkeypat
     assert library.checkpoint(2).clock == 2
 
 
+def test_a_folder_is_taken_before_its_snapshots_are_listed(tmp_path, monkeypatch):
+    cluster, _, shards, _ = machines()
+    library = Library(tmp_path, cluster.setup)
+    library.keep_origin(cluster.checkpoint())
+    for shard in shards:
+        saved_at(tmp_path, shard, 2, cluster.setup)
+    takers = [1]
+
+    def taken_first(look):
+        def looks(folder):
+            if takers and str(folder).endswith("shard-0-0"):
+                Store(tmp_path, ADDRESS, cluster.setup, takers.pop())
+            return look(folder)
+        return looks
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, taken_first(getattr(os, name)))
+    assert library.checkpoint(2).clock == 2
+    assert not takers
+
+
 def saved_at(tmp_path, shard, clock, setup):
     shard.clock = clock
     Store(tmp_path, shard_address(shard.number), setup).save(shard.snapshot(), 0)

@@ -57,6 +57,28 @@ def test_a_worker_asks_to_begin_and_begins():
     assert worker.step(Timeout()) == []
 
 
+def test_a_push_that_fails_in_its_middle_may_be_made_again():
+    """As when the disk takes no residual: what the first shards were to get is not sent, and not taken for sent."""
+    _, _, _, (worker, _) = machines()
+    begun(worker)
+    left = [1]
+
+    def encode(clock, microbatch, piece, part, term, floor):
+        if piece.start or piece.parameter.name != next(iter(SMALL)):
+            if left:
+                left.pop()
+                raise OSError("no space")
+        return part
+
+    worker.encode = encode
+    with pytest.raises(OSError, match="no space"):
+        worker.step(PushRequested(0, flat(), 1.0, 1))
+    assert worker.due == {0} and not worker.pushes
+    sends = worker.step(PushRequested(0, flat(), 1.0, 1))
+    assert sorted(send.to for send in sends) == [shard_address(0), shard_address(1)]
+    assert not worker.due and len(worker.pushes) == 2
+
+
 def test_a_worker_ignores_answers_to_an_earlier_incarnation_or_clock():
     _, _, _, (worker, _) = machines()
     begun(worker)

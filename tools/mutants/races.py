@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tools.mutants.record import Mutant
 
-TESTS = "tests/test_survivors.py::test_no_piece_of_a_job_is_left_out"
+TESTS = ("tests/test_survivors.py::test_jobs_that_follow_each_other_at_once "
+         "tests/test_survivors.py::test_no_piece_of_a_job_is_left_out")
 FILE = "kernels/threads.c"
 
 RACES = [

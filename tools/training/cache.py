@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,8 @@ class TokenCache:
 
 
 def entry_key(corpus: Corpus, vocab: int | None) -> str:
-    parts = [corpus.sha256, f"every {HELD_OUT}th held out", "bytes" if vocab is None else f"bpe {vocab}"]
+    tokens = "bytes" if vocab is None else f"bpe {vocab}, other bytes as they are"
+    parts = [corpus.sha256, f"every {HELD_OUT}th held out", tokens]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -67,7 +69,10 @@ def write_entry(entry: Path, corpus: Corpus, vocab: int | None) -> None:
             tokenizer.save(temporary)
         facts: dict[str, object] = {"corpus": corpus.description, "corpus_sha256": corpus.sha256}
         for split in SPLITS:
-            facts[split] = write_split(temporary / f"{split}.tokens", corpus, split, tokenizer)
+            written = facts[split] = write_split(temporary / f"{split}.tokens", corpus, split, tokenizer)
+            if written["tokens"] < 2:
+                raise ProgramError(f"{corpus.description}: the part for {split} has {written['tokens']} tokens, "
+                                   "expected at least 2, to predict one from another; give more text")
         (temporary / "facts.json").write_text(json.dumps(facts, indent=1))
         os.replace(temporary, entry)
     except OSError as error:
@@ -78,7 +83,7 @@ def write_entry(entry: Path, corpus: Corpus, vocab: int | None) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_split(path: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> dict[str, object]:
+def write_split(path: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> dict[str, Any]:
     count, dtype = 0, "uint8"
     with path.open("wb") as file:
         for document in corpus.documents(split):

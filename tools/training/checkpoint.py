@@ -26,8 +26,9 @@ from typing import Any
 
 import numpy as np
 
+from engine.files import sync_folder, write_durably
 from tools.training.errors import ProgramError, json_object, require
-from tools.training.tokens import Tokenizer
+from tools.training.tokens import TOKENIZER_FILE, Tokenizer
 
 Arrays = dict[str, np.ndarray]
 FACTS = "training.json"
@@ -59,23 +60,6 @@ def arrays_digest(arrays: Arrays) -> str:
 
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────────
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write and wait until the disk has it."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """A rename or a new file is on the disk only when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def save(parent: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, keep: int) -> Path:
     """Write step-<n> below parent, then remove all but the newest `keep` checkpoints.
 
@@ -94,11 +78,11 @@ def save(parent: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, keep: int) 
         hashes = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
         facts = {**checkpoint.facts, "sha256": hashes}
         write_durably(temporary / FACTS, json.dumps(facts, indent=1).encode())
-        flush_folder(temporary)
+        sync_folder(temporary)
         if final.exists():
             discard(final)
         os.replace(temporary, final)
-        flush_folder(parent)
+        sync_folder(parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         kept = steps(parent)
@@ -163,6 +147,8 @@ def read(folder: Path, optimizer: bool = False) -> Checkpoint:
                                    "remove this folder to go on from the one before")
             return data
 
+        if TOKENIZER_FILE in hashes or (folder / TOKENIZER_FILE).exists():  # without one, tokens are bytes
+            checked(TOKENIZER_FILE)
         return Checkpoint(model=from_bytes(checked("model.safetensors")),
                           optimizer=from_bytes(checked("optimizer.safetensors")) if optimizer else {},
                           config=json_object(checked("config.json")), facts=facts)
@@ -172,7 +158,8 @@ def read(folder: Path, optimizer: bool = False) -> Checkpoint:
 
 def check_facts(facts: dict[str, Any]) -> None:
     """Raise ValueError unless training.json has what a run that goes on takes from it."""
-    kinds: dict[str, Any] = {"step": int, "seconds": (int, float), "settings": dict, "corpus": dict, "sha256": dict}
+    kinds: dict[str, Any] = {"step": int, "seconds": (int, float), "settings": dict, "corpus": dict, "sha256": dict,
+                             "kernels": str}
     for name, kind in kinds.items():
         if not isinstance(facts.get(name), kind) or isinstance(facts[name], bool):
             raise ValueError(f"{FACTS}: {name} is {facts.get(name)!r}")

@@ -10,6 +10,7 @@ same bytes.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ def digest(documents: list[Document]) -> str:
     total = hashlib.sha256()
     for document in documents:
         data = document.read()
-        total.update(f"{document.name}\0{len(data)}\0".encode())
+        total.update(os.fsencode(document.name) + f"\0{len(data)}\0".encode())
         total.update(data)
     return total.hexdigest()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import sys
 from collections.abc import Callable
+from math import isfinite
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +34,13 @@ def json_object(data: bytes) -> dict[str, Any]:
     return found
 
 
+def finite(value: Any) -> Any:
+    """The same for JSON, which has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
 def require(module: str, purpose: str, extra: str = "train") -> ModuleType:
     """Import an optional dependency, or say in one line what it is for and how to install it."""
     try:
@@ -45,8 +54,11 @@ def require(module: str, purpose: str, extra: str = "train") -> ModuleType:
 def run_program(name: str, main: Callable[[], int]) -> int:
     """Call a program's main and turn the errors a user can mend into one line and exit status 1.
 
-    Returns the status: main's own, 1 after such an error, 130 after Ctrl-C (128 + SIGINT, as shells count it).
+    Returns the status: main's own, 1 after such an error, 130 after Ctrl-C (128 + SIGINT, as shells count it). A
+    character that standard output cannot take is shown as another.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         status = main()
         sys.stdout.flush()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import log
+from math import inf, log
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,9 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return float(2 ** (self.bits / self.tokens))
+        """Infinite where a float64 cannot hold it."""
+        bits = self.bits / self.tokens
+        return 2.0**bits if bits < 1024 else inf
 
 
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int]]:
@@ -53,7 +55,7 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int]]
 def score(model: Any, tokens: np.ndarray, byte_lengths: np.ndarray, context: int, stride: int | None = None,
           batch: int = 16, progress: Callable[[int, int], None] | None = None) -> Score:
     """Score a model on one row of tokens. stride None: context, that is windows side by side."""
-    stride = stride or context
+    stride = context if stride is None else stride
     if len(tokens) < 2:
         raise ProgramError(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one from another")
     if not 1 <= stride <= context:

@@ -49,7 +49,7 @@ def prompt_for(session: Session, number: int) -> str:
     tokens, count = session.cache.validation, session.settings.samples
     text = session.cache.tokenizer.decode(tokens[len(tokens) * number // count:][:200]).decode(errors="ignore")
     lines = [line for line in text.split("\n")[1:] if line.strip()] or [text]
-    return lines[0][:20]
+    return lines[0][:20] or "\n"
 
 
 def sample(session: Session, number: int) -> str:

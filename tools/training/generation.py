@@ -14,7 +14,7 @@ def generate_text(model: Any, tokenizer: Tokenizer, prompt: str, max_new_tokens:
                   top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
                   stop: str | None = None, seed: int = 0) -> Iterator[str]:
     """Yield pieces of the continuation of `prompt`, which come before the first occurrence of `stop`."""
-    ids = tokenizer.encode(prompt.encode())
+    ids = tokenizer.encode(prompt.encode(errors="surrogateescape"))  # bytes of a command line that are no UTF-8
     if not len(ids):
         raise ProgramError("the prompt is empty; give at least one character for the model to go on from")
     ids = ids[-model.config.context_length:]  # the model looks back no further

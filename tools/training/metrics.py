@@ -6,10 +6,10 @@ A resumed run drops the lines that came after its checkpoint, so each step stand
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from engine.files import replace_file
 from tools.training.errors import ProgramError, json_object
 
 
@@ -19,13 +19,10 @@ class Metrics:
     def __init__(self, path: Path, resume_step: int | None = None):
         self.path = path
         kept = [] if resume_step is None else [r for r in read_metrics(path) if r["step"] <= resume_step]
-        temporary = path.with_suffix(".tmp")
         try:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            os.replace(temporary, path)
+            replace_file(path, [json.dumps(record).encode() + b"\n" for record in kept])
             self.file = path.open("ab", buffering=0)  # a line is with the system as soon as it is written
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise self.failure(error) from error
 
     def write(self, step: int, **values: Any) -> None:

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import json
 import lzma
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from engine.files import replace_file
 from tools.training.corpus import Corpus
 from tools.training.errors import json_object
 
@@ -107,9 +107,7 @@ def baselines(corpus: Corpus, cache_folder: Path) -> dict[str, float]:
     table = {f"{n}-gram": bits for n, bits in interpolated_bits(training, validation).items()}
     table["lzma"] = lzma_bits(training, validation)
     try:
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(table, indent=1))
-        os.replace(temporary, path)
+        replace_file(path, json.dumps(table, indent=1).encode())
     except OSError:
         pass  # the figures are right all the same; a full disk is reported where it costs something
     return table

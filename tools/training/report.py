@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from engine.files import replace_file
+from tools.training.errors import finite
 from tools.training.progress import duration
 
 MODEL_ROW = "this Transformer"
@@ -64,7 +65,5 @@ def markdown(facts: dict[str, Any]) -> str:
 
 def write_report(folder: Path, facts: dict[str, Any]) -> None:
     """report.json and report.md in the run's folder, each replaced whole."""
-    for name, text in (("report.json", json.dumps(facts, indent=1)), ("report.md", markdown(facts))):
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, folder / name)
+    for name, text in (("report.json", json.dumps(finite(facts), indent=1)), ("report.md", markdown(facts))):
+        replace_file(folder / name, text.encode())

@@ -118,6 +118,10 @@ class Session:
         eg.sharder.bind(self.model, self.server.parameters())
         return self.model.eval()
 
+    def not_finite(self) -> str | None:
+        """The name of a parameter that holds NaN or an infinity, if one does."""
+        return next((name for name, x in self.server.parameters().items() if not np.isfinite(x).all()), None)
+
     def validate(self) -> Score:
         """A quick estimate on the validation text."""
         return sampled_score(self.current_model(), self.cache.validation, self.byte_lengths, self.settings.context,

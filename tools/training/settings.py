@@ -75,7 +75,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, each with one line."""
-        at_least = {"vocab": 257, "warmup": 0, "seed": 0, "samples": 0, "weight_decay": 0, "backups": 0,
+        at_least = {"vocab": 257, "warmup": 0, "samples": 0, "weight_decay": 0, "backups": 0,
                     "save_every": 0}
         for setting in fields(self):
             name, value = setting.name, getattr(self, setting.name)
@@ -90,6 +90,8 @@ class Settings:
                 possible, expected = 0 < value < inf, "a positive number"
             elif name in ("dropout", "beta2"):
                 possible, expected = 0 <= value < 1, "a number from 0 to below 1"
+            elif name == "seed":
+                possible, expected = 0 <= value < 2**63, "a whole number in [0, 2**63)"
             else:
                 least = at_least.get(name, 1)
                 possible, expected = least <= value < inf, f"at least {least}"

@@ -7,12 +7,14 @@ decoding for a reader goes through `StreamDecoder`, which holds an unfinished ch
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from engine.files import write_durably
 from tools.training.errors import ProgramError, require
 
 TOKENIZER_FILE = "tokenizer.json"  # the Hugging Face layout
@@ -26,6 +28,8 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> bytes: ...
     def byte_lengths(self) -> np.ndarray: ...
     def save(self, folder: Path) -> None: ...
+
+NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # as Python's surrogateescape writes such bytes
 
 
 class ByteTokenizer:
@@ -49,7 +53,8 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """Byte-level BPE by the `tokenizers` library. Bytes that are not UTF-8 are read as U+FFFD."""
+    """Byte-level BPE by the `tokenizers` library, which reads UTF-8. Other bytes are tokens of one byte each: nothing
+    is lost."""
 
     def __init__(self, backend: Any):
         self.backend = backend
@@ -58,6 +63,7 @@ class BPETokenizer:
         to_byte = {character: byte for byte, character in enumerate(byte_characters())}
         pieces = [backend.id_to_token(i) for i in range(self.vocab_size)]
         self.pieces = [bytes(to_byte[character] for character in piece) for piece in pieces]
+        self.of_byte = {piece[0]: i for i, piece in enumerate(self.pieces) if len(piece) == 1}
 
     @classmethod
     def train(cls, texts: Iterable[bytes], vocab_size: int) -> BPETokenizer:
@@ -67,7 +73,7 @@ class BPETokenizer:
         backend.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
                                               initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet())
-        backend.train_from_iterator((text.decode(errors="replace") for text in texts), trainer)
+        backend.train_from_iterator((text.decode(errors="ignore") for text in texts), trainer)
         return cls(backend)
 
     @classmethod
@@ -81,7 +87,9 @@ class BPETokenizer:
             raise ProgramError(f"cannot read the tokenizer {path}: {error}") from error
 
     def encode(self, text: bytes) -> np.ndarray:
-        ids = self.backend.encode(text.decode(errors="replace")).ids
+        ids: list[int] = []
+        for i, part in enumerate(NOT_UTF8.split(text.decode(errors="surrogateescape"))):
+            ids += [self.of_byte[ord(c) - 0xDC00] for c in part] if i % 2 else self.backend.encode(part).ids
         return np.array(ids, np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     def decode(self, ids: Iterable[int]) -> bytes:
@@ -91,7 +99,7 @@ class BPETokenizer:
         return np.array([len(piece) for piece in self.pieces], np.int64)
 
     def save(self, folder: Path) -> None:
-        (folder / TOKENIZER_FILE).write_text(self.backend.to_str())
+        write_durably(folder / TOKENIZER_FILE, self.backend.to_str().encode())
 
 
 def byte_characters() -> list[str]:

@@ -20,6 +20,7 @@ that is replaced is written beside it, synchronised, and renamed, so it is there
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import platform
 import struct
@@ -29,6 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engine.files import sync_folder
 from engine.sharder.drivers.frozen import Frozen, freeze, thaw
 from engine.sharder.encoding import WireError, decode, encode
 from engine.sharder.events import Address
@@ -79,7 +81,7 @@ def write_whole(path: Path, records: Iterable[tuple[int, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-    _synchronise(path.parent)
+    sync_folder(path.parent)
 
 
 def read_whole(path: Path) -> tuple[int, Any] | None:
@@ -91,18 +93,18 @@ def read_whole(path: Path) -> tuple[int, Any] | None:
     return next(((number, value) for number, value, end in records_of(data) if end == len(data)), None)
 
 
-def _synchronise(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def folder_of(folder: Path, address: Address) -> Path | None:
     """Of the newest incarnation that has one."""
     found = folder.glob(f"{address[0]}-{address[1]}-*")
     return max(found, key=_incarnation, default=None)
+
+
+def _names(folder: Path, pattern: str) -> list[str]:
+    """Of the files in a folder; none where it is not there (any more)."""
+    try:
+        return fnmatch.filter(os.listdir(folder), pattern)
+    except FileNotFoundError:
+        return []
 
 
 def _incarnation(path: Path) -> int:
@@ -122,7 +124,7 @@ def claim(folder: Path, address: Address, incarnation: int) -> Path:
                 found.rename(own)
             except FileNotFoundError:
                 continue  # somebody else was quicker
-        _synchronise(folder)
+        sync_folder(folder)
     return own
 
 
@@ -238,7 +240,7 @@ class Library:
         """
         while True:
             folders = set(self.folder.glob("shard-*-*"))
-            names = {path.name for path in self.folder.glob(f"shard-*-*/snapshot-{version}-*[0-9]")}
+            names = {name for folder in folders for name in _names(folder, f"snapshot-{version}-*[0-9]")}
             for name in sorted(names, key=lambda name: -int(name.split("-")[2])):
                 parts = self._parts(name)
                 if parts:

@@ -93,7 +93,7 @@ class SupervisedServer(Cluster, ABC):
         self.folder = folder
         known = {field.name: getattr(self.setup, field.name) for field in fields(self.setup)
                  if field.name not in ("k", "hyper", "_partitions")}
-        self.recipe = Recipe(known, self.device, hyper)
+        self.recipe = Recipe(known, self.device, dict(hyper) if isinstance(hyper, Mapping) else hyper)  # as as_hyper
         self.recording: Recording | None = None  # of the present run
         self._team: Team | None = None
         self._stale = False  # whether the shards are ahead of what this process has
@@ -152,6 +152,7 @@ class SupervisedServer(Cluster, ABC):
     def run(self, program: Program, clocks: int | None = None, stride: int = 1,
             trace: str | Path | None = None) -> Iterator[Committed]:
         """Train, as ParameterServer.run does, with program(client) in a process for each worker."""
+        self.check_run(clocks, stride)
         origin = self.checkpoint()
         coordinator, _, workers = self.start(clocks)
         try:

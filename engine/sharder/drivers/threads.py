@@ -78,9 +78,10 @@ class ParameterServer(Cluster):
         shard or the rule raises; KeyboardInterrupt is raised at the end of the stride in which it came. trace: a file
         for a Chrome trace of what all machines did (playback.py).
         """
-        recording = Recording(trace) if trace else None
+        self.check_run(clocks, stride)
         machines = self.start(clocks)
         try:
+            recording = Recording(trace) if trace else None
             team = _Team(self, program, recording, *machines)
             last = None if clocks is None else team.clock + clocks
             try:
