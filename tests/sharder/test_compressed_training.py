@@ -263,6 +263,15 @@ def test_a_synchronised_residual_is_written_to_the_disk_at_once(tmp_path, monkey
         assert written == synchronised * [400]
 
 
+def test_the_folder_of_a_run_that_is_over_does_not_come_back(tmp_path):
+    """Workers may still be writing when another process of a run whose caller was killed removes it."""
+    piece = Partition({"w": (100,)}, 1).pieces[0][0]
+    shelf = InFiles(tmp_path / "run" / "residuals", ["w"], K, eg.float32)
+    with pytest.raises(FileNotFoundError):
+        shelf.write(0, piece, (0, 0), K.full((100,), 1.0, eg.float32))
+    assert not list(tmp_path.iterdir())
+
+
 def test_who_finds_that_a_residual_was_removed_leaves_nothing_behind(tmp_path):
     partition = Partition({"w": (100,)}, 1)
     piece, shelf = partition.pieces[0][0], InFiles(tmp_path, ["w"], K, eg.float32)

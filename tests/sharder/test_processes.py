@@ -246,7 +246,8 @@ import sys, time
 sys.path[:0] = {paths!r}
 from sharder_problems import make, program
 from engine.sharder.drivers.processes import ProcessServer
-server = make(ProcessServer, workers=2, shards=2, microbatches=3, start={start!r}, folder={folder!r})
+server = make(ProcessServer, workers=2, shards=2, microbatches=3, start={start!r}, folder={folder!r},
+              compress={compress!r})
 if __name__ == "__main__":
     for done in server.run(program):
         print(*server.processes().values(), flush=True)
@@ -261,12 +262,14 @@ def alive(pid):
         return False
 
 
-@pytest.mark.parametrize(("start", "end"), [("fork", signal.SIGKILL), ("spawn", signal.SIGKILL),
-                                            ("fork", signal.SIGINT)])
-def test_no_child_outlives_its_run(tmp_path, start, end):
+@pytest.mark.parametrize(("start", "end", "compress"), [
+    ("fork", signal.SIGKILL, None), ("spawn", signal.SIGKILL, None), ("fork", signal.SIGINT, None),
+    ("fork", signal.SIGKILL, "int8")])  # while workers write what is left to say
+def test_no_child_outlives_its_run(tmp_path, start, end, compress):
     script = tmp_path / "orphans.py"
+    pause = 0.01 if end == signal.SIGINT or compress else 60
     script.write_text(ORPHANS.format(paths=[str(TESTS), str(TESTS.parents[1])], start=start, folder=str(tmp_path),
-                                     pause=0.01 if end == signal.SIGINT else 60))
+                                     pause=pause, compress=compress))
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         pids = [int(pid) for pid in run.stdout.readline().split()]
         assert len(pids) == 5 and all(map(alive, pids))
@@ -283,7 +286,8 @@ RAISES = ORPHANS.replace("time.sleep({pause})", "raise KeyError('by the caller')
 
 def test_a_caller_that_ends_without_leaving_the_loop_leaves_nothing(tmp_path):
     script = tmp_path / "raises.py"
-    script.write_text(RAISES.format(paths=[str(TESTS), str(TESTS.parents[1])], start="fork", folder=str(tmp_path)))
+    script.write_text(RAISES.format(paths=[str(TESTS), str(TESTS.parents[1])], start="fork", folder=str(tmp_path),
+                                    compress=None))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().endswith("KeyError: 'by the caller'"), done.stderr
     pids = [int(pid) for pid in done.stdout.split()]

@@ -7,6 +7,7 @@ process that bore it is gone; then it removes the run's folder and dies too.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -218,12 +219,15 @@ def live(order: Order, secret: bytes, lifeline: Any, let_go: Sequence[Callable[[
 
 
 def _watch(lifeline: Any, folder: Path) -> None:
-    """Die with the run."""
+    """Die with the run, and take its folder along: first its name, for others still write to it."""
     try:
         lifeline.recv_bytes()
     except (EOFError, OSError):
         pass
-    shutil.rmtree(folder, ignore_errors=True)
+    gone = folder.with_name(f"{folder.name}-gone")
+    with contextlib.suppress(OSError):  # another was first
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
     os._exit(1)
 
 

@@ -66,7 +66,8 @@ class InFiles:
 
     def write(self, microbatch: int, piece: Piece, mark: Mark, left: Array) -> None:
         path = self._path(microbatch, piece.parameter, mark)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, path.parent):  # not its parents: a run's folder that was removed does not come back
+            folder.mkdir(exist_ok=True)
         file = os.open(path, os.O_WRONLY | os.O_CREAT)
         try:
             data, end = self.k.to_numpy(left).view(np.uint8).data, piece.start * self.dtype.itemsize
