@@ -128,8 +128,8 @@ ENGINE = [
            "microbatches are added in another tree than the one defined",
            "tests/sharder/test_accumulator.py"),
     Mutant("sum by arrival", "engine/optim/accumulator.py",
-           "        self._finished[index, index + 1] = Accumulated(arrays, float(loss), tokens)\n",
-           "        arrived, whole = Accumulated(arrays, float(loss), tokens), (0, self.microbatches)\n"
+           "        self._finished[index, index + 1] = Accumulated(arrays, float(loss), float(tokens))\n",
+           "        arrived, whole = Accumulated(arrays, float(loss), float(tokens)), (0, self.microbatches)\n"
            "        self._finished[whole] = self._sum(self._finished[whole], arrived) if whole in self._finished "
            "else arrived\n"
            "        return\n",
@@ -214,4 +214,16 @@ ENGINE = [
            "target.grad = own(gradient) if target.grad is None", "target.grad = gradient if target.grad is None",
            "one gradient is handed to two leaves, or to a leaf and who kept it",
            "tests/test_survivors.py::test_leaves_of_one_sum_get_memory_of_their_own"),
+    Mutant("a weight changes under a checkpoint", "engine/checkpoint.py",
+           "if storage == found and now != before:", "if storage == found and now < before:",
+           "a checkpoint computes gradients by a weight that was overwritten meanwhile",
+           f"{AUTOGRAD}::test_a_checkpoint_refuses_a_weight_that_changed_and_bears_what_f_changes"),
+    Mutant("a view for an op's own use", "engine/ops/registry.py",
+           "storage.has_views = id(storage) in shared", "storage.has_views = False",
+           "an op that is made of others gives a view, and a change in place goes unseen there",
+           "tests/test_inplace.py::test_a_view_that_an_op_gives_is_seen"),
+    Mutant("a failure in the middle of a file", "engine/files.py",
+           "        temporary.unlink(missing_ok=True)\n", "        pass\n",
+           "what a full disk did not take lies beside the file for ever",
+           "tests/test_files.py"),
 ]
