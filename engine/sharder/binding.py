@@ -38,14 +38,12 @@ def bind(replica: Any, values: Mapping[str, np.ndarray]) -> None:
         parameter.grad = None
 
 
-def refuse_others(parameters: Mapping[str, Any], names: Iterable[str]) -> None:
+def refuse_others(parameters: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Raise ValueError for a parameter of a replica that the server does not have, or one under two names."""
-    known = list(names)
-    for name in parameters:
-        if name not in known:
-            raise ValueError(f"bind: the server has no parameter {name!r}; it has {', '.join(known)}")
     first: dict[int, str] = {}
     for name, parameter in parameters.items():
+        if name not in known:
+            raise ValueError(f"bind: the server has no parameter {name!r}; it has {', '.join(known)}")
         if first.setdefault(id(parameter), name) != name:
             raise ValueError(f"bind: {first[id(parameter)]!r} and {name!r} are one tensor, expected one for each name")
 

@@ -190,6 +190,71 @@ def test_a_second_interrupt_ends_it_at_once(semaphore, monkeypatch):
     assert_same_bits(server.state(), expected(2))
 
 
+def test_a_program_whose_data_end_says_so():
+    data = iter([1])
+
+    def train(client):
+        while client.clock():
+            next(data)
+            parameters = client.pull()
+            for index in client.microbatches:
+                client.push(index, *gradient(parameters, client.step, index))
+
+    with pytest.raises(RuntimeError, match="run: a program raised StopIteration: an iterator had nothing more"):
+        list(server_of(workers=1).run(train, clocks=3))
+
+
+def test_an_interrupt_while_the_loop_is_being_left_is_raised():
+    left = threading.Event()
+
+    def wait(client):
+        assert left.wait(20)
+        time.sleep(0.1)  # until close() waits for the clocks that are granted
+        send_interrupt()
+
+    server = server_of()
+    run = server.run(interrupting(3, wait), clocks=12, stride=6)
+    next(run)
+    left.set()
+    with pytest.raises(KeyboardInterrupt):
+        run.close()
+    assert_same_bits(server.state(), expected(6))
+
+
+def test_an_interrupt_while_a_shard_ends_leaves_no_thread(monkeypatch):
+    """It comes while a shard is still busy; the workers are told all the same."""
+    busy, join, raised = threading.Event(), threading.Thread.join, []
+
+    class Slow(Momentum):
+        def apply(self, *arguments, **hyper):
+            busy.set()
+            time.sleep(0.2)
+            super().apply(*arguments, **hyper)
+
+    def interrupted(thread, timeout=None):
+        if thread.name.startswith("shard") and not raised:
+            raised.append(thread.name)
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    def failing_meanwhile(client):
+        while client.clock():
+            if client.worker == 1 and client.step == 1:
+                raise ZeroDivisionError
+            parameters = client.pull()
+            for index in client.microbatches:
+                client.push(index, *gradient(parameters, client.step, index))
+
+    server = server_of(rule=Slow())
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(server.run(failing_meanwhile, clocks=3))
+    assert raised and busy.is_set() and not server.active
+    monkeypatch.undo()
+    assert server.clock == 1
+    list(server.run(program, clocks=1))
+
+
 def test_what_would_disturb_a_run_is_refused():
     server = server_of()
     run = server.run(program, clocks=3)

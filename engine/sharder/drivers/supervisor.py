@@ -186,6 +186,7 @@ class SupervisedServer(Cluster, ABC):
         except GeneratorExit:
             while team.clock < team.granted and not team.over:
                 self._next_clock(team)
+            team.heed_interrupt()
             raise
 
     def _next_clock(self, team: Team) -> Committed:

@@ -96,6 +96,7 @@ class ParameterServer(Cluster):
             except GeneratorExit:
                 while team.clock < team.granted:
                     team.next_clock()
+                team.heed_interrupt()
                 raise
             finally:
                 team.stop()
@@ -218,17 +219,29 @@ class _Team:
                 self.interrupted = True
         news = self.news.popleft()
         if isinstance(news, _Failed):
+            if isinstance(news.error, StopIteration):  # which a generator, as run() is, cannot pass on
+                raise RuntimeError("run: a program raised StopIteration: an iterator had nothing more") from news.error
             raise news.error
         return news
 
     def stop(self) -> None:
         """End every thread. The coordinator first: then a decision to apply has reached all shards or none of them,
-        and the shards still carry it out before they come to their last message."""
+        and the shards still carry it out before they come to their last message. An interrupt meanwhile is raised when
+        all have been told; it leaves nobody behind but a program that does not return."""
+        interrupt = None
         for kind, threads in (("coordinator", [self.coordinator]), ("shard", self.shards), ("worker", self.workers)):
             for number in range(len(threads)):
                 self.inboxes[kind, number].put(_Stop())
             for thread in threads:
-                thread.join()
+                while thread.is_alive():
+                    try:
+                        thread.join()
+                    except KeyboardInterrupt as error:
+                        if kind == "worker":
+                            raise
+                        interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
 
 class _Port:
