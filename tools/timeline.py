@@ -19,12 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 
 import numpy as np
 
+from engine.files import replace_file
 from engine.optim import SGDRule
 from engine.sharder import Consistency
 from engine.sharder.drivers.faults import FAULTS, Weather
+from engine.sharder.drivers.invariants import Violated
 from engine.sharder.drivers.simulator import DURABILITIES, Simulation
 from engine.sharder.drivers.timeline import timeline
-from tools.training.errors import run_program
+from tools.training.errors import ProgramError, run_program
 
 
 def gradient(parameters: Mapping[str, np.ndarray], clock: int, microbatch: int) -> tuple[Any, float, float]:
@@ -33,7 +35,8 @@ def gradient(parameters: Mapping[str, np.ndarray], clock: int, microbatch: int) 
 
 def fault(text: str) -> tuple[int, str]:
     number, _, kind = text.partition(":")
-    if not number.isdecimal() or (kind not in FAULTS and not (kind.startswith("reshard:") and kind[8:].isdecimal())):
+    if not number.isdecimal() or (kind not in FAULTS and not (kind.startswith("reshard:") and kind[8:].isdecimal()
+                                                           and int(kind[8:]))):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected an event number and one of {', '.join(FAULTS)} or "
                                          "reshard:S, as in 60:shard")
     return int(number), kind
@@ -54,17 +57,24 @@ def main() -> int:
     parser.add_argument("--fault", type=fault, action="append", default=[], metavar="N:WHAT")
     parser.add_argument("--out", type=Path, default=Path("trace.json"))
     given = parser.parse_args()
-    weather = Weather(loss=given.loss, duplication=given.duplication, stalling=given.stalling, crashing=given.crashing)
+    if not given.out.absolute().parent.is_dir():
+        parser.error(f"argument --out: there is no folder {given.out.absolute().parent}")
     try:
+        weather = Weather(loss=given.loss, duplication=given.duplication, stalling=given.stalling,
+                          crashing=given.crashing)
+        Simulation.check_run(given.clocks, 1)
         simulation = Simulation({"w": np.ones((64, 64), np.float32)}, SGDRule(lr=0.1), workers=given.workers,
                                 shards=given.shards, microbatches=given.microbatches, zero=given.zero,
                                 consistency=Consistency.parse(given.consistency, given.backups),
                                 compress=given.compress, save_every=given.save_every, durability=given.durability)
     except ValueError as error:
         parser.error(str(error))
-    history = simulation.run(gradient, given.clocks, given.seed, weather, given.fault,
-                             stride=1 if given.consistency == "bsp" else given.clocks)
-    given.out.write_text(json.dumps(timeline(history)))
+    try:
+        history = simulation.run(gradient, given.clocks, given.seed, weather, given.fault,
+                                 stride=1 if given.consistency == "bsp" else given.clocks)
+    except Violated as error:  # in this weather training does not end; the rest of the message is the history
+        raise ProgramError(str(error).splitlines()[0]) from error
+    replace_file(given.out, json.dumps(timeline(history)).encode())
     print(f"{given.out}: {len(history.committed)} clocks in {history.time:g} ms of virtual time, "
           f"{len(history.carried)} messages, faults: {dict(history.faults) or 'none'}")
     return 0

@@ -92,6 +92,11 @@ def test_the_program(tmp_path, monkeypatch, capsys):
                          (["--compress", "int8", "--backups", "1"], "compress is 'int8' and consistency has backups"),
                          (["--compress", "zip"], "compress is 'zip', expected fp16"),
                          (["--fault", "shard"], "got 'shard', expected an event number"),
+                         (["--fault", "20:reshard:0"], "got '20:reshard:0', expected an event number"),
+                         (["--loss", "1.5"], "Weather: loss is 1.5, expected a probability"),
+                         (["--stalling", "nan"], "Weather: stalling is nan, expected a probability"),
+                         (["--clocks", "-3"], "run: clocks is -3, expected a whole number"),
+                         (["--out", str(tmp_path / "none" / "x.json")], "argument --out: there is no folder"),
                          (["--consistency", "bsq"], "consistency is 'bsq', expected bsp")):
         monkeypatch.setattr("sys.argv", ["timeline", *wrong])
         with pytest.raises(SystemExit):

@@ -45,6 +45,11 @@ class Weather:
     disk: int = 3
     timeout: float = 60
 
+    def __post_init__(self) -> None:
+        for name in ("loss", "duplication", "stalling", "giving_up", "crashing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Weather: {name} is {getattr(self, name)!r}, expected a probability in [0, 1]")
+
 
 FAIR = Weather()  # messages overtake each other, and nothing else
 
