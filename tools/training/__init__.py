@@ -10,4 +10,5 @@ generation   text as it is drawn                                trained     a mo
 metrics      JSON lines                                         progress    the bar
 plot         the loss curve                                     report      Markdown and JSON
 finish       the end of a run                                   machine     what it ran on
+status       staleness, bytes and retries, beside the bar
 """
