@@ -96,20 +96,25 @@ def _published_file(family: str, name: str) -> Target:
                   (ValueError,))
 
 
+PART = "model-00001-of-00001.safetensors"
+
+
 def _read_index(data: bytes, folder: Path) -> None:
     path = published(folder, "gpt2")
     index = path / huggingface.INDEX
+    (path / huggingface.SINGLE).rename(path / PART)  # an index is looked for where there is no single file
     try:
         index.write_bytes(data)
         huggingface.load(path)
     finally:
         index.unlink()
+        (path / PART).rename(path / huggingface.SINGLE)
 
 
 for _family in PRESETS:
     register(_published_file(_family, "config.json"))
     register(_published_file(_family, huggingface.SINGLE))
-register(Target(f"gpt2/{huggingface.INDEX}", lambda folder: [_json({"weight_map": {"wte.weight": huggingface.SINGLE}})],
+register(Target(f"gpt2/{huggingface.INDEX}", lambda folder: [_json({"weight_map": {"wte.weight": PART}})],
                 _read_index, (ValueError, FileNotFoundError)))
 
 

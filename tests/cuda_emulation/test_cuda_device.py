@@ -143,8 +143,7 @@ def test_replicas_on_the_device_train_on_the_parameter_server() -> None:
                     for index in client.microbatches:
                         x = np.random.default_rng((client.step, index)).uniform(-1, 1, (8, 5))
                         loss = ((eg.tensor(x) @ w - eg.tensor(x[:, :3])) ** 2).sum()
-                        loss.backward()
-                        client.push(index, {"w": w}, loss.item(), x.size)
+                        client.backward(index, {"w": w}, loss, x.size)
 
         server = ParameterServer({"w": np.ones((5, 3))}, eg.optim.AdamWRule(lr=0.1), workers=workers, shards=shards,
                                  microbatches=4)

@@ -225,5 +225,5 @@ ENGINE = [
     Mutant("a failure in the middle of a file", "engine/files.py",
            "        temporary.unlink(missing_ok=True)\n", "        pass\n",
            "what a full disk did not take lies beside the file for ever",
-           "tests/test_files.py"),
+           "tests/test_replaced_files.py"),
 ]
