@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 def replace_file(path: Path, parts: bytes | Iterable[bytes]) -> None:
@@ -22,10 +23,12 @@ def replace_file(path: Path, parts: bytes | Iterable[bytes]) -> None:
     sync_folder(path.parent)
 
 
-def write_durably(path: Path, parts: bytes | Iterable[bytes]) -> None:
-    """Write a file and wait until the disk has it; its name is there once its folder is too."""
+def write_durably(path: Path, parts: bytes | Iterable[Any]) -> None:
+    """Write a file, of bytes or of whatever has memory, and wait until the disk has it; its name is there once its
+    folder is too."""
+    several: Iterable[Any] = (parts,) if isinstance(parts, bytes) else parts
     with path.open("wb") as file:
-        file.writelines((parts,) if isinstance(parts, bytes) else parts)
+        file.writelines(several)
         file.flush()
         os.fsync(file.fileno())
 

@@ -123,6 +123,9 @@ def test_bfloat16_and_several_files(tmp_path: Path) -> None:
     again = arrays_of(huggingface.load(tmp_path))
     for name, value in arrays_of(model).items():
         assert np.array_equal(again[name], (value.view(np.uint32) & 0xFFFF0000).view(np.float32))
+    huggingface.save(model, tmp_path)  # where the index and its files still lie
+    again = arrays_of(huggingface.load(tmp_path))
+    assert all(np.array_equal(again[name], value) for name, value in arrays_of(model).items())
 
 
 @pytest.mark.parametrize("entries, words", [

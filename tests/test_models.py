@@ -349,6 +349,17 @@ def test_inputs_that_do_not_fit() -> None:
         gpt.encode(tokens(1, 3))
     with pytest.raises(TypeError, match="got a config and fields of one"):
         Transformer(FAMILY["gpt2"], layers=2)
+    with pytest.raises(TypeError, match="config is dict, expected a TransformerConfig"):
+        Transformer({"layers": 2})
+    for wrong in ([[1, 2]], np.array([[1, 2]])):
+        with pytest.raises(TypeError, match=r"tokens are (list|ndarray), expected a tensor \(batch, time\)"):
+            gpt(wrong)
+    for model in (gpt, bert):
+        with pytest.raises(ValueError, match="got source_lengths, which belong to a source"):
+            model(tokens(1, 3), source_lengths=eg.tensor([2]))
+    with pytest.raises(ValueError, match="a model of kind 'encoder' has nothing to keep in one"):
+        bert(tokens(1, 3), cache=gpt.make_cache(1))
+    assert gpt.make_cache(1, capacity=0).capacity == 0
 
 
 # ── initial weights, size, training ───────────────────────────────────────────────────────────────────

@@ -305,7 +305,8 @@ def test_lazy_adam_sees_what_another_optimizer_postponed() -> None:
     found = []
     for read_first in (True, False):
         p = eg.ones(4, 2, requires_grad=True)
-        adam, lazy = optim.Adam([p], lr=0.1), optim.LazyAdam([p], lr=0.1)
+        # Decay makes the order of two updates show.
+        adam, lazy = optim.AdamW([p], lr=0.1, weight_decay=0.5), optim.LazyAdam([p], lr=0.1)
         for optimizer, row in ((adam, 1), (adam, 2), (adam, 2), (lazy, 1)):
             p.grad = eg.RowSparse(np.array([row]), eg.ones(1, 2), 4)
             if read_first:

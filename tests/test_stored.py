@@ -307,6 +307,38 @@ def test_every_matrix_is_stored_and_the_model_is_left_alone() -> None:
         narrow.for_inference("q8_0")
 
 
+class Doubled(eg.nn.Linear):
+    """A map that is something else than its weight says."""
+
+    def forward(self, x: eg.Tensor) -> eg.Tensor:
+        return x @ self.weight.T * 2.0
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value", "output"])
+def test_a_map_of_its_own_kind_is_called(which: str) -> None:
+    model, tokens = models()[0], eg.tensor([[1, 2, 3, 4]])
+    attention = model.decoder.blocks[0].attention
+    old = getattr(attention, which)
+    for made in (Doubled(32, 32), eg.nn.Linear(32, 32, bias=False)):
+        made.weight = old.weight
+        setattr(attention, which, made)
+        small = model.for_inference("packed")
+        with eg.no_grad():
+            check_bits(small(tokens).numpy(), model(tokens).numpy(), check=f"{which}, {type(made).__name__}")
+            through = small.logits(small.decode(tokens, cache=small.make_cache(1)))
+        check_bits(through.numpy(), model(tokens).detach().numpy(), check=f"{which} with a cache")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("positions", ["rotary", "learned", "sinusoidal"])
+def test_a_model_of_float64_computes_in_it(form: str, positions: str) -> None:
+    model = Transformer(TransformerConfig.gpt2(**SIZES)).eval() if positions == "learned" else Transformer(
+        kind="decoder", **SIZES, positions=positions, tie_weights=True).eval()
+    small = model.to("float64").for_inference(form)
+    assert small(eg.tensor([[1, 2]])).dtype is eg.float64
+    assert len(list(small.generate([1, 2], 5, temperature=0.0))) == 5
+
+
 @pytest.mark.parametrize("changes", [{}, {"rotary": True}, {"kv_heads": 1, "rotary": True}, {"lengths": True}])
 def test_the_short_way_of_new_tokens_has_the_bits_of_the_long_one(monkeypatch: pytest.MonkeyPatch,
                                                                   changes: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from tools.training import checkpoint
 from tools.training.checkpoint import Checkpoint, arrays_digest, locate, read, run_lock, save, steps
 from tools.training.errors import ProgramError
-from tools.training.tokens import ByteTokenizer
+from tools.training.tokens import TOKENIZER_FILE, BPETokenizer, ByteTokenizer
 
 pytest.importorskip("safetensors")
 
@@ -93,6 +93,26 @@ def test_damage_is_noticed(tmp_path: Path, name: str) -> None:
     (folder / name).write_bytes(data)
     with pytest.raises(ProgramError, match=f"step-000004 is damaged: {name} is not what was written"):
         read(folder)
+
+
+def test_a_tokenizer_that_is_missing_or_changed_is_noticed(tmp_path: Path) -> None:
+    """Without one, tokens would be taken for bytes."""
+    pytest.importorskip("tokenizers")
+    folder = save(tmp_path, example(4), BPETokenizer.train([b"ab ab cd\n" * 9], 260), 3)
+    path = folder / TOKENIZER_FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole + b" ")
+    with pytest.raises(ProgramError, match=r"is damaged: tokenizer\.json is not what was written"):
+        read(folder)
+    path.unlink()
+    with pytest.raises(ProgramError, match=r"cannot read the checkpoint .*tokenizer\.json"):
+        read(folder)
+    path.write_bytes(whole)
+    assert read(folder).step == 4
+    store(tmp_path, 5)
+    (tmp_path / "step-000005" / TOKENIZER_FILE).write_bytes(whole)  # another run's
+    with pytest.raises(ProgramError, match=r"is damaged: tokenizer\.json"):
+        read(tmp_path / "step-000005")
 
 
 def test_missing_checkpoints_are_one_line(tmp_path: Path) -> None:

@@ -102,10 +102,11 @@ def test_missing_extra_is_one_line_with_the_command(monkeypatch: pytest.MonkeyPa
 def test_a_reader_that_has_gone_ends_a_program_without_a_word() -> None:
     """As `| head` does. What is printed waits in a buffer until the end, so it is the last flush that fails."""
     command = [sys.executable, str(ROOT / "tools" / "lines.py")]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+        ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
     finally:
         os.close(writing)
     assert (ended.returncode, ended.stderr) == (0, "")

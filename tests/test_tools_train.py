@@ -250,6 +250,19 @@ def test_a_disk_that_takes_no_more_is_one_line(text: Path, tmp_path: Path) -> No
     assert steps(tmp_path / "checkpoints") == before
 
 
+def test_what_has_diverged_takes_no_checkpoint_along(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """Two steps that learn, and then one that makes NaN of the parameters, whose loss nobody has seen yet."""
+    def schedule(settings: Any) -> Any:
+        return lambda step, name: {"lr": 1e-3 if step < 3 else 1e38, "weight_decay": 0.0}
+
+    monkeypatch.setattr("tools.training.session.schedule", schedule)
+    assert call(train, *flags(tmp_path, text, *SMALL, "--clip", "none", "--keep", "1"), monkeypatch=monkeypatch) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "is not finite after step 3: training has diverged; the last checkpoint is of step 2;" in last
+    assert steps(tmp_path / "checkpoints") == [2]
+
+
 def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture[str]) -> None:
     with run_lock(tmp_path):
@@ -260,6 +273,8 @@ def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, monkeypa
 @pytest.mark.parametrize("more, message", [
     (["--width", "17"], "--width is 17, expected a multiple of twice --heads"),
     (["--layers", "0"], "--layers is 0, expected at least 1"),
+    (["--seed", str(2**64)], "expected a whole number in [0, 2**63)"),
+    (["--trace", "/nowhere/run.json"], "No such file or directory: '/nowhere/run.json'"),
     (["--lr", "-1"], "--lr is -1.0, expected a positive number"),
     (["--dropout", "1"], "--dropout is 1.0, expected a number from 0 to below 1"),
     (["--driver", "mpi"], "--driver is mpi, expected threads, processes or ray"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,8 +36,7 @@ def gradient(parameters: Mapping[str, np.ndarray], clock: int, microbatch: int) 
 
 def fault(text: str) -> tuple[int, str]:
     number, _, kind = text.partition(":")
-    if not number.isdecimal() or (kind not in FAULTS and not (kind.startswith("reshard:") and kind[8:].isdecimal()
-                                                           and int(kind[8:]))):
+    if not number.isdecimal() or not (kind in FAULTS or re.fullmatch("reshard:[1-9][0-9]*", kind)):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected an event number and one of {', '.join(FAULTS)} or "
                                          "reshard:S, as in 60:shard")
     return int(number), kind

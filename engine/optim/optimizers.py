@@ -64,7 +64,7 @@ class Optimizer:
         params = group.pop("params")
         params = [params] if isinstance(params, Tensor) else list(params)
         if "betas" in group:  # as PyTorch names the pair
-            group["beta1"], group["beta2"] = pair(self.name, group.pop("betas"))
+            group["beta1"], group["beta2"] = _pair(self.name, group.pop("betas"))
         rule = self.rule.with_(**group)
         known = {id(p) for other in self.param_groups for p in other["params"]}
         for i, p in enumerate(params):
@@ -231,7 +231,7 @@ class Optimizer:
         return f"{self.name}({'; '.join(groups)})"
 
 
-def pair(name: str, betas: Any) -> tuple[float, float]:
+def _pair(name: str, betas: Any) -> tuple[float, float]:
     """Adam's two decay rates."""
     try:
         beta1, beta2 = betas
@@ -253,7 +253,7 @@ class Adam(Optimizer):
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0):
-        super().__init__(params, AdamRule(lr, weight_decay, *pair(self.name, betas), eps))
+        super().__init__(params, AdamRule(lr, weight_decay, *_pair(self.name, betas), eps))
 
 
 class AdamW(Optimizer):
@@ -261,7 +261,7 @@ class AdamW(Optimizer):
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.01):
-        super().__init__(params, AdamWRule(lr, weight_decay, *pair(self.name, betas), eps))
+        super().__init__(params, AdamWRule(lr, weight_decay, *_pair(self.name, betas), eps))
 
 
 class LazyAdam(Adam):

@@ -21,7 +21,7 @@ import numpy as np
 from engine.backend import Array, Backend
 from engine.dtypes import DType
 from engine.rowsparse import RowSparse
-from engine.sharder.binding import bind, flat_gradients, named
+from engine.sharder.binding import bind, flat_gradients, named, take_gradients
 from engine.sharder.events import Began, ClockRequested, Ended, Pulled, PullRequested, PushRequested, Received, Send
 from engine.sharder.late import LateParameters
 from engine.sharder.overlap import Departure
@@ -132,12 +132,11 @@ class Client:
         the tokens of all microbatches of the clock. Returns at once. Raises ValueError with one line for gradients that
         do not fit, for an index not due, and for tokens that are none.
         """
-        replica = named(gradients) if hasattr(gradients, "named_parameters") else {}
-        if replica:
-            gradients = {name: parameter.grad for name, parameter in replica.items()}
-        self.send_gradients(index, flat_gradients(self.partition, self.dtype, gradients, self.copied), loss, tokens)
-        for parameter in replica.values():
-            parameter.grad = None
+        of_replica = hasattr(gradients, "named_parameters")
+        given = {name: p.grad for name, p in named(gradients).items()} if of_replica else gradients
+        self.send_gradients(index, flat_gradients(self.partition, self.dtype, given, self.copied), loss, tokens)
+        if of_replica:  # now that they are on their way
+            take_gradients(gradients)
 
     def backward(self, index: int, replica: Any, loss: Tensor, tokens: float = 1) -> None:
         """loss.backward() and push(index, replica, loss.item(), tokens): the gradients of a loss *sum*.

@@ -55,28 +55,28 @@ class Cluster:
                  clip_norm: float | None = None, hyper: Mapping[str, Any] | Hyper | None = None,
                  consistency: Consistency | str = "bsp", damping: Damping | None = None, placement: str = "ranges",
                  compress: str | None = None, save_every: int = 0, zero: int = 2, device: str = "cpu"):
-        for name, value in (("microbatches", microbatches), ("shards", shards), ("workers", workers)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"ParameterServer: {name} is {value!r}, expected a whole number of at least 1")
-        if not isinstance(save_every, int) or save_every < 0:
-            raise ValueError(f"ParameterServer: save_every is {save_every!r}, expected a whole number of at least 0")
-        if not hasattr(rule, "apply"):
-            raise ValueError(f"ParameterServer: rule is {rule!r:.100}, expected an update rule, as optim.AdamWRule()")
-        if not isinstance(compress, (str, type(None))):
-            raise ValueError(f"ParameterServer: compress is {compress!r}, expected the name of a codec or None")
-        if isinstance(hyper, Mapping) and isinstance(rule, Rule):
-            rule.with_(**hyper)  # refuses what it does not know
-        if not isinstance(hyper, (Mapping, type(None))) and not callable(hyper):
-            raise ValueError(f"ParameterServer: hyper is {hyper!r}, expected a dict, a function or None")
-        if damping is not None and not callable(damping):
-            raise ValueError(f"ParameterServer: damping is {damping!r}, expected a function or None")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"ParameterServer: clip_norm is {clip_norm!r}, expected a positive number or None")
         if isinstance(consistency, str):
             consistency = Consistency.parse(consistency)
-        if not isinstance(consistency, Consistency):
-            raise ValueError(f"ParameterServer: consistency is {consistency!r}, expected bsp, ssp:3, asp or a "
-                             "Consistency")
+        for name, value, holds, expected in (
+                *((name, value, isinstance(value, int) and value >= 1, "a whole number of at least 1")
+                  for name, value in (("microbatches", microbatches), ("shards", shards), ("workers", workers))),
+                ("save_every", save_every, isinstance(save_every, int) and save_every >= 0,
+                 "a whole number of at least 0"),
+                ("rule", rule, hasattr(rule, "apply"), "an update rule, as optim.AdamWRule()"),
+                ("clip_norm", clip_norm, clip_norm is None or
+                 (isinstance(clip_norm, (int, float, np.number)) and clip_norm > 0), "a positive number or None"),
+                ("hyper", hyper, isinstance(hyper, (Mapping, type(None))) or callable(hyper),
+                 "a dict, a function or None"),
+                ("consistency", consistency, isinstance(consistency, Consistency),
+                 "bsp, ssp:3, asp or a Consistency"),
+                ("damping", damping, damping is None or callable(damping), "a function or None"),
+                ("placement", placement, placement in ("ranges", "hashing"), "ranges or hashing"),
+                ("compress", compress, isinstance(compress, (str, type(None))), "the name of a codec or None"),
+                ("zero", zero, zero in (1, 2, 3), "1, 2 or 3")):
+            if not holds:
+                raise ValueError(f"ParameterServer: {name} is {value!r:.100}, expected {expected}")
+        if isinstance(hyper, Mapping) and isinstance(rule, Rule):
+            rule.with_(**hyper)  # refuses what it does not know
         if consistency.asynchronous and clip_norm is not None:
             raise ValueError("ParameterServer: clip_norm needs the whole gradient of a clock, which asp never sees")
         if consistency.asynchronous and zero == 3:
@@ -85,10 +85,6 @@ class Cluster:
         if consistency.backups >= microbatches:
             raise ValueError(f"ParameterServer: backups is {consistency.backups}, expected fewer than the "
                              f"{microbatches} microbatches of a clock")
-        if placement not in ("ranges", "hashing"):
-            raise ValueError(f"ParameterServer: placement is {placement!r}, expected ranges or hashing")
-        if zero not in (1, 2, 3):
-            raise ValueError(f"ParameterServer: zero is {zero!r}, expected 1, 2 or 3")
         self.rule, self.workers = rule, workers
         self.k, self.device = get_backend(device), device
         self.copied, self.pushed = Counter(), Traffic()

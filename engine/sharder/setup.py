@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,15 +66,15 @@ class Setup:
         """How many updates make so many clocks."""
         return self.consistency.updates(clock, self.microbatches)
 
-    def hyper_at(self, step: int, name: str, staleness: int) -> Mapping[str, Any]:
-        """The hyper-parameters of an update that comes `staleness` updates late. Raises ValueError as the rule does for
-        those that it cannot work with: before anything is written."""
+    def update_at(self, step: int, name: str, staleness: int) -> Callable[..., None]:
+        """The rule's apply(), with the hyper-parameters of an update that comes `staleness` updates late. Raises
+        ValueError as the rule does for those that it cannot work with: before anything is written."""
         hyper = self.hyper(step, name)
         if self.damping is not None:
             hyper = {**hyper, "lr": hyper.get("lr", self.rule.lr) * self.damping(staleness)}
-        if hyper and isinstance(self.rule, Rule):
-            self.rule.with_(**hyper)
-        return hyper
+        if isinstance(self.rule, Rule):
+            return self.rule.with_(**hyper).apply if hyper else self.rule.apply
+        return partial(self.rule.apply, **hyper)
 
     def clip(self, squares: np.ndarray) -> tuple[float, float]:
         """Σg² of every block -> (norm of the gradient, factor that clips it)."""

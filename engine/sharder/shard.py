@@ -228,13 +228,12 @@ class Shard:
         """new parameters, new state = rule(parameters, state, Σ gradients / Σ tokens · scale); parameters into the next
         version."""
         memory, k, step = self.memory, self.k, self.memory.version + 1
-        hypers = [self.setup.hyper_at(step, piece.parameter.name, staleness) for piece in self.pieces]
+        updates = [self.setup.update_at(step, piece.parameter.name, staleness) for piece in self.pieces]
         memory.torn = True
         old, new = memory.versions.current, memory.versions.reserve()
         for i, (piece, gradient) in enumerate(zip(self.pieces, total.gradients, strict=True)):
             state = {slot: of_pieces[i] for slot, of_pieces in memory.slots.items()}
-            self.setup.rule.apply(k, new.piece(piece), state, old.piece(piece), state, gradient, step, total.tokens,
-                                  scale, **hypers[i])
+            updates[i](k, new.piece(piece), state, old.piece(piece), state, gradient, step, total.tokens, scale)
         memory.versions.commit()
         memory.version, memory.torn = step, False
 

@@ -202,17 +202,23 @@ def test_an_incarnation_that_was_replaced_can_put_nothing_on_record(tmp_path, mo
     assert Store(tmp_path, ADDRESS, cluster.setup, incarnation=7).records == [Proceed(3), Proceed(44)]
 
 
-def test_a_snapshot_is_found_while_its_folder_is_being_taken(tmp_path, monkeypatch):
+def library_of(tmp_path):
+    """One that has the origin and version 2 of every shard: (library, shards, origin)."""
     cluster, _, shards, _ = machines()
-    library = Library(tmp_path, cluster.setup)
-    library.keep_origin(cluster.checkpoint())
+    library, origin = Library(tmp_path, cluster.setup), cluster.checkpoint()
+    library.keep_origin(origin)
     for shard in shards:
         saved_at(tmp_path, shard, 2, cluster.setup)
+    return library, shards, origin
+
+
+def test_a_snapshot_is_found_while_its_folder_is_being_taken(tmp_path, monkeypatch):
+    library, _, _ = library_of(tmp_path)
     takers = [1]
 
     def read(path):
         if takers:
-            Store(tmp_path, ADDRESS, cluster.setup, takers.pop())
+            Store(tmp_path, ADDRESS, library.setup, takers.pop())
         return read_whole(path)
 
     monkeypatch.setattr("engine.sharder.drivers.files.read_whole", read)
@@ -220,17 +226,13 @@ def test_a_snapshot_is_found_while_its_folder_is_being_taken(tmp_path, monkeypat
 
 
 def test_a_folder_is_taken_before_its_snapshots_are_listed(tmp_path, monkeypatch):
-    cluster, _, shards, _ = machines()
-    library = Library(tmp_path, cluster.setup)
-    library.keep_origin(cluster.checkpoint())
-    for shard in shards:
-        saved_at(tmp_path, shard, 2, cluster.setup)
+    library, _, _ = library_of(tmp_path)
     takers = [1]
 
     def taken_first(look):
         def looks(folder):
             if takers and str(folder).endswith("shard-0-0"):
-                Store(tmp_path, ADDRESS, cluster.setup, takers.pop())
+                Store(tmp_path, ADDRESS, library.setup, takers.pop())
             return look(folder)
         return looks
 
@@ -246,12 +248,8 @@ def saved_at(tmp_path, shard, clock, setup):
 
 
 def test_a_term_begins_with_what_every_shard_has(tmp_path):
-    cluster, _, shards, _ = machines()
-    library, origin = Library(tmp_path, cluster.setup), cluster.checkpoint()
-    library.keep_origin(origin)
-    for shard in shards:
-        saved_at(tmp_path, shard, 2, cluster.setup)
-    saved_at(tmp_path, shards[0], 4, cluster.setup)
+    library, shards, origin = library_of(tmp_path)
+    saved_at(tmp_path, shards[0], 4, library.setup)
     assert library.checkpoint(2).clock == 2
     assert all(np.array_equal(value, origin.parameters[name])
                for name, value in library.checkpoint(2).parameters.items())

@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 
 import kills
+import numpy as np
 import pytest
 import sharder_supervised as supervised
 from kills import Killer
@@ -23,6 +24,7 @@ from sharder_problems import Momentum, assert_same_bits, gradient, program
 from sharder_supervised import Breaking, expected, slow_program
 from sharder_traces import check_trace
 
+from engine.optim import SGDRule
 from engine.sharder.consistency import Consistency
 from engine.sharder.drivers import child, post
 from engine.sharder.drivers.plain import Plain
@@ -246,8 +248,7 @@ import sys, time
 sys.path[:0] = {paths!r}
 from sharder_problems import make, program
 from engine.sharder.drivers.processes import ProcessServer
-server = make(ProcessServer, workers=2, shards=2, microbatches=3, start={start!r}, folder={folder!r},
-              compress={compress!r})
+server = make(ProcessServer, workers=2, shards=2, microbatches=3, start={start!r}, folder={folder!r})
 if __name__ == "__main__":
     for done in server.run(program):
         print(*server.processes().values(), flush=True)
@@ -262,14 +263,12 @@ def alive(pid):
         return False
 
 
-@pytest.mark.parametrize(("start", "end", "compress"), [
-    ("fork", signal.SIGKILL, None), ("spawn", signal.SIGKILL, None), ("fork", signal.SIGINT, None),
-    ("fork", signal.SIGKILL, "int8")])  # while workers write what is left to say
-def test_no_child_outlives_its_run(tmp_path, start, end, compress):
+@pytest.mark.parametrize(("start", "end"), [("fork", signal.SIGKILL), ("spawn", signal.SIGKILL),
+                                            ("fork", signal.SIGINT)])
+def test_no_child_outlives_its_run(tmp_path, start, end):
     script = tmp_path / "orphans.py"
-    pause = 0.01 if end == signal.SIGINT or compress else 60
     script.write_text(ORPHANS.format(paths=[str(TESTS), str(TESTS.parents[1])], start=start, folder=str(tmp_path),
-                                     pause=pause, compress=compress))
+                                     pause=0.01 if end == signal.SIGINT else 60))
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         pids = [int(pid) for pid in run.stdout.readline().split()]
         assert len(pids) == 5 and all(map(alive, pids))
@@ -281,13 +280,53 @@ def test_no_child_outlives_its_run(tmp_path, start, end, compress):
     assert not any(map(alive, pids)) and not list(tmp_path.glob("shardgrad-*"))
 
 
+def test_a_folder_goes_while_others_write_to_it(tmp_path):
+    """As residuals are written: a file comes into a folder that is made when it is not there."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+
+    def write():
+        ours.close()  # else the watcher's end would not be the last
+        end = time.monotonic() + 5
+        try:
+            while time.monotonic() < end:
+                for number in range(50):
+                    (folder / str(number)).mkdir(exist_ok=True)
+                    (folder / str(number) / "left").write_bytes(b"")
+        except OSError:
+            pass  # it is gone
+
+    def watch():
+        ours.close()
+        child._watch(theirs, folder)
+
+    processes = [fork.Process(target=target) for target in (write, watch)]
+    for process in processes:
+        process.start()
+    time.sleep(0.1)
+    theirs.close()
+    ours.close()
+    for process in processes:
+        process.join(20)
+        assert not process.is_alive()
+    assert not list(tmp_path.iterdir())
+
+
+def test_hyper_parameters_are_those_of_the_beginning_for_those_who_come_back_too():
+    hyper = {"lr": 0.5}
+    server = ProcessServer({"w": np.ones(2, "float32")}, SGDRule(), microbatches=1, hyper=hyper)
+    hyper["lr"] = 100.0
+    assert server.recipe.hyper == {"lr": 0.5}
+
+
 RAISES = ORPHANS.replace("time.sleep({pause})", "raise KeyError('by the caller')")
 
 
 def test_a_caller_that_ends_without_leaving_the_loop_leaves_nothing(tmp_path):
     script = tmp_path / "raises.py"
-    script.write_text(RAISES.format(paths=[str(TESTS), str(TESTS.parents[1])], start="fork", folder=str(tmp_path),
-                                    compress=None))
+    script.write_text(RAISES.format(paths=[str(TESTS), str(TESTS.parents[1])], start="fork", folder=str(tmp_path)))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().endswith("KeyError: 'by the caller'"), done.stderr
     pids = [int(pid) for pid in done.stdout.split()]

@@ -34,8 +34,8 @@ ROWS = "tests/ops --deselect=tests/ops/test_accuracy.py"  # accuracy of C functi
 GRAPHS = "tests/test_autograd.py tests/test_derivatives.py tests/test_inplace.py tests/test_fused.py"
 TENSORS = "tests/test_tensor.py tests/test_survivors.py tests/test_array_api.py tests/test_random.py"
 RANDOM = "tests/test_programs.py tests/test_machine.py"
-ROOMS = ("tests/test_nn.py tests/test_models.py tests/test_optim.py tests/test_launch_point.py "
-         "tests/sharder/test_late.py")
+ROOMS = ("tests/test_nn.py tests/test_models.py tests/test_optim.py tests/test_learning_rates.py "
+         "tests/test_launch_point.py tests/sharder/test_late.py")
 QUICK, MANY = "--hypothesis-profile=quick", 20
 FIRST = {  # the tests of files whose meaning is not that of single ops
     "engine/autograd.py": GRAPHS,

@@ -144,7 +144,7 @@ ENGINE = [
            'group["lr"] = schedule(self.updates + 1)',
            'group["lr"] = schedule(self.updates)',
            "each update has the learning rate of the one before",
-           "tests/test_optim.py::test_scheduler_sets_the_coming_updates_rate"),
+           "tests/test_learning_rates.py::test_scheduler_sets_the_coming_updates_rate"),
     Mutant("optimizer's write unseen", "engine/optim/optimizers.py",
            "        p.array.storage.version += 1",
            "        p.array.storage.version += 0",

@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engine.files import sync_folder
+from engine.files import sync_folder, write_durably
 from engine.sharder.drivers.frozen import Frozen, freeze, thaw
 from engine.sharder.encoding import WireError, decode, encode
 from engine.sharder.events import Address
@@ -75,11 +75,7 @@ def records_of(data: bytes) -> Iterator[tuple[int, Any, int]]:
 def write_whole(path: Path, records: Iterable[tuple[int, Any]]) -> None:
     """Replace a file by (number, value) of each record."""
     beside = path.with_name(path.name + ".new")
-    with beside.open("wb") as file:
-        for number, value in records:
-            file.writelines(record_bytes(number, value))
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(beside, (part for number, value in records for part in record_bytes(number, value)))
     os.replace(beside, path)
     sync_folder(path.parent)
 

@@ -95,8 +95,8 @@ class Ledger:
             old = k.array(before["parameters"][i])
             state = {slot: k.array(before[slot][i]) for slot in rule.slots}
             new = k.empty_like(old)
-            hyper = self.setup.hyper_at(step, piece.parameter.name, step - 1 - push.version)
-            rule.apply(k, new, state, old, state, gradient, step, **hyper)
+            update = self.setup.update_at(step, piece.parameter.name, step - 1 - push.version)
+            update(k, new, state, old, state, gradient, step)
             for kind, value in (("parameters", new), *state.items()):
                 after[kind].append(value.data)
         return after

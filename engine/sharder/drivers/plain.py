@@ -81,7 +81,7 @@ class Plain:
                 if saved is not None:
                     state[slot] = self._array(saved[name])
             new = k.empty_like(old)
-            setup.rule.apply(k, new, state, old, state, gradient, step, **setup.hyper_at(step, name, staleness))
+            setup.update_at(step, name, staleness)(k, new, state, old, state, gradient, step)
             parameters[name] = new.data.reshape(setup.shapes[name])
             for slot in slots:
                 slots[slot][name] = state[slot].data.reshape(setup.shapes[name])
