@@ -5,6 +5,7 @@
         while client.clock():                      # waits for the next clock; False: training is over
             client.pull(model)                     # its parameters are now views of the server's
             for index in client.microbatches:      # of this clock, this worker's share
+                client.localize(index, model)      # for servers with a local rule; else it changes nothing
                 loss, tokens = loss_sum(model, batch(client.step, index))
                 client.backward(index, model, loss, tokens)  # and push the gradients
 
@@ -76,6 +77,8 @@ class Client:
         self.ended = False
         self.most_held = 0
         self._late: LateParameters | None = None
+        self._pulled: Mapping[str, np.ndarray] | None = None
+        self._places: dict[int, Mapping[str, np.ndarray]] = {}  # with a local rule: by microbatch, until it is pushed
 
     def clock(self) -> bool:
         """Wait for the next work: True when there is some, False when training is over.
@@ -85,6 +88,7 @@ class Client:
         Raises RuntimeError if microbatches of the present clock were not pushed, or if the server refuses this worker.
         """
         self._close()
+        self._pulled, self._places = None, {}
         outcome = self._until(ClockRequested())
         if isinstance(outcome, Ended):
             self.ended = True
@@ -107,6 +111,7 @@ class Client:
             self._late = LateParameters(self, release)
             if replica is not None:
                 self._late.bind(replica)
+            self._pulled = self._late
             return self._late
         outcome = self._until(PullRequested())
         assert isinstance(outcome, Pulled)
@@ -115,7 +120,27 @@ class Client:
         self.most_held = max(self.most_held, sum(flats.values()))
         if replica is not None:
             bind(replica, values)
+        self._pulled = values
         return values
+
+    def localize(self, index: int, replica: Any = None) -> Mapping[str, np.ndarray]:
+        """name -> the parameters at which microbatch `index` is to be computed, read-only; a replica is bound to them.
+
+        With a local rule (local.py), where its own steps have led this microbatch; else what was pulled, to which a
+        replica is bound already. Raises RuntimeError before a pull of this clock, and ValueError for an index not due.
+        """
+        if self._pulled is None:
+            raise RuntimeError(f"localize: microbatch {index} before the parameters of this clock were pulled; "
+                               "expected a pull() first")
+        local = self._machine.local
+        if local is None:
+            return self._pulled
+        if index not in self.microbatches:
+            raise ValueError(f"localize: microbatch {index} in clock {self.step}, expected one of {self.microbatches}")
+        place = self._places[index] = local.place(self.step, index, self._pulled)
+        if replica is not None:
+            bind(replica, place)
+        return place
 
     def _close(self) -> None:
         """What was pulled late has had its time."""
@@ -156,7 +181,8 @@ class Client:
     def send_gradients(self, index: int, flat: dict[str, Array | RowSparse], loss: float, tokens: float,
                        shard: int | None = None) -> None:
         """Give a shard its part of these flat gradients; None: give all shards what they do not have yet."""
-        actions = self._machine.step(PushRequested(index, flat, loss, tokens, shard))
+        actions = self._machine.step(PushRequested(index, flat, loss, tokens, shard, self._places.get(index)))
+        self._places.pop(index, None)
         for send in actions:
             pieces = self.partition.pieces[send.to[1]]
             self._pushed.count(pieces, send.message.gradients, self.dtype.itemsize)

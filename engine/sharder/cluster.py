@@ -17,32 +17,35 @@ from engine.backend import Array, get_backend
 from engine.dtypes import as_dtype
 from engine.optim import Rule
 from engine.sharder.binding import named
-from engine.sharder.compression import compression_of
 from engine.sharder.consistency import Consistency, Damping
 from engine.sharder.coordinator import Coordinator
+from engine.sharder.learners import Learners
 from engine.sharder.memory import Checkpoint, gather, place
 from engine.sharder.messages import Term
 from engine.sharder.partition import Partition
 from engine.sharder.setup import Hyper, Setup, as_hyper
 from engine.sharder.shard import Shard
 from engine.sharder.versions import Counter, Traffic, Versions, assemble
-from engine.sharder.worker import Encode, Worker
+from engine.sharder.worker import Worker
 
 
 class Cluster:
     """Parameters under an update rule, in `shards` shards, trained by `workers` workers.
 
     parameters:   a module, or a mapping name -> Tensor, Array or NumPy array; of one floating dtype. They are copied.
-    rule:         an update rule (engine.optim.rules)
+    rule:         an update rule (engine.optim.rules), of the server
     microbatches: how many make one clock; with them fixed, BSP's results do not depend on shards or workers
     clip_norm:    the mean gradient of a clock is clipped to this global norm; None: it is not
     hyper:        hyper-parameters that override the rule's own: a dict, or a pure function (step, parameter name) ->
-                  dict for schedules and parameter groups, where step counts updates from 1
+                  dict for schedules and parameter groups, where step counts updates from 1; with `local`, of that rule
     consistency:  "bsp", "ssp:3" (a staleness of at most 3), "asp", or a Consistency
     damping:      damping(staleness) -> factor on the learning rate of late updates, as inverse_staleness
     placement:    "ranges" or "hashing" (partition.py)
     compress:     how gradients travel, with error feedback: "fp16", "bf16", "int8", "topk:0.01", "1bit" (codecs.py);
                   None: as they are
+    local:        a rule by which workers update for themselves; what they push, and `rule` is given the mean of, is
+                  where that has led them (local.py). Programs call client.localize(). Not in asp, with backups, or
+                  with zero=3; with zero=2 gradients leave when all are there
     save_every:   so many clocks lie between two snapshots, in drivers that keep any; 0: there are none
     zero:         the stage of ZeRO: what workers do not hold. 1: the optimizer's state, which is always the shards';
                   2: nor all gradients, which client.backward() sends as soon as they are final; 3: nor all parameters,
@@ -54,7 +57,8 @@ class Cluster:
     def __init__(self, parameters: Any, rule: Any, *, microbatches: int, shards: int = 1, workers: int = 1,
                  clip_norm: float | None = None, hyper: Mapping[str, Any] | Hyper | None = None,
                  consistency: Consistency | str = "bsp", damping: Damping | None = None, placement: str = "ranges",
-                 compress: str | None = None, save_every: int = 0, zero: int = 2, device: str = "cpu"):
+                 compress: str | None = None, local: Any = None, save_every: int = 0, zero: int = 2,
+                 device: str = "cpu"):
         if isinstance(consistency, str):
             consistency = Consistency.parse(consistency)
         for name, value, holds, expected in (
@@ -63,6 +67,8 @@ class Cluster:
                 ("save_every", save_every, isinstance(save_every, int) and save_every >= 0,
                  "a whole number of at least 0"),
                 ("rule", rule, hasattr(rule, "apply"), "an update rule, as optim.AdamWRule()"),
+                ("local", local, local is None or hasattr(local, "apply"), "an update rule, as optim.AdamWRule(), or "
+                 "None"),
                 ("clip_norm", clip_norm, clip_norm is None or
                  (isinstance(clip_norm, (int, float, np.number)) and clip_norm > 0), "a positive number or None"),
                 ("hyper", hyper, isinstance(hyper, (Mapping, type(None))) or callable(hyper),
@@ -75,8 +81,13 @@ class Cluster:
                 ("zero", zero, zero in (1, 2, 3), "1, 2 or 3")):
             if not holds:
                 raise ValueError(f"ParameterServer: {name} is {value!r:.100}, expected {expected}")
-        if isinstance(hyper, Mapping) and isinstance(rule, Rule):
-            rule.with_(**hyper)  # refuses what it does not know
+        taught = rule if local is None else local
+        if isinstance(hyper, Mapping) and isinstance(taught, Rule):
+            taught.with_(**hyper)  # refuses what it does not know
+        if local is not None and (consistency.asynchronous or consistency.backups or zero == 3):
+            which = "asp" if consistency.asynchronous else "with backups" if consistency.backups else "with zero 3"
+            raise ValueError(f"ParameterServer: local is {local!r:.100} and the training {which}; expected bsp or ssp, "
+                             "no backups and zero 1 or 2: every step of a microbatch counts, and needs all parameters")
         if consistency.asynchronous and clip_norm is not None:
             raise ValueError("ParameterServer: clip_norm needs the whole gradient of a clock, which asp never sees")
         if consistency.asynchronous and zero == 3:
@@ -97,9 +108,10 @@ class Cluster:
         self.setup = Setup(
             shapes={name: value.shape for name, value in values.items()}, dtype=self.dtype, k=self.k, rule=rule,
             hyper=as_hyper(hyper), microbatches=microbatches, clip_norm=clip_norm, consistency=consistency,
-            damping=damping, placement=placement, compress=compress, zero=zero,
+            damping=damping, placement=placement, compress=compress, local=local,
+            zero=zero if local is None else 1,
             save_every=0 if self.shared else save_every)  # what shares its memory lives and dies together
-        self.compression = compression_of(self.setup, goes_back=False)
+        self.learners = Learners(self.setup, goes_back=False)
         self.term = Term(0, shards, 0)
         self._place(Checkpoint(0, values, dict.fromkeys(rule.slots)))
 
@@ -145,7 +157,8 @@ class Cluster:
         """Everything a resumed run needs, independent of the number of shards and workers; arrays are copies.
 
         {"clock": int, "parameters/<name>": array, "<slot>/<name>": array for each slot of the rule, and with
-        compression "residual.<microbatch>/<name>": flat array}
+        compression "residual.<microbatch>/<name>": flat array, and with a local rule "local_<slot>.<microbatch>/<name>"
+        for each slot of that}
         """
         if self.busy:
             raise RuntimeError("state: a clock is running; ask between two clocks, in the loop over run()")
@@ -153,7 +166,7 @@ class Cluster:
         kinds = {"parameters": saved.parameters, **saved.slots}
         return {"clock": saved.clock, **{f"{kind}/{name}": array for kind, values in kinds.items()
                                          for name, array in (values or {}).items()},
-                **(self.compression.state(self.partition.parameters, saved.clock) if self.compression else {})}
+                **self.learners.state(self.partition.parameters, saved.clock)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a state(). Raises ValueError with one line, and changes nothing, if it does not fit."""
@@ -162,8 +175,7 @@ class Cluster:
         clock = state.get("clock", 0)
         if np.shape(clock) or np.asarray(clock).dtype.kind not in "iu" or clock < 0:
             raise ValueError(f"load: 'clock' is {clock!r:.100}, expected a whole number of at least 0")
-        residuals = {key: value for key, value in state.items() if self.compression and key.startswith("residual.")}
-        state = {key: value for key, value in state.items() if key not in residuals}
+        kept, state = self.learners.split(state)
         kinds = ("parameters", *self.rule.slots)
         expected = {f"{kind}/{name}": p.shape for kind in kinds for name, p in self.partition.parameters.items()}
         difference = state.keys() ^ (expected.keys() | {"clock"})
@@ -177,8 +189,7 @@ class Cluster:
                                  f"expected {self.dtype} {shape}")
         values, *slots = ({name: np.asarray(state[f"{kind}/{name}"]) for name in self.partition.parameters}
                           for kind in kinds)
-        if self.compression:
-            self.compression.load(self.partition.parameters, residuals, int(state["clock"]))
+        self.learners.load(self.partition.parameters, kept, int(state["clock"]))
         self._place(Checkpoint(int(state["clock"]), values, dict(zip(self.rule.slots, slots))))
 
     def reshard(self, shards: int) -> None:
@@ -224,12 +235,7 @@ class Cluster:
         return coordinator, shards, workers
 
     def make_worker(self, number: int, epoch: int) -> Worker:
-        return Worker(number, epoch, self.setup, self.term, self.encode)
-
-    @property
-    def encode(self) -> Encode | None:
-        """What workers make of a gradient before it travels."""
-        return self.compression.encode if self.compression else None
+        return Worker(number, epoch, self.setup, self.term, self.learners)
 
     def make_coordinator(self, last: int | None = None) -> Coordinator:
         return Coordinator(self.setup, self.term, self.workers, last)

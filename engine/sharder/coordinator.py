@@ -238,9 +238,9 @@ class Coordinator:
         return (clock, share) if share else (None, ())
 
     def _share(self, clock: Clock, worker: int) -> list[int]:
-        """What is due of a clock and can be computed by a worker now. With compression that needs what the microbatch
-        had left to say in the clock before: this worker computed it, or every shard has it."""
-        running = [c for c in self.clocks.values() if self.setup.compress and c.number < clock.number]
+        """What is due of a clock and can be computed by a worker now. With compression or local steps that needs what
+        was left of the microbatch by the clock before: this worker computed it, or every shard has it."""
+        running = [c for c in self.clocks.values() if self.setup.remembers and c.number < clock.number]
         return [i for i in sorted(clock.due)
                 if all(c.owners[i] == worker or self._settled(c) for c in running)]
 
@@ -308,7 +308,7 @@ class Coordinator:
         if not (same or self.setup.consistency.asynchronous):  # in ASP shards may have taken other incarnations' losses
             raise ProtocolError(f"coordinator: the shards disagree on the loss of clock {self.clock}: {reduced}")
         scale = 1.0
-        if self.setup.clip_norm is not None:
+        if self.setup.clips:
             squares = self.setup.partition(self.term.shards).in_block_order([r.squares for r in reduced])
             clock.norm, scale = self.setup.clip(squares)
         every, seals = self.setup.save_every, self.wish is not None and len(self.clocks) == 1

@@ -5,8 +5,11 @@ Nothing here travels. A driver calls machine.step(event) and carries out the act
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from engine.backend import Array
 from engine.rowsparse import RowSparse
@@ -114,6 +117,7 @@ class PushRequested:
 
     shard: they are all that this shard owns, and may leave for it while others are computed; None: the microbatch is
     done, and they are all that has not left
+    place: with a local rule, where they were computed, name -> parameters
     """
 
     microbatch: int
@@ -121,6 +125,7 @@ class PushRequested:
     loss: float
     tokens: float
     shard: int | None = None
+    place: Mapping[str, np.ndarray] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ class Shard:
         if not gathering.complete or gathering.reduced:
             return []
         total = gathering.sum.total()
-        squares = [] if self.setup.clip_norm is None else [
+        squares = [] if not self.setup.clips else [
             sums_of_squares(self.k, g, total.tokens).data for g in total.gradients]
         gathering.reduced = Reduced(self.number, term, clock, total.loss, total.tokens,
                                     np.concatenate(squares) if squares else np.empty(0))
@@ -225,15 +225,16 @@ class Shard:
         return actions
 
     def _update(self, total: Accumulated, scale: float, staleness: int) -> None:
-        """new parameters, new state = rule(parameters, state, Σ gradients / Σ tokens · scale); parameters into the next
+        """new parameters, new state = rule(parameters, state, Σ gradients / divisor · scale); parameters into the next
         version."""
         memory, k, step = self.memory, self.k, self.memory.version + 1
+        divisor = self.setup.divisor(total.tokens)
         updates = [self.setup.update_at(step, piece.parameter.name, staleness) for piece in self.pieces]
         memory.torn = True
         old, new = memory.versions.current, memory.versions.reserve()
         for i, (piece, gradient) in enumerate(zip(self.pieces, total.gradients, strict=True)):
             state = {slot: of_pieces[i] for slot, of_pieces in memory.slots.items()}
-            updates[i](k, new.piece(piece), state, old.piece(piece), state, gradient, step, total.tokens, scale)
+            updates[i](k, new.piece(piece), state, old.piece(piece), state, gradient, step, divisor, scale)
         memory.versions.commit()
         memory.version, memory.torn = step, False
 

@@ -17,6 +17,7 @@ The state machine is pure: step(event) -> actions, with no thread, clock, socket
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from math import inf
 from typing import Any, ClassVar
 
@@ -36,6 +37,8 @@ from engine.sharder.events import (
     Timeout,
     shard_address,
 )
+from engine.sharder.learners import Learners
+from engine.sharder.local import LocalSteps
 from engine.sharder.messages import (
     Begin,
     End,
@@ -65,8 +68,10 @@ class Worker:
         ClockRequested: "_next_clock", PullRequested: "_pull_requested", PushRequested: "_push", Timeout: "_resend",
         Begin: "_begin", End: "_end", Refused: "_end", Parameters: "_parameters", Pushed: "_pushed", Moved: "_moved"}
 
-    def __init__(self, number: int, epoch: int, setup: Setup, term: Term, encode: Encode | None = None):
-        self.number, self.epoch, self.setup, self.term, self.encode = number, epoch, setup, term, encode
+    def __init__(self, number: int, epoch: int, setup: Setup, term: Term, learners: Learners | None = None):
+        self.number, self.epoch, self.setup, self.term = number, epoch, setup, term
+        self.encode: Encode | None = learners.compression.encode if learners and learners.compression else None
+        self.local = learners.local if learners else None
         self.begun: Begin | None = None
         self.due: set[int] = set()  # microbatches of this clock that are yet to be pushed
         self.taken = 0  # Begins
@@ -153,6 +158,8 @@ class Worker:
                 self.due.remove(request.microbatch)
             self.leaving.clear()
             return []
+        if self.local:
+            request = self._stepped(self.local, request)
         identity, have = self.leaving.get(request.microbatch) or self._new_push(request.microbatch)
         pushes = {}
         for shard in shards:
@@ -170,6 +177,16 @@ class Worker:
             self.due.remove(request.microbatch)
             del self.leaving[request.microbatch]
         return [Send(shard_address(shard), push) for shard, push in pushes.items()]
+
+    def _stepped(self, local: LocalSteps, request: PushRequested) -> PushRequested:
+        """With the step that these gradients are for the microbatch, in their place."""
+        if request.place is None:
+            raise RuntimeError(f"worker {self.number}: push of microbatch {request.microbatch}, which has a place of "
+                               f"its own, expected client.localize({request.microbatch}, replica) before its loss")
+        begun = self._in_clock()
+        steps = local.step(self.clock, request.microbatch, request.place, request.gradients, request.tokens,
+                           self.term.number, begun.floor)
+        return replace(request, gradients=dict(steps))
 
     def _void(self, begun: Begin) -> bool:
         """Whether nobody waits for what it computes: its term is over, or its clock, so that it was given parameters of

@@ -34,7 +34,7 @@ from engine.sharder.consistency import Consistency
 from engine.sharder.drivers import child
 from engine.sharder.drivers.faults import Weather
 from engine.sharder.drivers.plain import Plain
-from engine.sharder.drivers.residual_files import InFiles, shelf_of
+from engine.sharder.drivers.residual_files import InFiles, shelves_of
 from engine.sharder.drivers.simulator import Simulation
 from engine.sharder.drivers.supervisor import Team
 from engine.sharder.partition import Partition, Piece
@@ -117,7 +117,7 @@ def test_ssp_states_have_no_residual_of_later_clocks():
     for _ in cluster.run(program, 6):
         found.append(cluster.state())
     for clock, state in enumerate(found, 1):
-        expected = cluster.compression.state(cluster.partition.parameters, clock) if clock >= 3 else None
+        expected = cluster.learners.state(cluster.partition.parameters, clock) if clock >= 3 else None
         own = {key: value for key, value in state.items() if key.startswith("residual.")}
         assert len(own) == 3 * len(WIDE)
         assert expected is None or all(np.array_equal(own[key], expected[key]) for key in own)
@@ -243,12 +243,12 @@ def test_pieces_written_by_several_workers_are_one_residual(tmp_path):
 @pytest.mark.process
 @pytest.mark.parametrize("computers", [False, True])
 def test_residuals_are_on_the_disk_before_a_push_leaves_where_a_computer_may_be_lost(computers, tmp_path, monkeypatch):
-    def shelf(*arguments):
-        made = shelf_of(*arguments)
-        (tmp_path / f"{os.getpid()} {made.synchronised}").touch()
+    def shelves(*arguments):
+        made = shelves_of(*arguments)
+        (tmp_path / f"{os.getpid()} {made('residual').synchronised}").touch()
         return made
 
-    monkeypatch.setattr(child, "shelf_of", shelf)
+    monkeypatch.setattr(child, "shelves_of", shelves)
     monkeypatch.setattr(Team, "computers", computers)
     list(processes("int8").run(program, 1))
     assert [path.name.split()[1] for path in tmp_path.iterdir()] == 2 * [str(computers)]

@@ -62,6 +62,7 @@ class Work:
         while client.clock():
             client.pull(replica)
             for index in client.microbatches:
+                client.localize(index, replica)
                 tokens, targets = self.loader.microbatch(client.step, index)
                 # step 0 drew the initial weights
                 with eg.seed(generator.at(client.step + 1, index)), eg.autocast(self.precision):
@@ -81,7 +82,8 @@ class Session:
         with eg.seed(settings.seed):
             self.model = eg.models.Transformer(self.config)
         self.hyper = schedule(settings)
-        rule = eg.optim.AdamWRule(beta1=0.9, beta2=settings.beta2)
+        adam = eg.optim.AdamWRule(beta1=0.9, beta2=settings.beta2)
+        rule, local = (adam, None) if settings.outer_lr is None else (eg.optim.SGDRule(lr=settings.outer_lr), adam)
         kept: dict[str, Any] = {"durability": settings.durability}
         if settings.save_every is not None:
             kept["save_every"] = settings.save_every
@@ -91,7 +93,7 @@ class Session:
                      "ray": (eg.sharder.RayServer, {"folder": folder, **kept})}[settings.driver]
         self.server: Any = kind(
             self.model, rule, workers=settings.workers, shards=settings.shards,
-            compress=None if settings.compress == "none" else settings.compress,
+            compress=None if settings.compress == "none" else settings.compress, local=local,
             microbatches=settings.microbatches, clip_norm=settings.clip, hyper=self.hyper,
             consistency=eg.sharder.Consistency.parse(settings.consistency, settings.backups),
             damping=inverse_staleness if settings.damping == "inverse" else None, placement=settings.placement,

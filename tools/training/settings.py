@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Any
 
-from engine.optim import AdamWRule
+from engine.optim import AdamWRule, SGDRule
 from engine.sharder import Consistency
 from engine.sharder.compression import codec_for
 from tools.training.errors import ProgramError
@@ -47,6 +47,8 @@ class Settings:
     precision: str = flag("float32", "of the factors in matrix products: float32, or bfloat16, which is faster where "
                           "the processor has a unit for it")
     compress: str = flag("none", "how gradients travel: none, fp16, bf16, int8, or topk: and a share, as in topk:0.01")
+    outer_lr: float | None = flag(None, "each microbatch takes AdamW's steps by itself, and the server so much of "
+                                  "their mean, as 2.0: what topk needs (default: AdamW is the server's)")
     clip: float | None = flag(1.0, "the largest norm of a gradient, or none")
     seed: int = flag(0, "of the initial weights, the order of the data and dropout")
 
@@ -86,7 +88,7 @@ class Settings:
                 raise ProgramError(f"--{dashed(name)} is {value!r}, expected a value as {setting.default!r} is one")
             if isinstance(value, str):
                 continue
-            if name in ("lr", "clip"):
+            if name in ("lr", "clip", "outer_lr"):
                 possible, expected = 0 < value < inf, "a positive number"
             elif name in ("dropout", "beta2"):
                 possible, expected = 0 <= value < 1, "a number from 0 to below 1"
@@ -99,7 +101,7 @@ class Settings:
                 raise ProgramError(f"--{dashed(name)} is {value}, expected {expected}")
         if self.compress != "none":
             try:
-                codec_for(self.compress, AdamWRule())
+                codec_for(self.compress, AdamWRule() if self.outer_lr is None else SGDRule())
             except ValueError as error:
                 raise ProgramError(f"--{error}") from None
         if self.driver not in ("threads", "processes", "ray"):
@@ -135,6 +137,11 @@ class Settings:
         if consistency.asynchronous and self.zero == 3:
             raise ProgramError("--zero is 3, expected 1 or 2 with --consistency asp: what is pulled again for the "
                                "backward pass would be another version")
+        if self.outer_lr is not None and (consistency.asynchronous or self.backups or self.zero == 3):
+            which = "--consistency asp" if consistency.asynchronous else f"--backups {self.backups}" if self.backups \
+                else "--zero 3"
+            raise ProgramError(f"--outer-lr is {self.outer_lr}, expected none with {which}: every step of a microbatch "
+                               "counts, and needs all parameters")
         if self.driver != "threads" and self.compress != "none" and (self.backups or consistency.asynchronous):
             which = "--consistency asp" if consistency.asynchronous else f"--backups {self.backups}"
             raise ProgramError(f"--compress is {self.compress}, expected none with {which} and --driver {self.driver}: "

@@ -24,12 +24,11 @@ from typing import Any, Protocol
 from engine.backend import Backend, get_backend, set_num_threads
 from engine.dtypes import DType
 from engine.sharder.client import Stopped, run_to_end
-from engine.sharder.compression import compression_of
 from engine.sharder.coordinator import Coordinator
 from engine.sharder.drivers.files import Library, Replaced, Store
 from engine.sharder.drivers.frozen import Frozen, freeze
 from engine.sharder.drivers.post import Post
-from engine.sharder.drivers.residual_files import shelf_of
+from engine.sharder.drivers.residual_files import shelves_of
 from engine.sharder.drivers.tape import Blank, Tape, TapedClient, tape_path
 from engine.sharder.encoding import WireError, declare
 from engine.sharder.events import (
@@ -47,6 +46,7 @@ from engine.sharder.events import (
     shard_address,
 )
 from engine.sharder.journal import Journal, replay
+from engine.sharder.learners import Learners
 from engine.sharder.memory import Snapshot
 from engine.sharder.messages import Ready, Restore, Term
 from engine.sharder.setup import Setup, as_hyper
@@ -382,9 +382,9 @@ class _Port:
 def _work(order: Order, setup: Setup, mail: Mail) -> None:
     """Run the program."""
     number = order.address[1]
-    # What it leaves to say is there for whoever does its work after its death.
-    compression = compression_of(setup, order.durability == "snapshot", shelf_of(order.folder, setup, order.computers))
-    machine = Worker(number, order.epoch, setup, order.term, compression.encode if compression else None)
+    # What it keeps is there for whoever does its work after its death.
+    learners = Learners(setup, order.durability == "snapshot", shelves_of(order.folder, setup, order.computers))
+    machine = Worker(number, order.epoch, setup, order.term, learners)
     desk = _Desk(setup.k, setup.dtype, Counter(), Traffic())
     run_to_end(order.program, TapedClient(mail.tape, desk, machine, _Port(mail, machine, desk.pushed)))
     while True:  # said again until the run has heard it, and ends this process

@@ -49,13 +49,14 @@ class Program:
             return self._perform(self.worker.step(event))
         cluster, worker, weather = self.run.cluster, self.worker, self.run.weather
         index, shard = self.queue[0], self.ahead.pop() if self.ahead else None
-        gradients, loss, tokens = self.run.gradient(self.parameters, worker.clock, index)
+        place = self.parameters if worker.local is None else worker.local.place(worker.clock, index, self.parameters)
+        gradients, loss, tokens = self.run.gradient(place, worker.clock, index)
         flat = flat_gradients(worker.partition, cluster.dtype, gradients, cluster.copied)
         if shard is None:
             self.queue.pop(0)
         elif shard >= worker.term.shards:
             return self._compute()
-        self._perform(worker.step(PushRequested(index, flat, loss, tokens, shard)))
+        self._perform(worker.step(PushRequested(index, flat, loss, tokens, shard, place)))
         if shard is None:
             return self._compute_or_go_on()
         if weather.giving_up and self.run.random.random() < weather.giving_up:

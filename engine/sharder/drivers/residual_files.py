@@ -1,6 +1,8 @@
-"""Residuals in files, where they outlive the worker that wrote them: compression.py's shelf for workers that may die.
+"""Residuals in files, where they outlive the worker that wrote them: a shelf (shelves.py) for workers that may die.
 
     <folder>/<microbatch>-<parameter>/<clock>-<term>       the elements, as they lie in memory
+
+What local rules keep lies beside them in the same way, in a folder for each slot.
 
 parameter is its number in the order of all. A worker writes what a push leaves before it sends the push, into its place
 in the file and over whatever is there, since nothing else than the same bits can be. So there is no moment at which a
@@ -17,23 +19,23 @@ shard.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from engine.backend import Array, Backend
 from engine.dtypes import DType
-from engine.sharder.compression import Mark
 from engine.sharder.partition import Parameter, Piece
 from engine.sharder.setup import Setup
+from engine.sharder.shelves import Mark
 
-RESIDUALS = "residuals"  # of workers, in a run's folder
+KEPT = "kept"  # by workers, in a run's folder
 
 
-def shelf_of(folder: Path, setup: Setup, synchronised: bool = False) -> InFiles:
-    """The shelf of a run, in its folder."""
-    return InFiles(folder / RESIDUALS, list(setup.shapes), setup.k, setup.dtype, synchronised)
+def shelves_of(folder: Path, setup: Setup, synchronised: bool = False) -> Callable[[str], InFiles]:
+    """By name, the shelves of a run, in its folder."""
+    return lambda name: InFiles(folder / f"{KEPT}-{name}", list(setup.shapes), setup.k, setup.dtype, synchronised)
 
 
 class InFiles:

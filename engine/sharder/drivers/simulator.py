@@ -18,13 +18,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from engine.sharder.cluster import Cluster
-from engine.sharder.compression import compression_of, expect_repeatable
 from engine.sharder.drivers.faults import FAIR, Weather
 from engine.sharder.drivers.history import History
 from engine.sharder.drivers.invariants import Invariants
 from engine.sharder.drivers.plain import Gradient, Plain
 from engine.sharder.drivers.run import Run
 from engine.sharder.events import shard_address
+from engine.sharder.learners import Learners, expect_repeatable
 
 DURABILITIES = ("snapshot", "log", "backup")
 
@@ -50,7 +50,7 @@ class Simulation(Cluster):
             raise ValueError('Simulation: durability "snapshot" is for BSP without backups, whose clocks can be '
                              "computed again; the other modes need a log or a backup")
         self.durability = durability
-        self.compression = compression_of(self.setup, durability == "snapshot")
+        self.learners = Learners(self.setup, durability == "snapshot")
 
     def run(self, gradient: Gradient, clocks: int, seed: int, weather: Weather = FAIR,
             faults: Iterable[tuple[int, str]] = (), limit: float = 100_000, stride: int = 1,

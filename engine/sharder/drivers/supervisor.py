@@ -27,7 +27,6 @@ from typing import Any
 from engine.backend import get_num_threads
 from engine.sharder.client import Program
 from engine.sharder.cluster import Cluster
-from engine.sharder.compression import compression_of, expect_repeatable
 from engine.sharder.drivers.child import (
     Failed,
     Inspect,
@@ -43,7 +42,7 @@ from engine.sharder.drivers.child import (
 from engine.sharder.drivers.files import Library, join
 from engine.sharder.drivers.frozen import Frozen
 from engine.sharder.drivers.playback import Recording
-from engine.sharder.drivers.residual_files import shelf_of
+from engine.sharder.drivers.residual_files import shelves_of
 from engine.sharder.drivers.tape import BLANK
 from engine.sharder.events import (
     COORDINATOR,
@@ -56,6 +55,7 @@ from engine.sharder.events import (
     shard_address,
     worker_address,
 )
+from engine.sharder.learners import Learners, expect_repeatable
 from engine.sharder.memory import Checkpoint
 from engine.sharder.messages import Term
 
@@ -138,14 +138,14 @@ class SupervisedServer(Cluster, ABC):
     def state(self) -> dict[str, Any]:
         if not self.busy:
             self._fetch()
-            self._fetch_residuals()
+            self._fetch_learners()
         return super().state()
 
-    def _fetch_residuals(self) -> None:
-        """Bring what workers have left to say at this clock here, from their files."""
-        if self._team and self._team.compression and self.compression:
+    def _fetch_learners(self) -> None:
+        """Bring what workers keep at this clock here, from their files."""
+        if self._team:
             parameters, clock = self.partition.parameters, self.clock
-            self.compression.load(parameters, self._team.compression.state(parameters, clock), clock)
+            self.learners.load(parameters, self._team.learners.state(parameters, clock), clock)
 
     # ── running ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -200,7 +200,7 @@ class SupervisedServer(Cluster, ABC):
         self.busy = False
         try:
             self._fetch(STANDING)
-            self._fetch_residuals()
+            self._fetch_learners()
             if self._team and (wish := self._team.wish or self._team.term.shards) != self.term.shards:
                 self._split(wish)  # during the run what is here belongs to no number of shards
         except BaseException as error:
@@ -211,8 +211,8 @@ class SupervisedServer(Cluster, ABC):
 
 
 class Team(ABC):
-    """The machines of one run. mail: the supervisor's; folder: of the run, with its origin in it; compression: over the
-    residuals that lie there, or None."""
+    """The machines of one run. mail: the supervisor's; folder: of the run, with its origin in it; learners: over
+    what workers keep there."""
 
     mail: Mail
 
@@ -236,7 +236,7 @@ class Team(ABC):
             made = tempfile.mkdtemp(prefix="shardgrad-", dir=server.folder)
             self.folder = Path(made)
             Library(self.folder, server.setup).keep_origin(origin)
-            self._keep_residuals(origin.clock)
+            self._keep_learners(origin.clock)
             self.open()
         except BaseException as error:
             shutil.rmtree(made, ignore_errors=True)
@@ -246,12 +246,11 @@ class Team(ABC):
         self.tape = self.mail.tape = server.recording.caller() if server.recording else BLANK
         self.patience = Patience(self.mail)
 
-    def _keep_residuals(self, clock: int) -> None:
-        """Put what is left to say where workers find it."""
-        here, parameters = self.server.compression, self.server.partition.parameters
-        self.compression = compression_of(self.server.setup, False, shelf_of(self.folder, self.server.setup))
-        if here and self.compression:
-            self.compression.load(parameters, here.state(parameters, clock), clock)
+    def _keep_learners(self, clock: int) -> None:
+        """Put what workers keep where they find it."""
+        server, parameters = self.server, self.server.partition.parameters
+        self.learners = Learners(server.setup, False, shelves_of(self.folder, server.setup))
+        self.learners.load(parameters, server.learners.state(parameters, clock), clock)
 
     # ── what a driver does ──────────────────────────────────────────────────────────────────────────
 
