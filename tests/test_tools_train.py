@@ -154,9 +154,10 @@ def test_asp_trains_without_a_norm_and_damped(text: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("how", [["--compress", "int8"], ["--compress", "topk:0.05", "--outer-lr", "1.5"]])
 def test_a_compressed_run_goes_on_with_what_it_had_left_to_say(finished: tuple[Path, str], text: Path, tmp_path: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    assert call(train, *flags(tmp_path, text, *SMALL, "--compress", "int8"), monkeypatch=monkeypatch) == 0
+                                                               monkeypatch: pytest.MonkeyPatch, how: list[str]) -> None:
+    assert call(train, *flags(tmp_path, text, *SMALL, *how), monkeypatch=monkeypatch) == 0
     whole = result(tmp_path)
     assert whole != result(finished[0])
     (tmp_path / "report.json").unlink()
@@ -296,6 +297,10 @@ def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, monkeypa
     (["--save-every", "2"], "--save-every is 2, expected --driver processes or ray with it"),
     (["--driver", "processes", "--save-every", "-1"], "--save-every is -1, expected at least 0"),
     (["--workers", "5"], "--workers is 5, expected at most --microbatches (4)"),
+    (["--outer-lr", "0"], "--outer-lr is 0.0, expected a positive number"),
+    (["--outer-lr", "2", "--zero", "3"], "--outer-lr is 2.0, expected none with --zero 3: every step"),
+    (["--outer-lr", "2", "--backups", "1"], "--outer-lr is 2.0, expected none with --backups 1: every step"),
+    (["--outer-lr", "2", "--consistency", "asp", "--clip", "none"], "--outer-lr is 2.0, expected none with --cons"),
     (["--compress", "zip"], "--compress is 'zip', expected fp16, bf16, int8"),
     (["--compress", "1bit"], "--compress is '1bit' and the rule AdamWRule"),
     (["--kv-heads", "3"], "--kv-heads is 3, expected a divisor of --heads"),

@@ -106,6 +106,7 @@ class Client:
         that were not used lately are let go of, to be pulled again when they are used again (late.py).
         """
         self._close()
+        self._places = {}  # a replica leaves them
         release = self._machine.setup.zero == 3
         if late or release:
             self._late = LateParameters(self, release)
