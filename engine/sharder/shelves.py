@@ -98,10 +98,11 @@ class Remembered:
         marks = tuple(self.shelf.marks(microbatch, piece.parameter))
         if any(mark[::-1] > (term, clock) for mark in marks):
             return  # it is there, or was, and nobody needs it
-        before, needed = _newest(marks, clock), self._needed(clock, floor)
         self.shelf.write(microbatch, piece, (clock, term), kept)
+        # A clock may have left nothing; then what the one before it left is what counts after it, too.
+        needed = {_newest(marks, after + 1) for after in self._needed(clock, floor)}
         for mark in marks:
-            if mark[0] not in needed and mark != before:  # which the parameter's other pieces still begin with
+            if mark[0] != clock and mark not in needed:
                 self.shelf.remove(microbatch, piece.parameter, mark)
 
     def _needed(self, clock: int, floor: int) -> set[int]:

@@ -401,6 +401,17 @@ def test_all_may_go_back_to_any_version_that_a_term_may_begin_with(every: int) -
     assert kept == {9, 10, 1} | ({v - 1 for v in range(2, 11) if v % every == 0} if every else set())
 
 
+def test_a_clock_that_left_nothing_leaves_what_was_there() -> None:
+    """Clocks 2 and 3 sent rows as they were; version 4, which all go back to, begins with what clock 1 left."""
+    piece = Partition({"w": (5000,)}, 1).pieces[0][0]
+    compression = Compression(K, codec_of("int8"), eg.float32, every=4)
+    first = {clock: compression.encode(clock, 0, piece, some(clock)) for clock in (0, 1, 4, 5, 6, 7)}
+    for clock in (4, 5, 6, 7):
+        assert compression.encode(clock, 0, piece, some(clock), 1, 4) == first[clock]
+    for clock in (4, 5):  # and once more
+        assert compression.encode(clock, 0, piece, some(clock), 2, 4) == first[clock]
+
+
 def test_who_comes_late_leaves_nothing_behind() -> None:
     """What was left before its clock is gone, so what it computes is something else; nobody will hear it."""
     piece, compression = Partition({"w": (5000,)}, 1).pieces[0][0], Compression(K, codec_of("int8"), eg.float32)
