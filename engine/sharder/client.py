@@ -88,7 +88,7 @@ class Client:
         Raises RuntimeError if microbatches of the present clock were not pushed, or if the server refuses this worker.
         """
         self._close()
-        self._pulled, self._places = None, {}
+        self._pulled = None
         outcome = self._until(ClockRequested())
         if isinstance(outcome, Ended):
             self.ended = True

@@ -51,10 +51,10 @@ class Learners:
 
     def load(self, parameters: Mapping[str, Parameter], state: Mapping[str, Any], clock: int) -> None:
         """Go on with a clock from a state(). Raises ValueError with one line, changing nothing, if it does not fit."""
-        own = [{key: value for key, value in state.items() if memory.owns(key)} for memory in self.memories]
-        for check in (True, False):
-            for memory, part in zip(self.memories, own, strict=True):
-                memory.checked(parameters, part) if check else memory.load(parameters, part, clock)
+        kept = [memory.checked(parameters, {key: value for key, value in state.items() if memory.owns(key)})
+                for memory in self.memories]
+        for memory, own in zip(self.memories, kept, strict=True):
+            memory.replace(parameters, own, clock)
 
 
 def expect_repeatable(driver: str, setup: Setup) -> None:

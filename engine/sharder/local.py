@@ -60,17 +60,16 @@ class LocalSteps:
              ) -> dict[str, Array]:
         """name -> d = p − p′, flat, of the gradients of a loss sum over so many tokens. floor: as keep() has it."""
         setup, k, known = self.setup, self.k, self.setup.partition(1).parameters
+        if not tokens:  # it has seen nothing
+            return {name: k.zeros((known[name].size,), setup.dtype) for name in gradients}
         flat = {name: Array(g.dense().array.data.reshape(-1), g.dtype) if isinstance(g, RowSparse) else g
                 for name, g in gradients.items()}
         scale = 1.0
-        if setup.clip_norm is not None and tokens:
+        if setup.clip_norm is not None:
             _, scale = setup.clip(np.concatenate([sums_of_squares(k, g, tokens).data for g in flat.values()]))
         steps = {}
         for name, gradient in flat.items():
             piece, old = whole(known[name]), k.from_numpy(place[name].reshape(-1))
-            if not tokens:  # it has seen nothing
-                steps[name] = k.zeros((piece.size,), old.dtype)
-                continue
             found = {slot: memory.before(clock, microbatch, piece) for slot, memory in self.slots.items()}
             state = {slot: k.zeros((piece.size,), old.dtype) if s is None else s for slot, s in found.items()}
             new, after = k.empty_like(old), {slot: k.empty_like(s) for slot, s in state.items()}

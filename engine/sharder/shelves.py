@@ -146,7 +146,10 @@ class Remembered:
 
     def load(self, parameters: Mapping[str, Parameter], state: Mapping[str, Any], clock: int) -> None:
         """Go on with a clock from a state(). Raises ValueError as checked() does, and changes nothing then."""
-        kept = self.checked(parameters, state)
+        self.replace(parameters, self.checked(parameters, state), clock)
+
+    def replace(self, parameters: Mapping[str, Parameter], kept: Mapping[tuple[int, str], Array], clock: int) -> None:
+        """Go on with a clock from what checked() gave."""
         for index, name in self.shelf.all():
             for mark in self.shelf.marks(index, parameters[name]):
                 self.shelf.remove(index, parameters[name], mark)

@@ -81,6 +81,7 @@ WEATHERS = [
     Weather(stalling=0.3),
     Weather(crashing=0.004, absence=25, giving_up=0.2),
 ]
+SKIES = [Weather(latency=(1, 20), loss=0.05, duplication=0.1, stalling=0.2, crashing=0.002), *WEATHERS[:2]]
 HISTORIES = 10_000  # drawn in every test run
 STRIKES = (*FAULTS, "reshard:1", "reshard:2", "reshard:3")
 

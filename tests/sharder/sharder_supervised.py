@@ -11,8 +11,10 @@ import os
 import signal
 import time
 from functools import partial
+from random import Random
 
 import pytest
+from kills import Killer
 from sharder_problems import Momentum, assert_plain_training, assert_same_bits, gradient, make, plain, program
 
 from engine.sharder.drivers.plain import Plain
@@ -28,6 +30,12 @@ def server_of(kind, **arguments):
 
 def expected(clock):
     return plain(False, 3, None, 8)[0][clock]
+
+
+def killing(cluster, kinds, seed):
+    """A context in which machines of these kinds are killed, one every 1 to 30 ms."""
+    draw = Random(seed)
+    return Killer(cluster, [(draw.uniform(0.001, 0.03), kind) for kind in kinds], draw)
 
 
 def slow_program(client, seconds):

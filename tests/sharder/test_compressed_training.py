@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from random import Random
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kills import Killer
 from sharder_problems import (
     MODES,
+    SKIES,
     TINY,
     WIDE,
     assert_same_bits,
@@ -22,7 +21,7 @@ from sharder_problems import (
     strikes,
     tiny_gradient,
 )
-from sharder_supervised import slow_program
+from sharder_supervised import killing, slow_program
 
 import engine as eg
 from engine import nn, optim
@@ -32,7 +31,6 @@ from engine.sharder.codecs import codec_of
 from engine.sharder.compression import Compression
 from engine.sharder.consistency import Consistency
 from engine.sharder.drivers import child
-from engine.sharder.drivers.faults import Weather
 from engine.sharder.drivers.plain import Plain
 from engine.sharder.drivers.residual_files import InFiles, shelves_of
 from engine.sharder.drivers.simulator import Simulation
@@ -149,7 +147,6 @@ def test_bytes_are_counted():
 
 
 HISTORIES = ["bsp, snapshots", "bsp, logs", "bsp, replicas", "ssp, logs", "ssp, replicas"]
-STORMY = Weather(latency=(1, 20), loss=0.05, duplication=0.1, stalling=0.2, crashing=0.002)
 
 
 @pytest.mark.parametrize("mode", HISTORIES)
@@ -161,8 +158,7 @@ def test_whatever_dies_comes_late_or_goes_back(mode, seed, faults):
     durability, consistency = MODES[mode]
     simulation = Simulation(TINY, RULE, durability=durability, consistency=consistency, workers=3, shards=2,
                             microbatches=3, compress="topk:0.5", save_every=seed % 4)
-    weather = (STORMY, Weather(), Weather(latency=(1, 50), duplication=0.3, timeout=150))[seed % 3]
-    simulation.run(tiny_gradient, 5, seed, weather, faults, 20_000)  # every version is held against plain training
+    simulation.run(tiny_gradient, 5, seed, SKIES[seed % 3], faults, 20_000)  # held against plain training
 
 
 # ── in processes ──────────────────────────────────────────────────────────────────────────────────────
@@ -170,11 +166,6 @@ def test_whatever_dies_comes_late_or_goes_back(mode, seed, faults):
 def processes(compress, **arguments):
     return ProcessServer(start(WIDE), RULE, compress=compress,
                          **{"workers": 2, "shards": 2, "microbatches": 3, "clip_norm": 1.0, **arguments})
-
-
-def killing(cluster, kinds, seed):
-    draw = Random(seed)
-    return Killer(cluster, [(draw.uniform(0.001, 0.03), kind) for kind in kinds], draw)
 
 
 @pytest.mark.parametrize("codec", CODECS)
