@@ -30,15 +30,16 @@ static inline __attribute__((always_inline)) void ask_for_tile(int rows, const r
 #define MICRO_TILE TYPED(micro_tile)
 #endif
 
-/* One step of the depth: the vectors at b times rows elements of A. */
-#define STEP(b, element)                                                                                          \
+/* One step of the depth: the vectors at b times rows elements of A. `again` is the element as well, in every other row
+ * by another name. */
+#define STEP(b, element, again)                                                                                   \
     do {                                                                                                          \
         vf left = vf_load(b), right = vectors == 2 ? vf_load((b) + VL) : vf_zero();                               \
         EACH_ROW {                                                                                                \
             vf x = EVERYWHERE(element);                                                                           \
             sum[i][0] = MULTIPLY_ADD(x, left, sum[i][0]);                                                         \
             if (vectors == 2)                                                                                     \
-                sum[i][1] = MULTIPLY_ADD(x, right, sum[i][1]);                                                    \
+                sum[i][1] = MULTIPLY_ADD(i % 2 ? EVERYWHERE(again) : x, right, sum[i][1]);                        \
         }                                                                                                         \
     } while (0)
 
@@ -48,7 +49,7 @@ static inline __attribute__((always_inline)) void strided_sums(int rows, int vec
     const real *base[3] = {a, a + 5 * a_row, a + 10 * a_row};
     const int64_t row[5] = {0, a_row, 2 * a_row, 3 * a_row, 4 * a_row};
     for (int64_t p = 0; p < k; p++) {
-        STEP(b, base[i / 5][row[i % 5]]);
+        STEP(b, base[i / 5][row[i % 5]], base[i / 5][row[i % 5]]);
 #pragma GCC unroll 3
         for (int i = 0; i < 3; i++)
             base[i] += a_step;
@@ -58,17 +59,20 @@ static inline __attribute__((always_inline)) void strided_sums(int rows, int vec
 
 static inline __attribute__((always_inline)) void packed_sums(int rows, int vectors, vf (*sum)[2], const real *a,
                                                               const real *b, int64_t k) {
+    const real *same = a;
+    __asm__("" : "+r"(same)); /* the compiler is not to know */
     for (; k >= 2; k -= 2) {
 #pragma GCC unroll 4
         for (int line = 0; line < 2 * NR; line += 64 / (REAL_BITS / 8))
             __builtin_prefetch(b + PREFETCH_ROWS * NR + line);
-        STEP(b, a[i]);
-        STEP(b + NR, a[rows + i]);
+        STEP(b, a[i], same[i]);
+        STEP(b + NR, a[rows + i], same[rows + i]);
         a += 2 * rows;
+        same += 2 * rows;
         b += 2 * NR;
     }
     if (k)
-        STEP(b, a[i]);
+        STEP(b, a[i], same[i]);
 }
 
 static inline __attribute__((always_inline)) void store_sums(int rows, int vectors, vf (*sum)[2], real *tile,
