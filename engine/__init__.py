@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from engine import array_api, nn, ops, optim
 from engine.autograd import enable_grad, grad, is_grad_enabled, no_grad
 from engine.backend import get_num_threads, set_num_threads
+from engine.capture import capture
 from engine.checkpoint import checkpoint
 from engine.dtypes import DType, bool_, float32, float64, int8, int16, int32, int64, uint8, uint16, uint32, uint64
 from engine.functional import jvp, vjp
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "DType", "Generator", "RowSparse", "Tensor", "array_api", "autocast", "bool_", "checkpoint", "default_device",
+    "DType", "Generator", "RowSparse", "Tensor", "array_api", "autocast", "bool_", "capture", "checkpoint",
+    "default_device",
     "default_generator", "detect_anomaly", "device", "draw", "enable_grad", "float32", "float64", "from_dlpack",
     "from_numpy", "get_autocast", "get_num_threads", "grad", "int16", "int32", "int64", "int8", "is_grad_enabled",
     "jvp", "models", "nn", "no_grad",

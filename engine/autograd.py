@@ -21,6 +21,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from engine.backend import Array, get_backend
+from engine.backend.recording import recording
 from engine.precision import product_format
 from engine.rowsparse import Gradient, RowSparse, add_gradients, dense
 
@@ -316,6 +317,8 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor | None], *, retai
         if isinstance(edge, Node):
             target = edge.keeper() if edge.keeper is not None else None
         if target is not None:
+            if (now := recording()) is not None and now.watcher is not None:
+                now.watcher.reached(target)
             target.grad = own(gradient) if target.grad is None else add_gradients(target.grad, gradient)
         if completed is not None and not isinstance(edge, Node):
             completed(edge)

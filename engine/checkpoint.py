@@ -58,6 +58,7 @@ class _Recomputation:
             collector = _Collector()
             replay = type(self.generator)(0)
             replay.load_state_dict(self.cursor)  # dropout draws the same masks
+            replay.repeats = self.generator
             token = autograd._saving.set(collector)
             try:
                 with seed(replay), autocast(self.precision), autograd.enable_grad():

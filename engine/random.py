@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from engine.backend.recording import recording, refuse
+
 
 class Key(NamedTuple):
     """What identifies one draw: seed is 64 bits, the others 32."""
@@ -32,9 +34,11 @@ class Generator:
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ValueError(f"Generator: seed is {seed!r}, expected a whole number in [0, 2**64)")
         self.seed, self.step, self.microbatch, self.site = seed, 0, 0, 0
+        self.repeats: Generator | None = None  # the one whose draws this one repeats (checkpoint.py)
 
     def at(self, step: int, microbatch: int = 0) -> Generator:
         """Move to the first site of a step and microbatch; returns itself."""
+        refuse("Generator.at")
         for name, value in (("step", step), ("microbatch", microbatch)):
             if not 0 <= value < 2**32:
                 raise ValueError(f"Generator.at: {name} is {value!r}, expected a whole number in [0, 2**32)")
@@ -43,6 +47,8 @@ class Generator:
 
     def key(self) -> Key:
         """The key of the next draw; advances the cursor."""
+        if (now := recording()) is not None and now.watcher is not None:
+            now.watcher.drawn(self)
         key = Key(self.seed, self.step, self.microbatch, self.site)
         self.site += 1
         return key

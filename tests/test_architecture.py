@@ -43,7 +43,7 @@ def tree() -> Sources:
 # Each room, from the bottom up, and what it may know besides itself.
 BOTTOM = ("engine.dtypes", "engine.precision", "engine.files", "engine.backend")
 GRAPH = ("engine.autograd", "engine.rowsparse", "engine.tensor", "engine.random", "engine.checkpoint",
-         "engine.functional")
+         "engine.capture", "engine.functional")
 ROOMS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("engine.dtypes", "engine.precision", "engine.files"): (),
     ("engine.backend",): ("engine.dtypes", "engine.precision"),

@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import engine as eg
-from engine.models import Transformer, TransformerConfig
+from engine.backend import get_backend
+from engine.backend.program import Program
+from engine.models import Decoding, Transformer, TransformerConfig
+from engine.models.decoding import ATTEMPTS
 from engine.models.generation import _Draw, distribution, penalized
 
 VOCABULARY = 13
@@ -246,3 +249,74 @@ def test_models_that_cannot_generate_say_so(model: Transformer) -> None:
     with pytest.raises(ValueError, match="generate: the largest logit is inf, expected a finite number"):
         next(model.generate(list(range(13)), 1, repetition_penalty=1e-320))
     assert list(model.generate([1], 0)) == []
+
+
+# ── token by token, as a program ──────────────────────────────────────────────────────────────────────
+
+KINDS: list[dict[str, Any]] = [
+    {"positions": "learned", "norm": "layer_norm", "activation": "gelu_tanh", "tie_weights": True},
+    {"positions": "rotary", "norm": "rms_norm", "activation": "swiglu", "kv_heads": 1, "bias": False},
+    {"kind": "encoder_decoder", "positions": "sinusoidal"}]
+COMPILED = get_backend("cpu").records
+
+
+def decoder(kind: dict[str, Any], form: str | None) -> Transformer:
+    with eg.seed(1):
+        made = Transformer(vocab_size=VOCABULARY, context_length=16, layers=2, heads=2, width=32, **kind).eval()
+    return made if form is None else made.for_inference(form)
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled kernels")
+@pytest.mark.parametrize("form", [None, "packed", "bf16", "q4_0"])
+@pytest.mark.parametrize("kind", KINDS, ids=["gpt2", "llama", "encoder_decoder"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_decoding_has_the_bits_of_the_model(kind: dict[str, Any], form: str | None, samples: int) -> None:
+    model, source = decoder(kind, form), None
+    with eg.no_grad():
+        if model.encoder is not None:
+            source = eg.repeat(model.encode(eg.tensor([[3, 1, 4]])), samples, 0)
+        caches = [model.make_cache(samples, source_length=3 if source is not None else 0) for _ in range(2)]
+        decoding = Decoding(model, caches[0], source)
+        rng = np.random.default_rng(0)
+        for step, length in enumerate([4, *[1] * 12, 3, *[1] * 8]):
+            if caches[0].length + length > 16:
+                for cache in caches:
+                    cache.clear()
+            tokens = eg.tensor(rng.integers(0, VOCABULARY, (samples, length)))
+            with eg.autocast("bfloat16" if step > 17 else "float32"):
+                found = decoding.logits(tokens)
+                want = model.logits(model.decode(tokens, source, cache=caches[1])[:, -1])
+            assert found.numpy().tobytes() == want.numpy().tobytes() and caches[0].length == caches[1].length
+            if step == 12:
+                assert decoding._program is not None
+        for a, b in zip(caches[0].layers, caches[1].layers):
+            filled = slice(None), slice(None), slice(caches[0].length)
+            assert a.own.keys.numpy()[filled].tobytes() == b.own.keys.numpy()[filled].tobytes()
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled kernels")
+def test_decoding_notices_other_parameters() -> None:
+    model = decoder(KINDS[1], None)
+    decoding = Decoding(model, model.make_cache(1))
+    other = model.make_cache(1)
+    with eg.no_grad():
+        for step in range(16):
+            if step == 10:
+                for p in model.parameters():
+                    p.array = (p * 1.5).array
+            tokens = eg.tensor([[step % VOCABULARY]])
+            want = model.logits(model.decode(tokens, cache=other)[:, -1])
+            assert decoding.logits(tokens).numpy().tobytes() == want.numpy().tobytes()
+    assert decoding._program is not None
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled kernels")
+def test_decoding_gives_up_where_steps_are_unequal(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Program, "goes_on", lambda self, *others: False)
+    decoding, other = Decoding(model, model.make_cache(1)), model.make_cache(1)
+    with eg.no_grad():
+        for step in range(16):
+            tokens = eg.tensor([[step % VOCABULARY]])
+            want = model.logits(model.decode(tokens, cache=other)[:, -1])
+            assert decoding.logits(tokens).numpy().tobytes() == want.numpy().tobytes()
+    assert decoding._program is None and decoding._attempts == ATTEMPTS + 1

@@ -81,6 +81,56 @@ def declarations(header: str) -> str:
     return "\n".join(lines)
 
 
+def programs(declared: str) -> tuple[str, str]:
+    """What runs recorded launches (engine/backend/program.py): its declarations for cffi, and its C source.
+
+    A program is a run of numbers: for each launch the number of its kernel, how many arguments it has, and these:
+    pointers, whole numbers, and doubles by their bits. Each kernel gets a function here that takes its arguments from
+    there, and a prototype: a letter for each parameter, p a pointer, w one that is written through, d a double, i a
+    whole number, and # those of a draw's key.
+    """
+    calls, table = [], []
+    for name, listed in re.findall(r"^void (\w+)\((.*)\);$", declared, flags=re.M):
+        if name.startswith(("memory_", "threads_")) or name.endswith("_run"):
+            continue
+        taken, letters = [], ""
+        for i, parameter in enumerate(listed.split(", ")):
+            kind = re.sub(r"\w+$", "", parameter).strip()
+            letters += "d" if kind == "double" else "i" if "*" not in kind else "p" if "const" in kind else "w"
+            taken.append(f"as_double(a[{i}])" if kind == "double" else f"({kind})(intptr_t)a[{i}]" if "*" in kind
+                         else f"({kind})a[{i}]")
+        if listed.endswith(KEY):
+            letters = letters[:-4] + "####"
+        calls.append(f"static void call_{name}(const int64_t *a) {{ {name}({', '.join(taken)}); }}")
+        table.append(f'{{"{name}", "{letters}", call_{name}}}')
+    source = "\n".join([*calls, "static const struct { const char *name, *prototype; call *run; } calls[] = {",
+                        ",\n".join(table), "};", f"enum {{ CALLS = {len(calls)} }};"])
+    return PROGRAM_DECLARATIONS, PROGRAM_HEAD + source + PROGRAM_TAIL
+
+
+KEY = "uint64_t seed, uint32_t step, uint32_t microbatch, uint32_t site"
+PROGRAM_DECLARATIONS = """
+int kernel_number(const char *name);
+const char *kernel_prototype(int number);
+void run_program(const int64_t *program, int64_t length);
+"""
+PROGRAM_HEAD = """
+#include <string.h>
+typedef void call(const int64_t *arguments);
+static double as_double(int64_t bits) { double x; memcpy(&x, &bits, 8); return x; }
+"""
+PROGRAM_TAIL = """
+static int kernel_number(const char *name) {
+    int i = 0;
+    while (i < CALLS && strcmp(calls[i].name, name)) i++;
+    return i;
+}
+static const char *kernel_prototype(int number) { return calls[number].prototype; }
+static void run_program(const int64_t *program, int64_t length) {
+    for (const int64_t *end = program + length; program < end; program += 2 + program[1])
+        calls[program[0]].run(program + 2);
+}
+"""
 BOTH_TYPES = """
 #define REAL_BITS 32
 #include "kernels.h"
@@ -139,8 +189,9 @@ def emit_glue(level: str, work: Path, declared: str, *sources: Path) -> Path:
     glue = work / f"cpu_{level}.c"
     if not newer(glue, *sources):
         ffi = cffi.FFI()
-        ffi.cdef(declared)
-        ffi.set_source(f"engine._kernels.cpu_{level}", BOTH_TYPES, py_limited_api=True)
+        declaration, source = programs(declared)
+        ffi.cdef(declared + "\n" + declaration)
+        ffi.set_source(f"engine._kernels.cpu_{level}", BOTH_TYPES + source, py_limited_api=True)
         with contextlib.redirect_stdout(None):
             ffi.emit_c_code(str(glue))
         glue.touch()  # cffi leaves an equal file alone

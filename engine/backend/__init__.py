@@ -14,10 +14,11 @@ from functools import cache
 
 from engine.backend.array import Array, walkable
 from engine.backend.launch import Backend, broadcast_shapes, finishers, observers
+from engine.backend.recording import refuse
 
 __all__ = [
     "Array", "Backend", "broadcast_shapes", "devices", "finishers", "get_backend", "get_num_threads", "observers",
-    "present_devices", "set_num_threads", "walkable",
+    "present_devices", "refuse", "set_num_threads", "walkable",
 ]
 
 

@@ -64,6 +64,7 @@ class CpuBackend(Backend):
     """Kernels in C for float32 and float64, NumPy rows for the other types, pooled memory."""
 
     device = "cpu"
+    records = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,6 +73,7 @@ class CpuBackend(Backend):
         self.rows = numpy_rows(np)
         self.pool = Pool(self._reserve, lambda pointer, offset: self.ffi.cast("void *", self._char(pointer) + offset))
         self._functions = set(dir(self.lib))
+        self._choices: dict[str, tuple[dict[DType | None, Any], int | None, Any]] = {}
         self.bf16_unit = self._choose_bf16_unit()
         threads = os.environ.get("ENGINE_NUM_THREADS")
         if threads:
@@ -120,6 +122,14 @@ class CpuBackend(Backend):
         array.ptr = self.ffi.cast("void *", array.data.__array_interface__["data"][0])
         return array.ptr
 
+    def integer(self, pointer: Any) -> int:
+        """A cffi pointer as a number."""
+        return int(self.ffi.cast("intptr_t", pointer))
+
+    def address_of(self, array: Array) -> int:
+        """The address of an Array's first element."""
+        return self.integer(array.ptr or self.address(array))
+
     # ── threads ─────────────────────────────────────────────────────────────────────────────────────
 
     def set_num_threads(self, n: int) -> None:
@@ -145,6 +155,7 @@ class CpuBackend(Backend):
         if row is None and not typed:
             raise AttributeError(f"no kernel {name!r}: not in kernels.h and not among the NumPy rows")
         null, address = self.ffi.NULL, self.address
+        self._choices[name] = typed, which, row
 
         def run(*arguments: Any) -> None:
             function = typed.get(arguments[which].dtype if which is not None else None)
@@ -158,6 +169,21 @@ class CpuBackend(Backend):
                            for a in arguments])
 
         return run
+
+    def chosen(self, name: str, arguments: tuple[Any, ...]) -> tuple[str | None, Any]:
+        """What a launch runs: the name of a C function, or None and the row."""
+        typed, which, row = self._choices[name]
+        dtype = arguments[which].dtype if which is not None else None
+        if dtype not in typed:
+            return None, row
+        return name if dtype is None else f"{name}_f{8 * dtype.itemsize}", None
+
+    @lru_cache(maxsize=1024)
+    def prototype(self, function: str) -> tuple[int, str]:
+        """The number of a C function in a program, and a letter for each parameter: p a pointer, w one that is written
+        through, d a double, i a whole number, and # those of a draw's key, which are the last four."""
+        number = self.lib.kernel_number(function.encode())
+        return number, self.ffi.string(self.lib.kernel_prototype(number)).decode()
 
     def _typed(self, name: str) -> tuple[dict[DType | None, Any], int | None]:
         """The C functions of a typed kernel by element type, and which argument's type selects among them."""

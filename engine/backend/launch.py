@@ -30,10 +30,15 @@ finishers: list[Callable[[str, tuple[Any, ...], float], None]] = []
 """Each is called as finisher(kernel name, arguments, seconds) when the kernel has run."""
 
 
+readers: list[Callable[[Array], None]] = []
+"""Each is called as reader(array) before its elements are read on the host."""
+
+
 class Backend:
     """A device: memory, and kernels by name. Subclasses give `bind` and `empty`."""
 
     device: str = ""
+    records: bool = False  # whether launches can be recorded and run again (recording.py)
 
     def __init__(self) -> None:
         self._constants: dict[tuple[Any, ...], Array] = {}
@@ -73,6 +78,8 @@ class Backend:
 
     def to_numpy(self, array: Array) -> np.ndarray:
         """The elements as a NumPy array: a view where the device's memory is the host's, else a copy."""
+        for reader in tuple(readers):
+            reader(array)
         return array.data
 
     def from_numpy(self, data: np.ndarray) -> Array:

@@ -195,6 +195,17 @@ def indexing_rows(xp: Any) -> Rows:
         else:
             y[...] = xp.argsort(x, axis, kind="stable")
 
+    def check_index(index: Any, length: int, ignore: int | None, told: str) -> None:
+        """Raise IndexError(told) with the first element that is neither in [0, length) nor `ignore`."""
+        wrong = (index < 0) | (index >= length)
+        if wrong.any():
+            wrong = wrong if ignore is None else wrong & (index != ignore)
+            if wrong.any():
+                raise IndexError(told.format(index[wrong][0]))
+
+    def count_unequal(y: Any, x: Any, value: int) -> None:
+        y[...] = (x != value).sum()
+
     def embedding(y: Any, weight: Any, index: Any, count: int, vocabulary: int, n: int) -> None:
         y.reshape(count, n)[...] = weight[index.reshape(count)]
 
@@ -203,6 +214,7 @@ def indexing_rows(xp: Any) -> Rows:
         xp.add.at(dweight.reshape(vocabulary, n), index.reshape(count), g.reshape(count, n))
 
     return {"gather": gather, "scatter_add": scatter_add, "scatter": scatter, "scatter_runs": scatter_runs,
+            "check_index": check_index, "count_unequal": count_unequal,
             "sort": sort, "argsort": argsort, "embedding": embedding, "embedding_vjp": embedding_vjp}
 
 

@@ -82,6 +82,7 @@ class Pool:
         self._reserve = reserve
         self._pointer_at = pointer_at
         self._free: dict[int, list[tuple[memoryview, Any]]] = {}
+        self.allocated: list[Block] | None = None  # where somebody keeps what is allocated: none of it is used again
         self._live = self._peak = self._reserved = self._blocks = self._allocations = 0
 
     def allocate(self, size: int) -> Block:
@@ -96,6 +97,8 @@ class Pool:
             space = self._more(size, free)
         block = np.ndarray.__new__(Block, (size,), np.uint8, space[0])
         block.space, block.pool = space, self
+        if self.allocated is not None:
+            self.allocated.append(block)
         self._blocks += 1
         self._allocations += 1
         self._live += size

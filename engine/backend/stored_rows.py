@@ -145,5 +145,10 @@ def stored_rows(xp: Any) -> Rows:
         whole[:n] = weight
         panels[...] = whole.reshape(count, width, k).transpose(0, 2, 1)
 
+    def packed_rows(y: Any, panels: Any, index: Any) -> None:
+        """y[i] = row index[i] of the matrix in `panels`."""
+        width = panels.shape[2]
+        y[...] = panels[index // width, :, index % width]
+
     return {"quantize": quantize, "deal_blocks": deal_blocks, "gather_blocks": gather_blocks, "dequantize": dequantize,
-            "pack_weight": pack_weight}
+            "pack_weight": pack_weight, "packed_rows": packed_rows}

@@ -20,6 +20,7 @@ import numpy as np
 from engine import ops
 from engine.autograd import no_grad
 from engine.dtypes import float64, int64
+from engine.models.decoding import Decoding
 from engine.random import Generator, default_generator
 from engine.tensor import Tensor, tensor
 
@@ -125,14 +126,15 @@ class _Continuation:
         self.model, self.text = model, text
         self.new = text  # what the model has not seen yet
         samples = len(text)
-        self.context: Tensor | None = None
-        self.context_lengths: Tensor | None = None
+        context: Tensor | None = None
+        context_lengths: Tensor | None = None
         if source is not None:
             with no_grad():
-                self.context = ops.repeat(model.encode(source, source_lengths), samples, 0)
+                context = ops.repeat(model.encode(source, source_lengths), samples, 0)
                 if source_lengths is not None:
-                    self.context_lengths = ops.repeat(source_lengths, samples, 0)
+                    context_lengths = ops.repeat(source_lengths, samples, 0)
         self.cache: Cache = model.make_cache(samples, source_length=0 if source is None else source.shape[1])
+        self.decoding = Decoding(model, self.cache, context, context_lengths)
 
     def next_logits(self) -> np.ndarray:
         """The logits of the token that comes next, (samples, vocabulary)."""
@@ -141,8 +143,7 @@ class _Continuation:
             self.new = self.text[:, -max(1, self.cache.capacity // 2):]
         with no_grad():  # not across a yield, where the caller's code runs
             tokens = tensor(self.new, dtype=int64, device=self.model.embedding.weight.device)
-            hidden = self.model.decode(tokens, self.context, context_lengths=self.context_lengths, cache=self.cache)
-            return self.model.logits(hidden[:, -1]).numpy()
+            return self.decoding.logits(tokens).numpy()
 
     def append(self, tokens: np.ndarray) -> None:
         self.new = tokens[:, None]

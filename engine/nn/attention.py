@@ -7,13 +7,15 @@ from typing import Any
 
 from engine import ops
 from engine.autograd import is_grad_enabled
-from engine.backend import Array, get_backend
+from engine.backend import Array, get_backend, refuse
 from engine.dtypes import DType, float32
 from engine.nn.layers import Linear, fusible
 from engine.nn.module import Module, Parameter
 from engine.ops.attention import attend, attend_joined, attend_kept, turned
 from engine.ops.matmul import joined_linear
 from engine.tensor import Tensor
+
+GROWS = "KeyValueCache.append"
 
 
 class KeyValueCache:
@@ -51,6 +53,7 @@ class KeyValueCache:
         return keys, values
 
     def _write(self, key: Array, value: Array) -> None:
+        refuse(GROWS)
         (batch, heads, _, width), time = self.keys.shape, key.shape[2]
         stop, expected = self.length + time, (batch, heads, time, width)
         for what, kept, new in (("keys", self.keys, key), ("values", self.values, value)):

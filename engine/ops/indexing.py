@@ -139,13 +139,7 @@ def embedding(k: Any, weight: Array, index: Array, sparse: bool = False) -> Arra
 def checked_index(k: Any, name: str, index: Array, length: int) -> Array:
     """The index as dense int64, checked to lie in [0, length)."""
     where = k.contiguous(index if index.dtype is int64 else cast(k, index, int64))
-    if where.size:
-        low, high = k.empty((), int64), k.empty((), int64)
-        k.min(low, where, 1, where.size, 1)
-        k.max(high, where, 1, where.size, 1)
-        if low.data[()] < 0 or high.data[()] >= length:
-            wrong = low.data[()] if low.data[()] < 0 else high.data[()]
-            raise IndexError(f"{name}: index holds {wrong}, expected whole numbers in [0, {length})")
+    k.check_index(where, length, None, f"{name}: index holds {{}}, expected whole numbers in [0, {length})")
     return where
 
 

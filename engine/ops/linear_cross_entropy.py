@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from engine import autograd
 from engine.backend import Array
 from engine.ops.losses import IGNORE, check_smoothing, class_indices, cross_entropy, how_many_count, reduced
@@ -42,9 +40,11 @@ def chunked_cross_entropy(k: Any, x: Array, weight: Array, target: Array, bias: 
     index = class_indices("linear_cross_entropy", k, target, classes, ignore_index)
     index, rows = index.seen_as(index.data.reshape(-1)), index.size
     flat, bias = as_rows(k, x), bias if bias is None else k.contiguous(bias)
-    counted = np.asarray(how_many_count(index, ignore_index), x.dtype.numpy)
-    with np.errstate(divide="ignore"):
-        share = k.full((rows,), 1 / counted if mean else 1.0, x.dtype)
+    counted = how_many_count(k, index, ignore_index, x.dtype)
+    share = k.empty((rows,), x.dtype)
+    one = k.constant(1.0, x.dtype)
+    part_of_mean = k.map("divide", one, counted) if mean else one
+    k.copy(share, part_of_mean, k.layout(share, part_of_mean))
     losses, lse = k.empty((rows,), x.dtype), k.empty((rows,), x.dtype)
     dx, dweight = (k.empty(a.shape, x.dtype) if want else None for a, want in zip((flat, weight), wanted))
     dbias = None
@@ -70,7 +70,7 @@ def chunked_cross_entropy(k: Any, x: Array, weight: Array, target: Array, bias: 
     total = k.empty((), x.dtype)
     k.sum(total, losses, 1, rows, 1)
     if mean:
-        total = k.map("divide", total, k.constant(float(counted), x.dtype))
+        total = k.map("divide", total, counted)
     return total, {"dx": dx if dx is None else shaped(dx, x.shape), "dweight": dweight, "dbias": dbias}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.backend import Array, get_backend
-from engine.dtypes import int64
+from engine.dtypes import DType, int64
 from engine.ops.elementwise import abs, log, maximum, minimum, square, where
 from engine.ops.indexing import take_along_axis
 from engine.ops.normalization import log_softmax
@@ -46,19 +46,16 @@ def token_cross_entropy(k: Any, logits: Array, target: Array, ignore_index: int 
 def class_indices(name: str, k: Any, target: Array, classes: int, ignore_index: int) -> Array:
     """The targets as dense int64, each a class or ignore_index; raises IndexError naming the op."""
     index = k.contiguous(target if target.dtype is int64 else cast(k, target, int64))
-    if index.size:
-        wrong = (index.data < 0) | (index.data >= classes)
-        if wrong.any():
-            bad = index.data[wrong & (index.data != ignore_index)]
-            if bad.size:
-                raise IndexError(f"{name}: target holds {bad[0]}, expected classes in [0, {classes}) "
-                                 f"or ignore_index {ignore_index}")
+    k.check_index(index, classes, ignore_index,
+                  f"{name}: target holds {{}}, expected classes in [0, {classes}) or ignore_index {ignore_index}")
     return index
 
 
-def how_many_count(target: Array, ignore_index: int) -> int:
-    """How many targets are not ignore_index."""
-    return int((target.data != ignore_index).sum())
+def how_many_count(k: Any, target: Array, ignore_index: int, dtype: DType) -> Array:
+    """How many targets are not ignore_index, as one element."""
+    count = k.empty((), dtype)
+    k.count_unequal(count, target, ignore_index)
+    return count
 
 
 @token_cross_entropy.kernel_vjp
@@ -101,7 +98,8 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None, 
     loss = token_cross_entropy(logits, target, ignore_index, label_smoothing)
     if reduction != "mean":
         return reduced("cross_entropy", loss, reduction)
-    return sum(loss) / how_many_count(target.array, ignore_index)
+    count = how_many_count(get_backend(target.device), target.array, ignore_index, loss.dtype)
+    return sum(loss) / Tensor(count, loss.device)
 
 
 def _weighted(logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, smoothing: float,

@@ -147,8 +147,10 @@ class PackedTensor(StoredMatrix):
         self.panels, self.shape, self.dtype = panels, (n, panels.shape[1]), panels.dtype
 
     def rows(self, index: Any) -> Tensor:
-        at, width = Tensor(self._positions(index), self.device), self.panels.shape[2]
-        return self.panels[at // width, :, at % width]
+        k, at = get_backend(self.device), self._positions(index)
+        y = k.empty((at.size, self.shape[1]), self.dtype)
+        k.packed_rows(y, self.panels.array, at.seen_as(at.data.reshape(-1)))
+        return Tensor(y.reshaped((*at.shape, self.shape[1])), self.device)
 
     def tensor(self) -> Tensor:
         return _unpacked(self.panels, self.shape[0])

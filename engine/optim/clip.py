@@ -58,7 +58,7 @@ def norm_of_blocks(k: Backend, squares: np.ndarray) -> float:
     """√Σ over the Σg² of all blocks, in the order of the parameters."""
     total = k.empty((), float64)
     k.sum(total, k.from_numpy(squares), 1, squares.size, 1)
-    return math.sqrt(total.data[()])
+    return math.sqrt(k.to_numpy(total)[()])
 
 
 def clip_scale(norm: float, max_norm: float) -> float:

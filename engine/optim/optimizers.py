@@ -17,7 +17,7 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 
-from engine.backend import Array, Backend, get_backend
+from engine.backend import Array, Backend, get_backend, refuse
 from engine.optim.clip import clip_scale, norm_of_gradients, scaled
 from engine.optim.postponed import Postponed, update_rows
 from engine.optim.rules import AdagradRule, AdamRule, AdamWRule, RMSpropRule, Rule, SGDRule
@@ -90,6 +90,7 @@ class Optimizer:
         Returns the norm before clipping, None without clip_norm. Raises ValueError with one line, and changes nothing,
         if a gradient or a state does not fit its parameter.
         """
+        refuse(f"{self.name}.step")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"{self.name}.step: clip_norm is {clip_norm!r}, expected a positive number or None")
         due: list[tuple[Rule, Tensor, Gradient]] = []

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from engine.backend import refuse
 from engine.optim.clip import norm_of_gradients, scaled, with_gradients
 from engine.optim.optimizers import Optimizer
 from engine.tensor import Tensor
@@ -47,6 +48,7 @@ class GradScaler:
 
     def scale(self, loss: Tensor) -> Tensor:
         """s · loss, in a graph."""
+        refuse("GradScaler.scale")
         return loss * self.scale_factor if self.enabled else loss
 
     def unscale_(self, optimizer: Optimizer) -> bool:

@@ -18,6 +18,7 @@ TURN_SECONDS = 0.01
 TIMES = {"ms": 1e3, "µs": 1e6}  # units of time, in a second
 PAUSE_SECONDS = 0.05
 OURS = "engine"
+EAGER = "engine, eager"  # ours as well: what is not captured (eg.capture)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Result:
 
     @property
     def best_peer(self) -> str | None:
-        peers = [who for who in self.seconds if who != OURS]
+        peers = [who for who in self.seconds if who not in (OURS, EAGER)]
         return min(peers, key=self.median) if peers else None
 
     @property

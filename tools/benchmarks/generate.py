@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 
 import engine as eg
+from engine.models import Decoding
 from tools.benchmarks import generate_peers, llama_peer
 from tools.benchmarks.contest import OURS, Contest
 from tools.benchmarks.peers import Peers
@@ -52,12 +53,14 @@ def engine_runs(size: Size, form: str) -> tuple[dict[str, Callable[[], object]],
         with eg.no_grad():
             return model.logits(model.hidden(prompt, cache=cache)[:, -1:])
 
+    decoding = Decoding(model, cache)
+
     def decode() -> object:
         """NEW tokens, and the cache as it was before."""
         with eg.no_grad():
             token = prompt[:, :1]
             for _ in range(NEW):
-                token = eg.argmax(model(token, cache=cache), axis=-1)
+                token = eg.argmax(decoding.logits(token), axis=-1, keepdims=True)
         for layer in cache.layers:
             layer.own.length = PROMPT
         return token

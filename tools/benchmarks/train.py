@@ -2,7 +2,7 @@
 
 Every contestant trains the model of "Language Models are Unsupervised Multitask Learners" (pre-norm, learned positions,
 tanh GELU) on the same random tokens; models of peers are in train_peers.py. In rows of bfloat16 those that have an
-autocast use it.
+autocast use it. Forward and backward of ours are captured (eg.capture), and beside it as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import engine as eg
 from engine.models import Transformer, TransformerConfig
 from tools.benchmarks import train_peers
-from tools.benchmarks.contest import OURS, Contest
+from tools.benchmarks.contest import EAGER, OURS, Contest
 from tools.benchmarks.peers import Peers
 
 LEARNING_RATE = 3e-4
@@ -53,18 +53,24 @@ def engine_model(size: Size) -> Transformer:
         activation="gelu_tanh", positions="learned", norm="layer_norm", tie_weights=size.tied))
 
 
-def engine_step(size: Size) -> tuple[Callable[[], object], float]:
-    """Our step, and the flops of one."""
+def engine_step(size: Size, captured: bool = True) -> tuple[Callable[[], object], float]:
+    """Our step, with forward and backward captured or not, and the flops of one."""
     with eg.seed(0):
         model = engine_model(size)
     optimizer = eg.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     tokens, targets = (eg.tensor(x) for x in size.tokens())
 
-    def step() -> object:
-        optimizer.zero_grad()
+    def gradients(tokens: eg.Tensor, targets: eg.Tensor) -> eg.Tensor:
         with eg.autocast(size.dtype):
             loss = model.loss(tokens, targets)
         loss.backward()
+        return loss
+
+    compute = eg.capture(gradients, model) if captured else gradients
+
+    def step() -> object:
+        optimizer.zero_grad()
+        loss = compute(tokens, targets)
         optimizer.step()
         return loss
 
@@ -78,7 +84,7 @@ def contests(peers: Peers) -> Iterator[tuple[str, Callable[[], Contest]]]:
 
 def contest(size: Size, peers: Peers) -> Contest:
     step, flops = engine_step(size)
-    runs = {OURS: step}
+    runs = {OURS: step, EAGER: engine_step(size, captured=False)[0]}
     if peers.torch:
         runs["torch"] = train_peers.torch_step(peers.torch, size, LEARNING_RATE)
     if "torch.compile" in peers:

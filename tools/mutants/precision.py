@@ -72,7 +72,7 @@ PRECISION = [
            "gradients that were unscaled to be looked at cannot be stepped with",
            f"{SCALER}::test_the_scaler_refuses_what_it_cannot_do"),
     Mutant("workers in float32", "tools/training/session.py",
-           "self.settings.seed, self.settings.precision)", "self.settings.seed)",
+           "self.settings.seed, self.settings.precision,", 'self.settings.seed, "float32",',
            "--precision bfloat16 changes nothing",
            "tests/test_tools_train.py::test_precision_reaches_the_workers"),
 ]

@@ -51,8 +51,8 @@ SURFACE = [
            "return x[(slice(None),) * at + (index,)]", "return x[(slice(None),) * min(at, 1) + (index,)]",
            "a third axis is taken for the second",
            both("take")),
-    Mutant("index: a negative one in a table", "engine/ops/indexing.py",
-           "wrong = low.data[()] if low.data[()] < 0 else high.data[()]", "wrong = high.data[()]",
+    Mutant("index: a negative one in a table", "engine/backend/numpy_rows.py",
+           "raise IndexError(told.format(index[wrong][0]))", "raise IndexError(told.format(index.max()))",
            "the error names a number that is not the wrong one",
            SURVIVORS),
     # sorting and searching

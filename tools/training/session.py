@@ -49,16 +49,31 @@ def schedule(settings: Settings) -> Callable[[int, str], Mapping[str, float]]:
 
 @dataclass(frozen=True)
 class Work:
-    """A worker's program: pull the parameters, compute the gradients of its microbatches and push them meanwhile."""
+    """A worker's program: pull the parameters, compute the gradients of its microbatches and push them.
+
+    early: push each gradient as soon as it is there, while others are computed; else all at once, which eg.capture
+           computes without Python (to the same bits)
+    """
 
     config: eg.models.TransformerConfig
     loader: Loader
     seed: int
     precision: str = "float32"
+    early: bool = False
 
     def __call__(self, client: eg.sharder.Client) -> None:
         replica = eg.models.Transformer(self.config)
         generator = eg.Generator(self.seed)
+
+        def loss_sum(tokens: eg.Tensor, targets: eg.Tensor) -> eg.Tensor:
+            return replica.loss(tokens, targets, reduction="sum")
+
+        def with_gradients(tokens: eg.Tensor, targets: eg.Tensor) -> eg.Tensor:
+            loss = loss_sum(tokens, targets)
+            loss.backward()
+            return loss
+
+        compute = loss_sum if self.early else eg.capture(with_gradients, replica)
         while client.clock():
             client.pull(replica)
             for index in client.microbatches:
@@ -66,8 +81,11 @@ class Work:
                 tokens, targets = self.loader.microbatch(client.step, index)
                 # step 0 drew the initial weights
                 with eg.seed(generator.at(client.step + 1, index)), eg.autocast(self.precision):
-                    loss = replica.loss(eg.tensor(tokens), eg.tensor(targets), reduction="sum")
-                client.backward(index, replica, loss, targets.size)
+                    loss = compute(eg.tensor(tokens), eg.tensor(targets))
+                if self.early:
+                    client.backward(index, replica, loss, targets.size)
+                else:
+                    client.push(index, replica, loss.item(), targets.size)
 
 
 class Session:
@@ -108,7 +126,8 @@ class Session:
 
     def steps(self, trace: Path | None = None) -> Iterator[eg.sharder.Committed]:
         """Train to the end of the run, one item a finished step; trace: a file for the timeline."""
-        work = Work(self.config, self.loader, self.settings.seed, self.settings.precision)
+        work = Work(self.config, self.loader, self.settings.seed, self.settings.precision,
+                    early=self.settings.zero > 1)
         left = self.settings.steps - self.step
         done: Iterator[eg.sharder.Committed] = self.server.run(work, clocks=left, trace=trace)
         return done

@@ -62,8 +62,8 @@ class Settings:
                        "actors on the nodes of the cluster at RAY_ADDRESS, which see --run's folder", free=True)
     workers: int = flag(2, "threads, processes or actors that compute gradients", free=True)
     shards: int = flag(2, "threads, processes or actors that hold and update parameters", free=True)
-    zero: int = flag(2, "stage of ZeRO, what workers do not hold: 1: the optimizer's state; 2: nor all gradients; "
-                     "3: nor all parameters", free=True)
+    zero: int = flag(1, "stage of ZeRO, what workers do not hold: 1: the optimizer's state (the fastest: steps are "
+                     "captured); 2: nor all gradients; 3: nor all parameters", free=True)
     placement: str = flag("ranges", "which shard owns what: ranges, or hashing", free=True)
     durability: str | None = flag(None, "what a lost process or actor comes back with: snapshot (of bsp), or log "
                                   "(default: snapshot for bsp without backups, else log)", free=True)
