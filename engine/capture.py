@@ -14,7 +14,7 @@ temporary at a place known beforehand.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -138,18 +138,19 @@ class _Call:
     def is_separate(self) -> bool:
         """Whether it can be recorded: gradients that are there lie dense, in memory of their own. Raises ValueError if
         what it reads does not."""
-        taken: list[tuple[int, int]] = []
-        for i, t in enumerate(self.tensors):
-            if i < self.reads or i >= len(self.leaves):
-                start = self.k.address_of(t.array)
-                mine = (start, start + t.array.data.nbytes)
-                if not t.array.data.flags.c_contiguous or any(a < mine[1] and mine[0] < b for a, b in taken):
-                    if i >= self.reads:
-                        return False
-                    raise ValueError(f"capture: reads has a tensor of shape {t.shape} that is not dense, or shares its "
-                                     "memory with another")
-                taken.append(mine)
-        return True
+        own = [i for i in range(len(self.tensors)) if i < self.reads or i >= len(self.leaves)]
+        wrong = [i for i in own if not self.tensors[i].array.data.flags.c_contiguous] or self.in_common(own, own)
+        if wrong and wrong[0] < self.reads:
+            raise ValueError(f"capture: reads has a tensor of shape {self.tensors[wrong[0]].shape} that is not dense, "
+                             "or shares its memory with another")
+        return not wrong
+
+    def in_common(self, some: Sequence[int], among: Iterable[int]) -> list[int]:
+        """Which of some tensors, by number, have memory in common with another one of those among."""
+        reach = {i: Pointer(self.k.address_of(self.tensors[i].array), self.tensors[i].array.data).extent()
+                 for i in {*some, *among}} if some else {}
+        return [i for i in some if any(i != j and reach[i][0] < reach[j][1] and reach[j][0] < reach[i][1]
+                                       for j in among)]
 
     def with_arguments(self, leaves: Sequence[Tensor]) -> Any:
         """The function's result with these in place of its arguments; what it reads it finds by itself."""
@@ -197,7 +198,7 @@ class _Recorded:
         """Whether it can be run for a call of its key: what reads and gradients lie in, and what is written to, is
         dense, and what is written to shares no memory."""
         return (all([call.tensors[i].array.data.flags.c_contiguous for i in self.dense])
-                and not _shared(call, self.written))
+                and not call.in_common(self.written, range(len(call.tensors))))
 
     def run(self, call: _Call) -> Any:
         generator = default_generator()
@@ -210,14 +211,6 @@ class _Recorded:
             leaf.grad = there if number.__class__ is _Result else \
                 None if number is None else Tensor(made[number], call.device)
         return _rebuilt(self.result, lambda x: Tensor(made[x.number], call.device) if x.__class__ is _Result else x)
-
-
-def _shared(call: _Call, written: Sequence[int]) -> bool:
-    """Whether one of these tensors of a call has memory in common with another one."""
-    if not written:
-        return False
-    extents = [Pointer(call.k.address_of(t.array), t.array.data).extent() for t in call.tensors]
-    return any([extents[i][0] < b and a < extents[i][1] for i in written for j, (a, b) in enumerate(extents) if j != i])
 
 
 class _Watcher:
@@ -275,7 +268,7 @@ def _record(call: _Call) -> tuple[_Recorded, Any] | None:
         else:
             gradients.append(None if leaf.grad is None else _Result(0))
     written = [i for i, (a, version) in enumerate(zip(arrays, versions)) if a.storage.version != version]
-    if _shared(call, written):
+    if call.in_common(written, range(len(arrays))):
         if any(i < call.reads for i in written):
             raise RuntimeError("capture: what is written to in place shares memory with an argument; pass a copy")
         generator.site = start[3]

@@ -1,8 +1,7 @@
-"""Captured functions: bit for bit the function, whatever it is called with; what cannot be captured says so."""
+"""Captured functions: bit for bit the function, call after call, whatever they are called with."""
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import namedtuple
 from collections.abc import Callable, Sequence
@@ -10,46 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from captured import CALLS, CPU, agree, bits, block_bytes, mlp, numbers
 
 import engine as eg
-from engine import nn, optim
-from engine.backend import finishers, get_backend, observers
-from engine.backend.recording import recording
+from engine import optim
 from engine.models import Transformer
 
-CPU: Any = get_backend("cpu")
-pytestmark = pytest.mark.skipif(not CPU.records or bool(finishers), reason="no compiled kernels, or guard zones")
-
-CALLS = 4  # as it is, recorded, run again twice
-
-
-def numbers(shape: tuple[int, ...], seed: int) -> eg.Tensor:
-    return eg.tensor(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
-
-
-def bits(x: Any) -> Any:
-    """Something that is equal for equal bits: of tensors, alone or in sequences."""
-    if isinstance(x, eg.Tensor):
-        return x.shape, str(x.dtype), x.numpy().tobytes()
-    return [bits(part) for part in x] if isinstance(x, (tuple, list)) else x
-
-
-def agree(function: Callable[..., Any], *shapes: tuple[int, ...], reads: Any = (), calls: int = CALLS) -> Any:
-    """Hold a captured function against itself, on other numbers in each call; returns it."""
-    captured = eg.capture(function, reads)
-    kept = []
-    for call in range(calls):
-        given = [numbers(shape, 10 * call + i) for i, shape in enumerate(shapes)]
-        with eg.seed(eg.Generator(3).at(call)):
-            want = bits(function(*given))
-        with eg.seed(eg.Generator(3).at(call)):
-            kept.append((captured(*given), want))
-    assert [bits(got) for got, _ in kept] == [want for _, want in kept]  # after all calls: nothing was written over
-    assert len(captured.programs) == 1
-    return captured
-
-
-# ── the same bits ─────────────────────────────────────────────────────────────────────────────────────
+pytestmark = pytest.mark.usefixtures("unwatched")
 
 def test_a_chain_of_ops() -> None:
     captured = agree(lambda x, y: eg.softmax(eg.tanh(x @ y) + 1.0, -1).sum(0), (5, 7), (7, 3))
@@ -73,20 +39,6 @@ def test_sequences_keep_their_kind() -> None:
     for call in range(CALLS):
         found = captured(numbers((2,), call))
         assert isinstance(found["both"], pair) and isinstance(found["list"], list)
-
-
-class Network(nn.Module):
-    def __init__(self, dropout: float):
-        super().__init__()
-        self.first, self.dropout, self.last = nn.Linear(6, 16), nn.Dropout(dropout), nn.Linear(16, 3)
-
-    def forward(self, x: eg.Tensor) -> eg.Tensor:
-        return self.last(self.dropout(eg.gelu(self.first(x))))
-
-
-def mlp(dropout: float = 0.0) -> nn.Module:
-    with eg.seed(0):
-        return Network(dropout)
 
 
 def step_of(model: Any) -> Callable[[eg.Tensor, eg.Tensor], eg.Tensor]:
@@ -303,7 +255,7 @@ def test_results_are_new_in_each_call_and_the_arena_is_not() -> None:
     made = [captured(numbers((1000,), call)) for call in range(6)]
     assert len({y.numpy().ctypes.data for y in made}) == 6
     [program] = captured.programs
-    assert program.memory == 4096 and len(program.lifetimes) == 1
+    assert program.memory == block_bytes(4000) and len(program.lifetimes) == 1
 
 
 def test_what_was_recorded_is_not_kept() -> None:
@@ -318,258 +270,3 @@ def test_what_was_recorded_is_not_kept() -> None:
     assert CPU.pool.figures().live == live and captured.programs[0].memory < 2_500_000
     del captured
     assert CPU.pool.figures().live < live - 1_000_000
-
-
-# ── what is there besides arguments ───────────────────────────────────────────────────────────────────
-
-def test_a_closure_is_not_the_argument_that_was_recorded() -> None:
-    x, other = numbers((3,), 0), numbers((3,), 1)
-    times = eg.capture(lambda a: a * x)
-    for a in (x, x, other, x, other):
-        assert bits(times(a)) == bits(a * x)
-    whole = numbers((5, 3), 2)
-    against_mean = eg.capture(lambda row: row - whole.sum(0))
-    for row in (whole[0], whole[0], other, whole[4]):
-        assert bits(against_mean(row)) == bits(row - whole.sum(0))
-
-
-def test_a_part_of_what_it_reads_and_more_than_that() -> None:
-    w, whole = numbers((4, 3), 0), numbers((4, 3), 1)
-    part = eg.capture(lambda x: w[1] * x, [w])
-    for call in range(4):
-        w.array = numbers((4, 3), call).array
-        assert bits(part(whole[0])) == bits(w[1] * whole[0])
-    more = eg.capture(lambda x: whole * x, [whole[:2]])
-    more(whole[0])
-    with pytest.raises(RuntimeError, match="capture: multiply takes more of an array than what is given of it"):
-        more(whole[0])
-
-
-def gradients_are_handled(change: Callable[[eg.Tensor, Any], Any]) -> None:
-    """Hold a function that does something with .grad against itself, with and without gradients that are there."""
-    found = []
-    for capture in (False, True):
-        w = numbers((3,), 0).requires_grad_()
-
-        def function(x: eg.Tensor, w: eg.Tensor = w) -> Any:
-            return change(w, lambda: (w * w * x).sum().backward())
-
-        run, kept = eg.capture(function, [w]) if capture else function, []
-        for call in range(8):
-            if call % 4 == 2:
-                w.grad = None
-            kept.append(bits(run(numbers((3,), call))))
-            kept.append(bits(w.grad))
-        found.append(kept)
-    assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("change", [
-    lambda w, backward: backward(),
-    lambda w, backward: [setattr(w, "grad", None), backward()][1],
-    lambda w, backward: [backward(), setattr(w, "grad", w.grad * 0.5)][1],
-    lambda w, backward: [backward(), w.grad * 1, setattr(w, "grad", None)][1],
-    lambda w, backward: [backward(), optim.clip_grad_value_([w], 0.1)][1],
-    lambda w, backward: [w * 1 if w.grad is None else w.grad * 2, backward()][0].detach(),
-    lambda w, backward: [backward(), backward()][1],
-    lambda w, backward: [backward(), w.grad][1]], ids=range(8))
-def test_functions_that_handle_gradients(change: Any) -> None:
-    gradients_are_handled(change)
-
-
-def test_one_tensor_in_several_places() -> None:
-    w = numbers((33,), 0).requires_grad_()
-
-    def slope(a: eg.Tensor, b: eg.Tensor) -> None:
-        ((a * a * b).sum() + (a * b * b).sum() + (a * w).sum()).backward()
-
-    captured, x, y = eg.capture(slope, [w]), numbers((33,), 1), numbers((33,), 2)
-    for run_first in (captured, slope):
-        for a, b in ((x, x), (x, y), (w, x), (w, w)) * 3:
-            found = []
-            for run in (run_first, slope):
-                for t in (w, x, y):
-                    t.grad = None
-                    t.requires_grad_()
-                run(a, b)
-                found.append(bits([w.grad, x.grad, y.grad]))
-            assert found[0] == found[1]
-
-
-def test_buffers_and_replaced_parameters() -> None:
-    model: Any = mlp()
-    model.register_buffer("offset", numbers((3,), 0))
-    captured, x = eg.capture(lambda x: (model(x) + model.offset).detach(), model), numbers((2, 6), 1)
-    for call in range(8):
-        if call == 3:
-            model.offset.array = numbers((3,), 5).array
-        if call == 4:
-            model.offset = numbers((3,), 6)
-        if call == 5:
-            model.to("float64").to("float32")
-            model.offset.copy_(numbers((3,), 7))
-        if call == 6:
-            model.last.weight = nn.Parameter(numbers((3, 16), 8))
-        with eg.no_grad():
-            assert bits(captured(x)) == bits(model(x) + model.offset)
-
-
-def test_equal_is_not_identical() -> None:
-    with eg.no_grad():
-        sign = eg.capture(lambda x, y: x * y)
-        for y in (0.0, -0.0, 0, False, float("nan"), 1, True, 1.0) * 3:
-            x = numbers((3,), 0)
-            assert bits(sign(x, y)) == bits(x * y)
-        assert len(sign.programs) == 8
-        scaled = eg.capture(lambda x, pair: x.to("int64") * pair[0])
-        for pair in ((2,), (2.0,)) * 3:
-            assert bits(scaled(x, pair)) == bits(x.to("int64") * pair[0])
-
-
-def test_further_kinds_of_calls_take_the_place_of_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["engine.capture"], "KEPT", 3)
-    captured = eg.capture(lambda x, n: x * n)
-    for n in (1, 2, 3, 4, 5):
-        for _ in range(2):
-            captured(numbers((2,), 0), n)
-    assert len(captured.programs) == 3
-
-
-# ── what happens again besides launches ───────────────────────────────────────────────────────────────
-
-def test_checks_of_elements_happen_again() -> None:
-    table = numbers((5, 2), 0)
-    look_up = eg.capture(lambda i: eg.embedding(table, i))
-    loss = eg.capture(lambda x, t: eg.cross_entropy(x, t))
-    for _ in range(3):
-        look_up(eg.tensor([0, 4]))
-        loss(table, eg.tensor([1, 0, 1, -100, 0]))
-    with pytest.raises(IndexError, match=r"embedding: index holds 5, expected whole numbers in \[0, 5\)"):
-        look_up(eg.tensor([0, 5]))
-    with pytest.raises(IndexError, match=r"cross_entropy: target holds 2, expected classes in \[0, 2\)"):
-        loss(table, eg.tensor([1, 0, 1, 2, 0]))
-    assert bits(look_up(eg.tensor([1, 2]))) == bits(table[1:3])
-
-
-def test_while_kernels_are_observed_it_is_called_as_it_is() -> None:
-    captured, seen = eg.capture(lambda x: eg.exp(x)), []
-    for call in range(3):
-        captured(numbers((3,), call))
-    x = numbers((3,), 9)
-    observers.append(lambda name, _: seen.append(name))
-    try:
-        captured(x)
-    finally:
-        observers.pop()
-    assert seen == ["exp"]
-
-
-def test_captured_inside_captured() -> None:
-    inner = eg.capture(lambda x: eg.exp(x) * 2)
-    agree(lambda x: inner(x) + inner(x + 1), (4,))
-
-
-def test_other_devices_are_called_as_they_are() -> None:
-    captured = eg.capture(lambda x: eg.exp(x))
-    for _ in range(3):
-        assert captured(eg.tensor([0.0], device="reference")).device == "reference"
-    assert captured.programs == []
-
-
-# ── what cannot be captured ───────────────────────────────────────────────────────────────────────────
-
-W = eg.tensor([1.0, 2.0], requires_grad=True)
-OTHER = eg.tensor([3.0, 4.0], requires_grad=True)
-REFUSED: dict[str, tuple[Callable[[eg.Tensor], Any], str]] = {
-    "item": (lambda x: eg.exp(x).sum().item(), "elements are read on the host"),
-    "an argument's elements": (lambda x: x.numpy().sum(), "elements are read on the host"),
-    "bool": (lambda x: x if (x > 0).all() else -x, "elements are read on the host"),
-    "nonzero": (lambda x: eg.nonzero(x), "elements are read on the host"),
-    "an index": (lambda x: W.detach()[(x > 9).to("int64")], "elements are read on the host"),
-    "print": (lambda x: str(x), "elements are read on the host"),
-    "norm": (lambda x: [(W * x).sum().backward(), optim.clip_grad_norm_([W], 1.0)], "on the host"),  # type: ignore
-    "step": (lambda x: optim.SGD([W]).step(), r"SGD\.step would not happen again"),
-    "seed": (lambda x: _seeded(x), "a generator of their own"),
-    "generator": (lambda x: eg.dropout(x, 0.5, generator=eg.Generator(4)), "a generator of their own"),
-    "moved": (lambda x: [eg.default_generator().at(3), eg.dropout(x, 0.5)][1], "Generator.at would not happen"),
-    "cache": (lambda x: nn.attention.KeyValueCache(1, 1, 4, 2).append(*[x.reshape(1, 1, 1, 2)] * 2),
-              r"KeyValueCache\.append would not happen again"),
-    "graph": (lambda x: W * x, "its graph would be lost"),
-    "a gradient's graph": (lambda x: (W * W * x).sum().backward(create_graph=True), "has a graph"),
-    "a row-sparse gradient": (lambda x: _sparse(), "elements are read on the host"),
-    "another leaf": (lambda x: (OTHER * x).sum().backward(), r"a leaf of shape \(2,\) that is neither an argument"),
-    "writing elsewhere": (lambda x: OTHER.detach().copy_(x), "writes to memory that is neither given nor made"),
-    "a closure's elements": (lambda x: x * OTHER.detach().sum().item(), "elements are read on the host"),
-    "a change in a graph": (lambda x: _rebound(x), "becomes another"),
-    "an equal generator": (lambda x: eg.dropout(x, 0.5, generator=eg.Generator(1)), "a generator of their own"),
-    "an equal seed": (lambda x: _seeded(x, 1), "a generator of their own"),
-    "a scaler": (lambda x: optim.GradScaler().scale(x), r"GradScaler\.scale would not happen again"),
-}
-
-
-def _seeded(x: eg.Tensor, seed: int = 9) -> eg.Tensor:
-    with eg.seed(seed):
-        return eg.dropout(x, 0.5)
-
-
-def _sparse() -> None:
-    eg.embedding(W.reshape(2, 1), eg.tensor([0]), sparse=True).sum().backward()
-
-
-def _rebound(x: eg.Tensor) -> None:
-    x *= W
-    x.sum().backward()
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_captured_says_so(name: str) -> None:
-    function, message = REFUSED[name]
-    captured, x = eg.capture(function, [W]), eg.tensor([1.0, 2.0])
-    with eg.seed(1), pytest.raises(RuntimeError, match="capture: .*" + message) as caught:
-        for _ in range(2):
-            W.grad = None
-            captured(x * 1)
-    assert "\n" not in str(caught.value)
-    W.grad = None
-    assert recording() is None and CPU.pool.allocated is None
-    agree(lambda x: x + 1, (2,))  # nothing is left behind
-
-
-def test_wrong_arguments() -> None:
-    with pytest.raises(TypeError, match=r"capture: reads is \[3\], expected a module, a tensor, or a list"):
-        eg.capture(abs, [3])
-    with pytest.raises(TypeError, match="capture: argument 1 is list, expected a tensor or something that can be ha"):
-        eg.capture(lambda x, y: x)(W.detach(), [1])
-    with pytest.raises(RuntimeError, match="capture: argument x was made by exp, and no gradient flows back"):
-        eg.capture(lambda x: x)(x=eg.exp(W))
-    for reads in (3, None, "text"):
-        with pytest.raises(TypeError, match=r"capture: reads is .*, expected a module, a tensor, or a list of them"):
-            eg.capture(abs, reads)
-    with pytest.raises(TypeError, match="capture: argument 1 holds a tensor"):
-        eg.capture(lambda x, pair: x)(W.detach(), (1, W))
-    with pytest.raises(TypeError, match="capture: argument 0 is list"):
-        eg.capture(lambda pair: pair[0])(([2], 1))
-    with pytest.raises(TypeError, match="capture: a result is set, expected tensors"):
-        eg.capture(lambda x: {1})(W.detach())
-    captured = eg.capture(lambda x: x + 1, [numbers((2, 3), 0).T])
-    captured(numbers((2,), 0))
-    with pytest.raises(ValueError, match=r"reads has a tensor of shape \(3, 2\) that is not dense"):
-        captured(numbers((2,), 0))
-
-
-def test_an_error_while_it_is_recorded_leaves_nothing_behind() -> None:
-    fails = [False, True, False, False]
-
-    def function(x: eg.Tensor) -> eg.Tensor:
-        y = eg.exp(x)
-        if fails.pop(0):
-            raise KeyboardInterrupt
-        return y
-
-    captured, x = eg.capture(function), numbers((3,), 0)
-    captured(x)
-    with pytest.raises(KeyboardInterrupt):
-        captured(x)
-    assert recording() is None and observers == [] and CPU.pool.allocated is None
-    for _ in range(3):
-        assert bits(captured(x)) == bits(eg.exp(x))

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import engine as eg
-from engine.backend import finishers, get_backend
 from engine.backend.program import Program
 from engine.models import Decoding, Transformer, TransformerConfig
 from engine.models.decoding import ATTEMPTS
@@ -257,7 +256,6 @@ KINDS: list[dict[str, Any]] = [
     {"positions": "learned", "norm": "layer_norm", "activation": "gelu_tanh", "tie_weights": True},
     {"positions": "rotary", "norm": "rms_norm", "activation": "swiglu", "kv_heads": 1, "bias": False},
     {"kind": "encoder_decoder", "positions": "sinusoidal"}]
-RECORDS = get_backend("cpu").records and not finishers  # guard zones are looked at after every launch
 
 
 def decoder(kind: dict[str, Any], form: str | None) -> Transformer:
@@ -266,7 +264,7 @@ def decoder(kind: dict[str, Any], form: str | None) -> Transformer:
     return made if form is None else made.for_inference(form)
 
 
-@pytest.mark.skipif(not RECORDS, reason="no compiled kernels, or guard zones")
+@pytest.mark.usefixtures("unwatched")
 @pytest.mark.parametrize("form", [None, "packed", "bf16", "q4_0"])
 @pytest.mark.parametrize("kind", KINDS, ids=["gpt2", "llama", "encoder_decoder"])
 @pytest.mark.parametrize("samples", [1, 3])
@@ -294,7 +292,7 @@ def test_decoding_has_the_bits_of_the_model(kind: dict[str, Any], form: str | No
             assert a.own.keys.numpy()[filled].tobytes() == b.own.keys.numpy()[filled].tobytes()
 
 
-@pytest.mark.skipif(not RECORDS, reason="no compiled kernels, or guard zones")
+@pytest.mark.usefixtures("unwatched")
 def test_decoding_notices_other_parameters() -> None:
     model = decoder(KINDS[1], None)
     decoding = Decoding(model, model.make_cache(1))
@@ -310,7 +308,7 @@ def test_decoding_notices_other_parameters() -> None:
     assert decoding._program is not None
 
 
-@pytest.mark.skipif(not RECORDS, reason="no compiled kernels, or guard zones")
+@pytest.mark.usefixtures("unwatched")
 def test_decoding_gives_up_where_steps_are_unequal(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Program, "goes_on", lambda self, *others: False)
     decoding, other = Decoding(model, model.make_cache(1)), model.make_cache(1)

@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from captured import block_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
 import engine as eg
-from engine.backend import Array, finishers, get_backend
+from engine.backend import Array, get_backend
 from engine.backend.arena import Lifetime, peak, place
 from engine.backend.program import Program
 from engine.backend.recording import Recording, recording, refuse
 from engine.dtypes import float32, float64
 
 k: Any = get_backend("cpu")
-pytestmark = pytest.mark.skipif(not k.records or bool(finishers), reason="no compiled kernels, or guard zones")
+pytestmark = pytest.mark.usefixtures("unwatched")
 HEADER = (Path(__file__).parents[1] / "kernels" / "kernels.h").read_text()
 
 
@@ -125,7 +126,7 @@ def test_temporaries_share_the_arena() -> None:
 
     x = of(np.linspace(-1, 1, 500).astype(np.float32))
     program, [want] = recorded(chain, x)
-    assert len(program.lifetimes) == 19 and program.memory == 2 * 2048
+    assert len(program.lifetimes) == 19 and program.memory == 2 * block_bytes(2000)
     assert program.run([x])[0].data.tobytes() == want.data.tobytes()
 
 

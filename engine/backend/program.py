@@ -210,10 +210,8 @@ class _Layout:
         self._bases = [*range(given), *[FIXED] * (len(memory) - given)]
         self._places: dict[int, Lifetime] = {}
         for number, launch in enumerate(recording.launches):
-            kinds = "w" if launch.function is None else recording.k.prototype(launch.function)[1]
-            for i, argument in enumerate(launch.arguments):
-                if argument.__class__ is Pointer:
-                    self._mention(number, argument, kinds[i:i + 1] == "w")
+            for pointer, written in launch.pointers():
+                self._mention(number, pointer, written)
         self.made: list[int] = []
         self.results: list[int] = []  # how many results each of these holds
         for y in results:

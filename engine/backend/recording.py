@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,11 +56,30 @@ class Pointer(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A launch as it was seen: the name of its C function, or else its row, and its arguments."""
+    """A launch as it was seen: the name of its C function, or else its row, and its arguments; which of them it writes
+    to."""
 
     function: str | None
     row: Callable[..., None] | None
     arguments: list[Any]
+    written: frozenset[int]
+
+    def pointers(self) -> Iterator[tuple[Pointer, bool]]:
+        """Its Arrays that have elements, and whether it writes to them."""
+        for i, argument in enumerate(self.arguments):
+            if argument.__class__ is Pointer and argument.data.size:
+                yield argument, i in self.written
+
+
+def _written(k: Any, name: str, function: str | None) -> frozenset[int]:
+    """Outputs come first: of a row the first argument, unless it has none; of a C function what its prototype says."""
+    if function is None:
+        return frozenset() if name in CHECKS else frozenset({0})
+    return frozenset(i for i, letter in enumerate(k.prototype(function)[1]) if letter == "w")
+
+
+CHECKS = ("check_index",)
+"""Rows without a result."""
 
 
 class Recording:
@@ -107,11 +126,10 @@ class Recording:
             return
         function, row = self.k.chosen(name, arguments)
         kept = [Pointer(self.k.address_of(a), a.data) if a.__class__ is Array else a for a in arguments]
-        kinds = self.k.prototype(function)[1] if function else "w"
-        for i, argument in enumerate(kept):
-            if argument.__class__ is Pointer and argument.data.size:
-                self._check(name, argument, kinds[i:i + 1] == "w" and name not in CHECKS)
-        self.launches.append(Launch(function, row, kept))
+        seen = Launch(function, row, kept, _written(self.k, name, function))
+        for pointer, written in seen.pointers():
+            self._check(name, pointer, written)
+        self.launches.append(seen)
 
     def _check(self, name: str, pointer: Pointer, written: bool) -> None:
         start, end = pointer.extent()
@@ -128,7 +146,3 @@ class Recording:
         if recording() is self:
             raise RuntimeError("capture: elements are read on the host, and what follows from them would stay as it "
                                "is; read them outside of what is captured")
-
-
-CHECKS = ("check_index",)
-"""Rows whose first argument is not their result."""

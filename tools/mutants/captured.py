@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tools.mutants.record import Mutant
 
-CAPTURE, PROGRAM, GENERATE = "tests/test_capture.py", "tests/test_program.py", "tests/test_generate.py"
+CAPTURE, SURROUNDINGS = "tests/test_capture.py", "tests/test_capture_surroundings.py"
+REFUSED, PROGRAM, GENERATE = "tests/test_capture_refused.py", "tests/test_program.py", "tests/test_generate.py"
 DECODING = f"{GENERATE}::test_decoding_has_the_bits_of_the_model"
 GOES_ON = f"{PROGRAM}::test_a_program_that_goes_on"
 
@@ -36,24 +37,24 @@ CAPTURED = [
     Mutant("captured: gradients that are there", "engine/capture.py",
            "there = tuple([g is not None for g in self.gradients])", "there = ()",
            "what was recorded without gradients to add to runs where there are some",
-           f"{CAPTURE}::test_functions_that_handle_gradients"),
+           f"{SURROUNDINGS}::test_functions_that_handle_gradients"),
     Mutant("captured: a closure at an argument's address", "engine/capture.py",
            'Tensor(k.map("copy", t.array), call.device, t.requires_grad)',
            "Tensor(t.array, call.device, t.requires_grad)",
            "what has the address of an argument when it is recorded is taken for it",
-           f"{CAPTURE}::test_a_closure_is_not_the_argument_that_was_recorded"),
+           f"{SURROUNDINGS}::test_a_closure_is_not_the_argument_that_was_recorded"),
     Mutant("captured: memory in common", "engine/capture.py",
-           "if not written:\n        return False", "return False",
+           "{*some, *among}} if some else {}\n", "{*some, *among}} if some else {}\n        return []\n",
            "two arguments share memory of which one is written to",
            f"{CAPTURE}::test_writing_to_what_shares_memory_or_is_not_dense"),
     Mutant("captured: more than was given", "engine/backend/recording.py",
            "if any(start < first or last < end for first, last in near):", "if False:",
            "a launch on a whole array runs on the part of it that was given, and beyond",
-           f"{CAPTURE}::test_a_part_of_what_it_reads_and_more_than_that"),
+           f"{SURROUNDINGS}::test_a_part_of_what_it_reads_and_more_than_that"),
     Mutant("captured: equal arguments", "engine/capture.py",
            "repr(x) if isinstance(x, (bool, int, float, complex, np.generic)) else x", "x",
            "0.0 and −0.0 have one recording",
-           f"{CAPTURE}::test_equal_is_not_identical"),
+           f"{SURROUNDINGS}::test_equal_is_not_identical"),
     Mutant("captured: modes", "engine/capture.py",
            "tuple([m.training for m in self._modules])", "()",
            "what was recorded in training runs in evaluation",
@@ -65,11 +66,11 @@ CAPTURED = [
     Mutant("captured: host reads", "engine/backend/launch.py",
            "for reader in tuple(readers):", "for reader in ():",
            "what was read on the host stays what it was",
-           f"{CAPTURE}::test_what_cannot_be_captured_says_so"),
+           f"{REFUSED}::test_what_cannot_be_captured_says_so"),
     Mutant("captured: the same argument twice", "engine/capture.py",
            "(name, self.number[id(x)]) if", "(name, None) if",
            "a function of (x, x) that is called with (x, y) reads x twice",
-           f"{CAPTURE}::test_one_tensor_in_several_places {CAPTURE}::test_arguments_of_other_layouts"),
+           f"{SURROUNDINGS}::test_one_tensor_in_several_places {CAPTURE}::test_arguments_of_other_layouts"),
     Mutant("captured: places", "engine/backend/program.py",
            "places * self._moving_by", "(places + 1) * self._moving_by",
            "a token is written one place too far",
