@@ -251,22 +251,7 @@ def _record(call: _Call) -> tuple[_Recorded, Any] | None:
         if leaf.array is not array or leaf.node is not None or leaf.requires_grad != original.requires_grad:
             raise RuntimeError(f"capture: tensor {i} of shape {original.shape} becomes another, by a change in place "
                                "inside a graph or by requires_grad_(); do that outside of what is captured")
-    results: list[Array] = []
-
-    def number(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            results.append(x.array)
-            return _Result(len(results) - 1)
-        return x
-
-    template, gradients = _rebuilt(result, number), []
-    for leaf, there in zip(leaves, call.gradients):
-        if leaf.grad is not None and leaf.grad is not there:
-            if not isinstance(leaf.grad, Tensor) or leaf.grad.node is not None:
-                raise RuntimeError("capture: a gradient is row-sparse or has a graph, which would be lost")
-            gradients.append(number(leaf.grad).number)
-        else:
-            gradients.append(None if leaf.grad is None else _Result(0))
+    results, template, gradients = _left(result, leaves, call.gradients)
     written = [i for i, (a, version) in enumerate(zip(arrays, versions)) if a.storage.version != version]
     if call.in_common(written, range(len(arrays))):
         if any(i < call.reads for i in written):
@@ -284,6 +269,27 @@ def _record(call: _Call) -> tuple[_Recorded, Any] | None:
     views = [y.base for y in program.results if 0 <= y.base < len(arrays)]
     lie = [i for i in range(len(arrays)) if i < call.reads or i >= len(leaves)]
     return _Recorded(program, [*written, *views, *lie], written, template, gradients, generator.site - start[3]), result
+
+
+def _left(result: Any, leaves: Sequence[Tensor], there: Sequence[Any]) -> tuple[list[Array], Any, list[Any]]:
+    """What a call leaves: the Arrays of it all; the result, and each leaf's gradient, by their numbers (_Recorded)."""
+    results: list[Array] = []
+
+    def number(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            results.append(x.array)
+            return _Result(len(results) - 1)
+        return x
+
+    template, gradients = _rebuilt(result, number), []
+    for leaf, before in zip(leaves, there):
+        if leaf.grad is not None and leaf.grad is not before:
+            if not isinstance(leaf.grad, Tensor) or leaf.grad.node is not None:
+                raise RuntimeError("capture: a gradient is row-sparse or has a graph, which would be lost")
+            gradients.append(number(leaf.grad).number)
+        else:
+            gradients.append(None if leaf.grad is None else _Result(0))
+    return results, template, gradients
 
 
 def _key_of(generator: Generator) -> Key:
