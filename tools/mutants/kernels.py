@@ -97,7 +97,7 @@ KERNELS = [
     Mutant("the element again", "kernels/gemm_micro.c",
            "STEP(b + NR, a[rows + i], same[rows + i]);", "STEP(b + NR, a[rows + i], same[i]);",
            "every other row multiplies half of its columns by the element of the step before",
-           f"{BITS}::test_layouts[matmul]"),
+           "tests/ops/test_large.py::test_large[matmul]"),
     Mutant("packing strides", "kernels/gemm_micro.c",
            "packed[p * width + i] = i < lines - line ? x[(line + i) * x_line + p * x_step] : 0;",
            "packed[p * width + i] = i < lines - line ? x[(line + i) * x_step + p * x_line] : 0;",
