@@ -53,7 +53,6 @@ struct query_tile {
     real *scores;                        /* [KEYS][wide], and so are: */
     real *mask_t, *keep_t;
     real *gathered;                      /* [QUERIES][KEYS] */
-    real *panel;                         /* the last, ragged columns of a right-hand side */
     int64_t head[QUERIES], time[QUERIES];
     int64_t row[QUERIES];                /* the place in an array (batch, T, heads) */
     int64_t drawn[QUERIES];              /* and in one of (batch, heads, T), by which dropout numbers its draws */
@@ -80,34 +79,21 @@ static inline int64_t visible_to_tile(const struct query_tile *w) { return w->li
 
 /* c[i, j] = Σ_p a[i·a_row + p·a_step] b[p·b_row + j]            (add = 0),
  * or c[i, j] · factor[i] + that sum                        (add = 1; factor NULL: 1).
- * Each sum is one ascending chain over p < k. panel holds k × NR elements for the last columns. */
+ * Each sum is one ascending chain over p < k. */
 static void tile_product(real *c, int64_t c_row, const real *a, int64_t a_row, int64_t a_step, int64_t rows,
-                         const real *b, int64_t b_row, int64_t columns, int64_t k, int add, const real *factor,
-                         real *panel) {
+                         const real *b, int64_t b_row, int64_t columns, int64_t k, int add, const real *factor) {
     int64_t height = divide_up(rows, divide_up(rows, MR));
     for (int64_t j = 0; j < columns; j += NR) {
-        int64_t width = at_most(columns - j, NR), vectors = divide_up(width, VL), b_step = b_row;
-        const real *right = b + j;
-        if (width % VL) {
-            TYPED(pack_panels)(panel, right, vectors * VL, width, k, 1, b_row);
-            right = panel;
-            b_step = vectors * VL;
-        }
-        int direct = !add && width % VL == 0;
+        int64_t width = at_most(columns - j, NR);
         for (int64_t i = 0; i < rows; i += height) {
             int64_t n = at_most(rows - i, height);
             real tile[MR * NR], *to = c + i * c_row + j;
-            TYPED(micro_tile)(direct ? to : tile, a + i * a_row, right, n, vectors, k, direct ? c_row : NR, a_row,
-                              a_step, b_step, &NOTHING);
-            if (direct)
-                continue;
-            for (int64_t r = 0; r < n; r++)
+            TYPED(micro_tile)(add ? tile : to, a + i * a_row, b + j, n, width, k, add ? NR : c_row, a_row, a_step,
+                              b_row, &NOTHING);
+            for (int64_t r = 0; add && r < n; r++)
                 for (int64_t e = 0; e < width; e += VL) {
-                    vf sum = vf_load(tile + r * NR + e), old;
-                    if (add) {
-                        old = load_up_to(to + r * c_row + e, width - e);
-                        sum = factor ? vf_fma(old, vf_set1(factor[i + r]), sum) : old + sum;
-                    }
+                    vf sum = vf_load(tile + r * NR + e), old = load_up_to(to + r * c_row + e, width - e);
+                    sum = factor ? vf_fma(old, vf_set1(factor[i + r]), sum) : old + sum;
                     store_up_to(to + r * c_row + e, sum, width - e);
                 }
         }
@@ -124,8 +110,7 @@ static inline real *take(real **scratch, int64_t n) {
 }
 
 static inline int64_t query_tile_size(const struct attention *x) {
-    return QUERIES * x->d + WIDEST * x->d + 3 * KEYS * WIDEST + QUERIES * KEYS +
-           NR * (QUERIES + 8) + 8 * (VL + 16);
+    return QUERIES * x->d + WIDEST * x->d + 3 * KEYS * WIDEST + QUERIES * KEYS + 8 * (VL + 16);
 }
 
 /* Row-major rows [rows][d] to [d][wide], zeros beyond the last. */
@@ -161,7 +146,6 @@ static real *open_query_tile(struct query_tile *w, const struct attention *x, in
     w->mask_t = take(&scratch, KEYS * WIDEST);
     w->keep_t = take(&scratch, KEYS * WIDEST);
     w->gathered = take(&scratch, QUERIES * KEYS);
-    w->panel = take(&scratch, NR * (QUERIES + 8));
     name_rows(w);
     for (int64_t i = 0; i < w->rows; i++)
         memcpy(w->q_rows + i * x->d,
@@ -236,7 +220,7 @@ static void keys_by_queries(struct query_tile *w, real *to, const real *rows, in
     for (int64_t j = 0; j < w->columns; j += NR)
         if (seen_by(w, j, NR))
             tile_product(to + j, w->wide, rows, rows_stride, 1, seen_by(w, j, NR), right + j, w->wide,
-                         at_most(w->columns - j, NR), w->x->d, 0, NULL, NULL);
+                         at_most(w->columns - j, NR), w->x->d, 0, NULL);
 }
 
 /* to[query, :] = factor · to[query, :] + Σ_key tile[key, query] rows[key, :]: the output, or dq. */
@@ -245,7 +229,7 @@ static void add_over_keys(struct query_tile *w, real *to, const real *tile, cons
     for (int64_t i = 0; i < w->rows; i += 2 * MR) {
         int64_t n = at_most(w->rows - i, 2 * MR);
         tile_product(to + i * w->x->d, w->x->d, tile + i, 1, w->wide, n, rows, rows_stride, w->x->d, seen_by(w, i, n),
-                     1, factor ? factor + i : NULL, w->panel);
+                     1, factor ? factor + i : NULL);
     }
 }
 

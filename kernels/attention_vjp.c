@@ -57,7 +57,7 @@ static void add_over_queries(struct query_tile *w, real *to, const real *tile, c
             first++;
         if (first < w->rows)
             tile_product(to + i * to_row, to_row, tile + i * w->wide + first, w->wide, 1, at_most(keys - i, 2 * MR),
-                         rows + first * d, d, d, w->rows - first, 1, NULL, w->panel);
+                         rows + first * d, d, d, w->rows - first, 1, NULL);
     }
 }
 

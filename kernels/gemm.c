@@ -13,7 +13,8 @@
  *
  * What is packed is used at once, by the thread that packed it, so it never goes out to the caches that cores share,
  * nobody waits for anybody. The price is that A is packed again for each span, and B for each group; choose_tasks weighs
- * the two. Weights that only a few rows multiply (decoding one token) are not packed at all: gemm_few.c.
+ * the two. What only a few rows multiply is not packed at all, but read where it lies: here if its rows are dense, and
+ * in gemm_few.c if its columns are (decoding one token). A product of a few columns is the transposed product's rows.
  *
  * Every choice above (sizes, tasks, packing, threads) moves work about and none changes a sum: an element of C
  * is always ((block 0 + block 1) + block 2) + … with each block of KC products one chain, then + bias, then + C.
@@ -32,7 +33,9 @@ _Static_assert(!BF16_UNITS || MR * KC + 16 <= AMX_ROWS * KC / 2, "pairs of AMX's
 #define FEW_USES 4                /* column panels; packing a row-major A costs a third of multiplying it by one */
 #define SAME_SET (4096 / (int64_t)sizeof(real)) /* elements between addresses that share a set of a first-level cache */
 #define COLUMNS 4096              /* of a product that keeps its old C beside the sum so far */
-#define IN_PLACE (1 << 13)        /* an operand this small is as good unpacked: it fits the first-level cache */
+#define IN_PLACE (1 << 13)        /* an operand this small is as good unpacked: it fits the first-level cache, */
+#define USED_ONCE (1 << 17)       /* and this small, if it is read once: it fits the second */
+#define SLICE 16                  /* steps of a larger one at a time: as many pages at once */
 #define PIECE_FLOPS (1 << 19)     /* a few microseconds: the least work worth waking a thread for */
 #define LONG_FLOPS (1 << 27)      /* about a millisecond */
 #define BATCH_FLOPS (1 << 24)     /* products smaller than this are spread over the batch, not cut up */
@@ -44,6 +47,7 @@ struct stage {
     int64_t panel_rows, row_panels; /* A by panels: all of panel_rows rows, but the last may have fewer */
     int64_t group, groups;          /* a task multiplies `group` row panels */
     int64_t span, spans;            /* by `span` panels of NR columns */
+    int64_t in_place;               /* B is read where it lies, so many steps at a time; or 0, and it is packed */
     real *partial;                  /* the sums so far, partial_row apart, seen from (row 0, column): C or scratch */
     int64_t partial_row;
 };
@@ -55,26 +59,39 @@ static void round_packed(real *packed, int64_t n, enum format format) {
         vf_store(packed + i, vf_to_format(vf_load(packed + i), format));
 }
 
-/* `columns` columns of B in one block of the depth, by panels of NR: where they are and how they are spaced. */
-struct span { const real *b; int64_t panel_stride, step; };
+/* Each element of B is used once for each row panel, and packing it costs more than that. */
+static int64_t steps_in_place(const struct stage *s) {
+    const struct product *x = s->product;
+    int64_t block = at_most(x->k, KC) * x->b_row;
+    if (x->panels || x->unpack || x->format || x->b_col != 1)
+        return 0;
+    if (s->row_panels > 1)
+        return block <= IN_PLACE ? KC : 0;
+    return block <= USED_ONCE ? KC : SLICE;
+}
 
-static struct span pack_b(const struct product *x, int64_t column, int64_t columns, int64_t p, int64_t depths) {
+/* `columns` columns of B in some steps of the depth, by panels of NR: where they are and how they are spaced. Read in
+ * place they may be a slice of a block, whose sums so far wait in `chains`, a tile for each column panel. */
+struct span { const real *b; int64_t panel_stride, step; real *chains; };
+
+static struct span pack_b(const struct stage *s, int64_t column, int64_t columns, int64_t p, int64_t depths) {
+    const struct product *x = s->product;
     if (x->panels)
-        return (struct span){x->panels + column * x->k + p * NR, NR * x->k, NR};
+        return (struct span){x->panels + column * x->k + p * NR, NR * x->k, NR, NULL};
     const real *b = x->b + p * x->b_row + column * x->b_col;
-    if (!x->unpack && !x->format && x->b_col == 1 && columns % VL == 0 && depths * x->b_row <= IN_PLACE)
-        return (struct span){b, NR, x->b_row};
+    if (s->in_place)
+        return (struct span){b, NR, x->b_row, thread_scratch(SCRATCH_GEMM_B, SPAN * MR * NR * sizeof(real))};
     real *packed = thread_scratch(SCRATCH_GEMM_B, (size_t)(SPAN * panel_size(NR, KC)) * sizeof(real));
     if (in_pairs(x)) {
         pack_pair_panels(packed, b, columns, depths, x->b_col, x->b_row);
-        return (struct span){packed, NR * pairs_of(depths), NR};
+        return (struct span){packed, NR * pairs_of(depths), NR, NULL};
     }
     if (x->unpack)
         x->unpack(packed, x, column, columns, p, depths);
     else
         TYPED(pack_panels)(packed, b, NR, columns, depths, x->b_col, x->b_row);
     round_packed(packed, divide_up(columns, NR) * panel_size(NR, depths), x->format);
-    return (struct span){packed, panel_size(NR, depths), NR};
+    return (struct span){packed, panel_size(NR, depths), NR, NULL};
 }
 
 /* Row panels of A in one block of the depth, as the register tile reads them. */
@@ -103,20 +120,12 @@ static struct bundle pack_a(const struct stage *s, int64_t panel, int64_t panels
 
 /* ── the sums ────────────────────────────────────────────────────────────────────────────────────── */
 
-/* to[i, j] = (((partial + tile) + bias) + old), for a tile that ends within a vector or keeps an old C (or NULL). */
-static void finish_tile(real *to, int64_t to_row, const real *tile, int64_t rows, int64_t columns,
-                        const struct beside *plus, const real *old) {
+/* C[i, j] = old C[i, j] + sums[i, j] */
+static void add_to_old(real *to, int64_t to_row, const real *sums, int64_t rows, int64_t columns) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < columns; j += VL) {
-            int64_t n = columns - j;
-            vf sum = vf_load(tile + i * NR + j);
-            if (plus->partial)
-                sum = load_up_to(plus->partial + i * plus->partial_row + j, n) + sum;
-            if (plus->bias)
-                sum += load_up_to(plus->bias + j, n);
-            if (old)
-                sum += load_up_to(old + i * to_row + j, n);
-            store_up_to(to + i * to_row + j, sum, n);
+            real *at = to + i * to_row + j;
+            store_up_to(at, vf_load(sums + i * NR + j) + load_up_to(at, columns - j), columns - j);
         }
 }
 
@@ -124,27 +133,30 @@ static void finish_tile(real *to, int64_t to_row, const real *tile, int64_t rows
 static void multiply_panel(const struct stage *s, int64_t panel, const real *a, const struct bundle *bundle,
                            const struct span *span, int64_t column, int64_t columns, int64_t p, int64_t depths) {
     const struct product *x = s->product;
-    int last = p + depths == x->k;
-    int64_t row = panel * s->panel_rows, rows = at_most(x->m - row, s->panel_rows);
-    int64_t to_row = last ? x->c_row : s->partial_row;
-    real *partial = s->partial + row * s->partial_row + (column - s->column);
-    real *to = last ? x->c + row * x->c_row + column : partial;
-    struct beside beside = {p == 0 ? NULL : partial, s->partial_row, last && x->bias ? x->bias + column : NULL};
-    const real *b = span->b;
+    int last = p + depths == x->k, whole = last || (p + depths) % KC == 0;
+    int through_tile = last && (x->accumulate || x->turned);
+    int64_t row = panel * s->panel_rows, rows = at_most(x->m - row, s->panel_rows), steps = depths;
+    real *partial = s->partial + row * s->partial_row + (column - s->column), tile[(BF16_UNITS ? AMX_ROWS : MR) * NR];
     tile_function *multiply = tile_of(unit_of(x));
-    int64_t steps = in_pairs(x) ? divide_up(depths, 2) : depths;
-    for (int64_t j = 0; j < columns; j += NR, b += span->panel_stride, to += NR) {
+    if (in_pairs(x))
+        steps = divide_up(depths, 2);
+    for (int64_t j = 0; j < columns; j += NR) {
         int64_t width = at_most(columns - j, NR);
-        if (width % VL == 0 && !(last && x->accumulate)) {
-            multiply(to, a, b, rows, width / VL, steps, to_row, bundle->row, bundle->step, span->step, &beside);
-        } else {
-            real tile[(BF16_UNITS ? AMX_ROWS : MR) * NR];
-            multiply(tile, a, b, rows, divide_up(width, VL), steps, NR, bundle->row, bundle->step, span->step,
-                     &NOTHING);
-            finish_tile(to, to_row, tile, rows, width, &beside, last && x->accumulate ? to : NULL);
-        }
-        beside.partial = beside.partial ? beside.partial + NR : NULL;
-        beside.bias = beside.bias ? beside.bias + NR : NULL;
+        real *chain = whole && p % KC == 0 ? NULL : span->chains + j * MR;
+        struct beside beside = {.chain = p % KC ? chain : NULL};
+        if (whole && p >= KC)
+            beside.partial = partial + j, beside.partial_row = s->partial_row;
+        if (last && x->bias && !x->turned)
+            beside.bias = x->bias + column + j;
+        real *c = x->c + (x->turned ? row + (column + j) * x->c_row : row * x->c_row + column + j);
+        real *to = !whole ? chain : through_tile ? tile : last ? c : partial + j;
+        int64_t to_row = !whole || through_tile ? NR : last ? x->c_row : s->partial_row;
+        multiply(to, a, span->b + j / NR * span->panel_stride, rows, width, steps, to_row, bundle->row, bundle->step,
+                 span->step, &beside);
+        if (through_tile && x->turned)
+            TYPED(store_turned)(c, x->c_row, tile, rows, width, x->bias ? x->bias + row : NULL, x->accumulate);
+        else if (through_tile)
+            add_to_old(c, x->c_row, tile, rows, width);
     }
 }
 
@@ -165,8 +177,8 @@ static void multiply_tasks(void *context, int64_t begin, int64_t end) {
         int64_t left = t % s->spans * s->span * NR, columns = at_most(s->columns - left, s->span * NR), p = 0;
         left += s->column;
         do { /* at least once: with k = 0 the sums are zero */
-            int64_t depths = at_most(k - p, KC);
-            struct span span = pack_b(x, left, columns, p, depths);
+            int64_t depths = at_most(k - p, s->in_place ? s->in_place : KC);
+            struct span span = pack_b(s, left, columns, p, depths);
             for (int64_t panel = first; panel < last;) {
                 struct bundle bundle = pack_a(s, panel, last - panel, columns, p, depths);
                 for (int64_t i = 0; i < bundle.panels; i++, panel++) {
@@ -176,7 +188,7 @@ static void multiply_tasks(void *context, int64_t begin, int64_t end) {
                         finish_panel(x, panel * s->panel_rows, s->panel_rows, left, columns);
                 }
             }
-            p += KC;
+            p += depths;
         } while (p < k);
     }
     if (unit_of(x) == BF16_BY_AMX)
@@ -215,13 +227,14 @@ void TYPED(multiply_product)(const struct product *x) {
         finish_panel(x, 0, x->m, 0, x->n);
         return;
     }
-    int in_scratch = x->accumulate && x->k > KC; /* C must keep its old value until the sum is finished */
+    int in_scratch = (x->accumulate || x->turned) && x->k > KC; /* C keeps its old value until the sum is finished */
     int64_t panels = divide_up(x->m, MR), width = in_scratch ? COLUMNS : x->n;
     struct stage s = {.product = x};
     s.panel_rows = divide_up(x->m, panels); /* panels of equal height: 64 rows are 13 + 13 + 13 + 13 + 12 */
     if (unit_of(x) == BF16_BY_AMX)
         s.panel_rows = AMX_ROWS;
     s.row_panels = divide_up(x->m, s.panel_rows);
+    s.in_place = steps_in_place(&s);
     for (s.column = 0; s.column < x->n; s.column += width) {
         s.columns = at_most(x->n - s.column, width);
         s.partial = x->c + s.column;
@@ -254,12 +267,12 @@ static void multiply_batch(void *context, int64_t begin, int64_t end) {
     }
 }
 
-/* A column times … is a row times …: with n = 1 and C dense, Cᵀ = Bᵀ Aᵀ has its vectors along m. */
-static void transpose_product(struct batch *batch) {
+/* With few columns Cᵀ = Bᵀ Aᵀ has its vectors along m. */
+static void turn_product(struct batch *batch) {
     struct product *x = &batch->product, old = *x;
     x->a = old.b, x->a_row = old.b_col, x->a_col = old.b_row;
     x->b = old.a, x->b_row = old.a_col, x->b_col = old.a_row;
-    x->m = 1, x->n = old.m;
+    x->m = old.n, x->n = old.m, x->turned = 1;
     int64_t a_batch = batch->a_batch;
     batch->a_batch = batch->b_batch;
     batch->b_batch = a_batch;
@@ -274,8 +287,8 @@ KERNEL(gemm)(real *c, const real *a, const real *b, const real *bias, int64_t ba
                       a_batch, b_batch, c_batch};
     if (m <= 0 || n <= 0)
         return;
-    if (n == 1 && m > 1 && c_row == 1 && !bias)
-        transpose_product(&x);
+    if (n < m && n <= VL / 2 && !x.product.format)
+        turn_product(&x);
     double flops = 2.0 * (double)m * (double)n * (double)k;
     if (flops >= BATCH_FLOPS || batch == 1)
         multiply_batch(&x, 0, batch);

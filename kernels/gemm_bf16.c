@@ -159,11 +159,12 @@ AMX ALWAYS_INLINE void multiply_tiles(float *c, int64_t c_row, const float *a, i
 }
 
 /* Tiles go straight to C if nothing is beside them and they are whole, and else by way of the first-level cache. */
-AMX void amx_tile(float *tile, const float *a, const float *b, int64_t rows, int64_t vectors, int64_t pairs,
+AMX void amx_tile(float *tile, const float *a, const float *b, int64_t rows, int64_t columns, int64_t pairs,
                   int64_t tile_row, int64_t a_row, int64_t a_step, int64_t b_step, const struct beside *beside) {
     (void)a_step, (void)b_step; /* 1 and NR */
     float sums[AMX_ROWS * NR];
-    int straight = !beside->partial && !beside->bias && rows % 16 == 0;
+    int vectors = columns > VL ? 2 : 1;
+    int straight = !beside->partial && !beside->bias && rows % 16 == 0 && columns % VL == 0;
     float *c = straight ? tile : sums;
     int64_t c_row = straight ? tile_row : NR;
     if (rows > 16 && vectors == 2)
@@ -175,13 +176,14 @@ AMX void amx_tile(float *tile, const float *a, const float *b, int64_t rows, int
     else
         multiply_tiles(c, c_row, a, a_row, b, pairs, 0, 0);
     for (int64_t i = 0; i < rows && !straight; i++)
-        for (int64_t j = 0; j < vectors * VL; j += VL) {
+        for (int64_t j = 0; j < columns; j += VL) {
+            int64_t n = columns - j;
             vf sum = vf_load(sums + i * NR + j);
             if (beside->partial)
-                sum = vf_load(beside->partial + i * beside->partial_row + j) + sum;
+                sum = load_up_to(beside->partial + i * beside->partial_row + j, n) + sum;
             if (beside->bias)
-                sum += vf_load(beside->bias + j);
-            vf_store(tile + i * tile_row + j, sum);
+                sum += load_up_to(beside->bias + j, n);
+            store_up_to(tile + i * tile_row + j, sum, n);
         }
 }
 

@@ -28,6 +28,23 @@ static inline __attribute__((always_inline)) void load_block(vf block[VL], const
     vf_transpose(block);
 }
 
+void TYPED(store_turned)(real *to, int64_t to_row, const real *sums, int64_t rows, int64_t columns, const real *bias,
+                         int accumulate) {
+    vf block[VL], plus = bias ? load_up_to(bias, rows) : vf_zero();
+    for (int64_t j = 0; j < columns; j += VL) {
+        load_turned(block, sums + j, NR, rows, VL);
+#pragma GCC unroll 16
+        for (int q = 0; q < VL; q++, to += to_row) {
+            if (j + q >= columns)
+                return;
+            vf sum = bias ? block[q] + plus : block[q];
+            if (accumulate)
+                sum += load_up_to(to, rows);
+            store_up_to(to, sum, rows);
+        }
+    }
+}
+
 /* Columns j … j + columns − 1 of C, columns ≤ VL. */
 static inline __attribute__((always_inline)) void multiply_columns(const struct product *x, int rows, int64_t j,
                                                                    int64_t columns) {
@@ -58,6 +75,13 @@ static inline __attribute__((always_inline)) void multiply_columns(const struct 
             total[i] = p == 0 ? sum[i] : total[i] + sum[i];
         p = end;
     } while (p < x->k);
+    if (x->turned) {
+        real sums[FEW_ROWS * NR];
+        for (int i = 0; i < rows; i++)
+            vf_store(sums + i * NR, total[i]);
+        TYPED(store_turned)(x->c + j * x->c_row, x->c_row, sums, rows, columns, x->bias, x->accumulate);
+        return;
+    }
     for (int i = 0; i < rows; i++) {
         real *to = x->c + i * x->c_row + j;
         if (x->bias)
@@ -109,8 +133,8 @@ static void multiply_panels(void *context, int64_t begin, int64_t end) {
         int64_t columns = at_most(x->n - j * NR, NR), p = 0;
         do { /* at least once: with k = 0 the sums are zero */
             int64_t depths = at_most(x->k - p, KC);
-            struct beside beside = {p ? tile : NULL, NR, NULL};
-            TYPED(micro_tile)(tile, x->a + p * x->a_col, x->panels + (j * x->k + p) * NR, x->m, 2, depths, NR, x->a_row,
+            struct beside beside = {p ? tile : NULL, NR, NULL, NULL};
+            TYPED(micro_tile)(tile, x->a + p * x->a_col, x->panels + (j * x->k + p) * NR, x->m, NR, depths, NR, x->a_row,
                               x->a_col, NR, &beside);
             p += KC;
         } while (p < x->k);

@@ -30,11 +30,16 @@ static inline __attribute__((always_inline)) void ask_for_tile(int rows, const r
 #define MICRO_TILE TYPED(micro_tile)
 #endif
 
-/* One step of the depth: the vectors at b times rows elements of A. `again` is the element as well, in every other row
- * by another name. */
-#define STEP(b, element, again)                                                                                   \
+/* The last vector of a row, of which n elements are there. AVX-512 asks for no more at the price of a whole one. */
+static inline vf load_end(const real *p, int64_t n) { return VECTOR_BYTES == 64 ? vf_load_n(p, n, 0) : load_up_to(p, n); }
+static inline void store_end(real *p, vf v, int64_t n) { VECTOR_BYTES == 64 ? vf_store_n(p, v, n) : store_up_to(p, v, n); }
+
+/* One step of the depth: the vectors at b, of which the last has `end` elements, times rows elements of A. `again` is
+ * the element as well, in every other row by another name. */
+#define STEP(b, end, element, again)                                                                              \
     do {                                                                                                          \
-        vf left = vf_load(b), right = vectors == 2 ? vf_load((b) + VL) : vf_zero();                               \
+        vf left = vectors == 2 ? vf_load(b) : load_end(b, end);                                                   \
+        vf right = vectors == 2 ? load_end((b) + VL, end) : vf_zero();                                            \
         EACH_ROW {                                                                                                \
             vf x = EVERYWHERE(element);                                                                           \
             sum[i][0] = MULTIPLY_ADD(x, left, sum[i][0]);                                                         \
@@ -43,13 +48,13 @@ static inline __attribute__((always_inline)) void ask_for_tile(int rows, const r
         }                                                                                                         \
     } while (0)
 
-static inline __attribute__((always_inline)) void strided_sums(int rows, int vectors, vf (*sum)[2], const real *a,
-                                                               const real *b, int64_t k, int64_t a_row, int64_t a_step,
-                                                               int64_t b_step) {
+static inline __attribute__((always_inline)) void strided_sums(int rows, int vectors, int64_t end, vf (*sum)[2],
+                                                               const real *a, const real *b, int64_t k, int64_t a_row,
+                                                               int64_t a_step, int64_t b_step) {
     const real *base[3] = {a, a + 5 * a_row, a + 10 * a_row};
     const int64_t row[5] = {0, a_row, 2 * a_row, 3 * a_row, 4 * a_row};
     for (int64_t p = 0; p < k; p++) {
-        STEP(b, base[i / 5][row[i % 5]], base[i / 5][row[i % 5]]);
+        STEP(b, end, base[i / 5][row[i % 5]], base[i / 5][row[i % 5]]);
 #pragma GCC unroll 3
         for (int i = 0; i < 3; i++)
             base[i] += a_step;
@@ -65,62 +70,73 @@ static inline __attribute__((always_inline)) void packed_sums(int rows, int vect
 #pragma GCC unroll 4
         for (int line = 0; line < 2 * NR; line += 64 / (REAL_BITS / 8))
             __builtin_prefetch(b + PREFETCH_ROWS * NR + line);
-        STEP(b, a[i], same[i]);
-        STEP(b + NR, a[rows + i], same[rows + i]);
+        STEP(b, VL, a[i], same[i]);
+        STEP(b + NR, VL, a[rows + i], same[rows + i]);
         a += 2 * rows;
         same += 2 * rows;
         b += 2 * NR;
     }
     if (k)
-        STEP(b, a[i], same[i]);
+        STEP(b, VL, a[i], same[i]);
 }
 
-static inline __attribute__((always_inline)) void store_sums(int rows, int vectors, vf (*sum)[2], real *tile,
-                                                             int64_t tile_row, const struct beside *beside) {
+static inline __attribute__((always_inline)) void load_sums(int rows, int vectors, vf (*sum)[2], const real *chain) {
+    EACH_ROW {
+        sum[i][0] = chain ? vf_load(chain + i * NR) : vf_zero();
+        sum[i][1] = chain && vectors == 2 ? vf_load(chain + i * NR + VL) : vf_zero();
+    }
+}
+
+static inline __attribute__((always_inline)) void store_sums(int rows, int vectors, int64_t end, vf (*sum)[2],
+                                                             real *tile, int64_t tile_row,
+                                                             const struct beside *beside) {
     const real *partial = beside->partial;
+    int last = vectors - 1;
     if (partial)
         EACH_ROW {
-            sum[i][0] = vf_load(partial) + sum[i][0];
             if (vectors == 2)
-                sum[i][1] = vf_load(partial + VL) + sum[i][1];
+                sum[i][0] = vf_load(partial) + sum[i][0];
+            sum[i][last] = load_end(partial + last * VL, end) + sum[i][last];
             partial += beside->partial_row;
         }
     if (beside->bias) {
-        vf left = vf_load(beside->bias), right = vectors == 2 ? vf_load(beside->bias + VL) : vf_zero();
+        vf left = vectors == 2 ? vf_load(beside->bias) : vf_zero(), right = load_end(beside->bias + last * VL, end);
         EACH_ROW {
-            sum[i][0] += left;
-            sum[i][1] += right;
+            if (vectors == 2)
+                sum[i][0] += left;
+            sum[i][last] += right;
         }
     }
     EACH_ROW {
-        vf_store(tile, sum[i][0]);
         if (vectors == 2)
-            vf_store(tile + VL, sum[i][1]);
+            vf_store(tile, sum[i][0]);
+        store_end(tile + last * VL, sum[i][last], end);
         tile += tile_row;
     }
 }
 
-typedef void micro_function(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row, int64_t a_row,
-                            int64_t a_step, int64_t b_step, const struct beside *beside);
+typedef void micro_function(real *tile, const real *a, const real *b, int64_t end, int64_t k, int64_t tile_row,
+                            int64_t a_row, int64_t a_step, int64_t b_step, const struct beside *beside);
 
 #define STRIDED(rows, vectors)                                                                                    \
-    static void strided_##rows##_##vectors(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row, \
-                                           int64_t a_row, int64_t a_step, int64_t b_step,                         \
+    static void strided_##rows##_##vectors(real *tile, const real *a, const real *b, int64_t end, int64_t k,      \
+                                           int64_t tile_row, int64_t a_row, int64_t a_step, int64_t b_step,       \
                                            const struct beside *beside) {                                         \
-        vf sum[rows][2] = {{{0}}};                                                                                \
+        vf sum[rows][2];                                                                                          \
         ask_for_tile(rows, tile, tile_row);                                                                       \
-        strided_sums(rows, vectors, sum, a, b, k, a_row, a_step, b_step);                                         \
-        store_sums(rows, vectors, sum, tile, tile_row, beside);                                                   \
+        load_sums(rows, vectors, sum, beside->chain);                                                             \
+        strided_sums(rows, vectors, end, sum, a, b, k, a_row, a_step, b_step);                                    \
+        store_sums(rows, vectors, end, sum, tile, tile_row, beside);                                              \
     }
 #define PACKED(rows, vectors)                                                                                     \
-    static void packed_##rows##_##vectors(real *tile, const real *a, const real *b, int64_t k, int64_t tile_row,  \
-                                          int64_t a_row, int64_t a_step, int64_t b_step,                          \
+    static void packed_##rows##_##vectors(real *tile, const real *a, const real *b, int64_t end, int64_t k,       \
+                                          int64_t tile_row, int64_t a_row, int64_t a_step, int64_t b_step,        \
                                           const struct beside *beside) {                                          \
-        (void)a_row, (void)a_step, (void)b_step;                                                                  \
+        (void)end, (void)a_row, (void)a_step, (void)b_step;                                                       \
         vf sum[rows][2] = {{{0}}};                                                                                \
         ask_for_tile(rows, tile, tile_row);                                                                       \
         packed_sums(rows, vectors, sum, a, b, k);                                                                 \
-        store_sums(rows, vectors, sum, tile, tile_row, beside);                                                   \
+        store_sums(rows, vectors, VL, sum, tile, tile_row, beside);                                               \
     }
 #ifdef PAIRS /* whose A is lines, one behind the other */
 #define MICRO_PAIR(rows) STRIDED(rows, 1) STRIDED(rows, 2)
@@ -142,10 +158,11 @@ static micro_function *const micro[MR][2][2] = {
 #endif
 };
 
-void MICRO_TILE(real *tile, const real *a, const real *b, int64_t rows, int64_t vectors, int64_t k, int64_t tile_row,
+void MICRO_TILE(real *tile, const real *a, const real *b, int64_t rows, int64_t columns, int64_t k, int64_t tile_row,
                 int64_t a_row, int64_t a_step, int64_t b_step, const struct beside *beside) {
-    int packed = a_row == 1 && a_step == rows && b_step == NR;
-    micro[rows - 1][packed][vectors - 1](tile, a, b, k, tile_row, a_row, a_step, b_step, beside);
+    int vectors = columns > VL ? 2 : 1, packed = a_row == 1 && a_step == rows && b_step == NR && columns % VL == 0;
+    micro[rows - 1][packed][vectors - 1](tile, a, b, columns - (vectors - 1) * VL, k, tile_row, a_row, a_step, b_step,
+                                         beside);
 }
 
 #ifndef PAIRS

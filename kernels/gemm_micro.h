@@ -42,7 +42,7 @@ struct product {
     real *c;
     const real *a, *b, *bias;
     int64_t m, n, k, a_row, a_col, b_row, b_col, c_row;
-    int accumulate;
+    int accumulate, turned;
     int format; /* that the elements of A and B are rounded to (short_floats.h); 0 where B is stored otherwise */
     const real *panels;
     void (*unpack)(real *packed, const struct product *x, int64_t column, int64_t columns, int64_t p, int64_t depths);
@@ -70,15 +70,21 @@ void TYPED(multiply_product)(const struct product *x);
 void TYPED(multiply_few)(const struct product *x);
 void TYPED(multiply_few_panels)(const struct product *x);
 
+/* gemm_few.c: to[j·to_row + i] = (sums[i·NR + j] + bias[i]) + what is there if accumulate; i < rows ≤ VL, j < columns ≤
+ * NR, bias may be NULL. */
+void TYPED(store_turned)(real *to, int64_t to_row, const real *sums, int64_t rows, int64_t columns, const real *bias,
+                         int accumulate);
+
 /* What is added to a finished tile while it is in registers: (partial[i·partial_row + j] + tile) + bias[j]; each of
- * the two may be NULL, and partial may be the tile's own place. */
-struct beside { const real *partial; int64_t partial_row; const real *bias; };
+ * the two may be NULL, and partial may be the tile's own place. If chain is not NULL, the sums go on from
+ * chain[i·NR + j] instead of zero. */
+struct beside { const real *partial; int64_t partial_row; const real *bias, *chain; };
 static const struct beside NOTHING;
 
 /* tile[i·tile_row + j] = Σ_p a[i·a_row + p·a_step] · b[p·b_step + j], one ascending chain of FMAs from zero for
- * each element, and then what is beside it; i < rows ≤ MR, j < vectors·VL, vectors 1 or 2. All vectors·VL columns are
- * read and written. */
-typedef void tile_function(real *tile, const real *a, const real *b, int64_t rows, int64_t vectors, int64_t k,
+ * each element, and then what is beside it; i < rows ≤ MR, j < columns ≤ NR. Nothing beyond the last column is read or
+ * written. */
+typedef void tile_function(real *tile, const real *a, const real *b, int64_t rows, int64_t columns, int64_t k,
                            int64_t tile_row, int64_t a_row, int64_t a_step, int64_t b_step,
                            const struct beside *beside);
 tile_function TYPED(micro_tile);

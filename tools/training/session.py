@@ -100,7 +100,7 @@ class Session:
         with eg.seed(settings.seed):
             self.model = eg.models.Transformer(self.config)
         self.hyper = schedule(settings)
-        adam = eg.optim.AdamWRule(beta1=0.9, beta2=settings.beta2)
+        adam = eg.optim.AdamWRule(beta1=settings.beta1, beta2=settings.beta2)
         rule, local = (adam, None) if settings.outer_lr is None else (eg.optim.SGDRule(lr=settings.outer_lr), adam)
         kept: dict[str, Any] = {"durability": settings.durability}
         if settings.save_every is not None:

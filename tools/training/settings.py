@@ -43,6 +43,7 @@ class Settings:
     lr: float = flag(2e-3, "peak learning rate")
     warmup: int = flag(60, "steps until the peak; from there a cosine to zero")
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices")
+    beta1: float = flag(0.9, "AdamW's memory of gradients")
     beta2: float = flag(0.95, "AdamW's memory of squared gradients")
     precision: str = flag("float32", "of the factors in matrix products: float32, or bfloat16, which is faster where "
                           "the processor has a unit for it")
@@ -90,7 +91,7 @@ class Settings:
                 continue
             if name in ("lr", "clip", "outer_lr"):
                 possible, expected = 0 < value < inf, "a positive number"
-            elif name in ("dropout", "beta2"):
+            elif name in ("dropout", "beta1", "beta2"):
                 possible, expected = 0 <= value < 1, "a number from 0 to below 1"
             elif name == "seed":
                 possible, expected = 0 <= value < 2**63, "a whole number in [0, 2**63)"
