@@ -278,6 +278,7 @@ def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, monkeypa
     (["--trace", "/nowhere/run.json"], "No such file or directory: '/nowhere/run.json'"),
     (["--lr", "-1"], "--lr is -1.0, expected a positive number"),
     (["--dropout", "1"], "--dropout is 1.0, expected a number from 0 to below 1"),
+    (["--beta1", "1"], "--beta1 is 1.0, expected a number from 0 to below 1"),
     (["--driver", "mpi"], "--driver is mpi, expected threads, processes or ray"),
     (["--driver", "ray", "--compress", "int8", "--backups", "1"], "--compress is int8, expected none with --backups 1"),
     (["--zero", "4"], "--zero is 4, expected 1, 2 or 3"),
