@@ -74,7 +74,7 @@ KERNELS = [
            "x->a = old.b, x->a_row = old.b_row, x->a_col = old.b_col;",
            "the strides of a column B are swapped",
            "tests/test_survivors.py::test_a_matrix_times_a_column_in_any_layout"),
-    Mutant("the bias of a turned product", "kernels/gemm.c",
+    Mutant("what a turned product is added to", "kernels/gemm.c",
            "x->bias ? x->bias + row : NULL, x->accumulate);",
            "x->bias ? x->bias + row : NULL, 0);",
            "a product of few columns forgets what was there",
