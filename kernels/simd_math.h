@@ -141,8 +141,8 @@ static inline vf vf_log1p(vf x) {
 /* ── sigmoid, tanh, softplus ────────────────────────────────────────────────────────────────────── */
 
 /* σ(x) = 1/(1 + e⁻ˣ) = e^(−|x|)/(1 + e^(−|x|)) for x < 0: neither overflows. With e^(−|x|) = (hi + lo) 2ⁿ, the quotient
- * y = top/sum is corrected by its remainder over the sum: (top − y sum)/sum, which is exact but for what lo adds, and
- * so small that a line within 4 % of 1/sum, 1 ≤ sum ≤ 2, serves for the second division. */
+ * y = top/sum is corrected by (top − y sum)/sum. The remainder is exact but for what lo adds, and so small that a line
+ * within 0.043 of 1/sum, 1 ≤ sum ≤ 2, serves for the second division. */
 static inline vf vf_sigmoid(vf x) {
     vf a = vf_max(vf_set1(-104), -vf_abs(x)), one = vf_set1(1), n = vf_round(a * vf_set1(LOG2_E));
     vf whole = vf_fma(n, vf_set1(-LN2_HI), a), small = n * vf_set1(-LN2_LO), r = whole + small;
@@ -182,7 +182,7 @@ static inline vf vf_cubic(vf x, double c1, double c3, vf *lo) {
 }
 
 /* Below 0.95: x + x³ P(x²). Above: 1 − 2/(1 + e^2|x|), where e^2|x| = 2ⁿ (1 + p) comes into the sum unrounded, as
- * (1 + 2ⁿ) + 2ⁿ p: of what errors remain no more than 0.26 shows in the result. Beyond 10 it is 1. */
+ * (1 + 2ⁿ) + 2ⁿ p; the quotient is at most 0.26, and its error so much less than the result's. Beyond 10 it is 1. */
 static inline vf vf_tanh(vf x) {
     vf a = vf_min(vf_set1(10), vf_abs(x)), square = a * a, one = vf_set1(1);
     vf near = POLYNOMIAL(square, -0x1.555548p-2f, 0x1.110dfep-3f, -0x1.b9a0bcp-5f, 0x1.61b2cep-6f, -0x1.0a0e96p-7f,
