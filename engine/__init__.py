@@ -26,12 +26,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DType", "Generator", "RowSparse", "Tensor", "array_api", "autocast", "bool_", "capture", "checkpoint",
-    "default_device", "default_generator",
-    "detect_anomaly", "device", "draw", "enable_grad", "float32", "float64", "from_dlpack",
-    "from_numpy", "get_autocast", "get_num_threads", "grad", "int16", "int32", "int64", "int8", "is_grad_enabled",
-    "jvp", "models", "nn", "no_grad",
-    "ops", "optim", "profile", "seed", "set_num_threads", "sharder", "tensor", "uint16", "uint32", "uint64",
-    "uint8", "vjp",
+    "default_device", "default_generator", "detect_anomaly", "device", "draw", "enable_grad", "float32", "float64",
+    "from_dlpack", "from_numpy", "get_autocast", "get_num_threads", "grad", "int16", "int32", "int64", "int8",
+    "is_grad_enabled", "jvp", "models", "nn", "no_grad", "ops", "optim", "profile", "seed", "set_num_threads",
+    "sharder", "tensor", "uint16", "uint32", "uint64", "uint8", "vjp",
     *ops.__all__,
 ]
 

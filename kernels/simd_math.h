@@ -55,17 +55,22 @@ static inline vf exp_tail(vf r) {
     return vf_fma(p, r, vf_set1(0x1.fffffcp-2f));
 }
 
-/* e^(x + x_lo) = 2ⁿ eʳ with n = round(x/ln 2), r = x + x_lo − n ln 2 (Cody and Waite: ln 2 in two parts). Where it is 0
- * in float, it is not computed: a processor takes 150 cycles to find out that a product underflows, and −∞ is what
- * masks hold. */
+/* x + x_lo = n ln 2 + whole + small, n = round(x/ln 2), |whole + small| ≤ ln 2 / 2 (Cody and Waite: ln 2 in two parts).
+ * `whole` is exact. */
+typedef struct { vf n, whole, small; } exp_reduced;
+
+static inline exp_reduced exp_reduce(vf x, vf x_lo) {
+    vf n = vf_round(x * vf_set1(LOG2_E));
+    return (exp_reduced){n, vf_fma(n, vf_set1(-LN2_HI), x), vf_fma(n, vf_set1(-LN2_LO), x_lo)};
+}
+
+/* e^(x + x_lo) = 2ⁿ eʳ. Where it is 0 in float, it is not computed: a processor takes 150 cycles to find out that a
+ * product underflows, and −∞ is what masks hold. */
 static inline vf vf_exp_sum(vf x, vf x_lo) {
     vi vanishes = x < -104;
-    x = vf_select(vanishes, vf_zero(), vf_min(vf_set1(89), x));
-    vf n = vf_round(x * vf_set1(LOG2_E));
-    vf whole = vf_fma(n, vf_set1(-LN2_HI), x), small = vf_fma(n, vf_set1(-LN2_LO), x_lo); /* r = whole + small */
-    vf r = whole + small;
-    vf p = whole + vf_fma(r * r, exp_tail(r), small);
-    return vf_select(vanishes, vf_zero(), vf_ldexp(vf_set1(1) + p, n));
+    exp_reduced e = exp_reduce(vf_select(vanishes, vf_zero(), vf_min(vf_set1(89), x)), x_lo);
+    vf r = e.whole + e.small, p = e.whole + vf_fma(r * r, exp_tail(r), e.small);
+    return vf_select(vanishes, vf_zero(), vf_ldexp(vf_set1(1) + p, e.n));
 }
 static inline vf vf_exp(vf x) { return vf_exp_sum(x, vf_zero()); }
 
@@ -73,25 +78,24 @@ static inline vf vf_exp(vf x) { return vf_exp_sum(x, vf_zero()); }
 typedef struct { vf hi, lo, n; } exp_parts;
 
 static inline exp_parts vf_exp_parts(vf x, vf x_lo) {
-    x = exp_clamp(x);
-    vf n = vf_round(x * vf_set1(LOG2_E));
-    vf whole = vf_fma(n, vf_set1(-LN2_HI), x);
-    vf small = vf_fma(n, vf_set1(-LN2_LO), x_lo);
-    vf r = whole + small, r_lo = (whole - r) + small;
+    exp_reduced e = exp_reduce(exp_clamp(x), x_lo);
+    vf r = e.whole + e.small, r_lo = (e.whole - r) + e.small;
     vf sum = vf_set1(1) + r, sum_lo = (vf_set1(1) - sum) + r; /* Dekker's fast two-sum, |r| < 1 */
     vf rest = sum_lo + vf_fma(r * r, exp_tail(r), r_lo);
     vf hi = sum + rest;
-    return (exp_parts){hi, (sum - hi) + rest, n};
+    return (exp_parts){hi, (sum - hi) + rest, e.n};
 }
 
-/* eˣ − 1 = 2ⁿ (eʳ − 1) + (2ⁿ − 1). It is computed as twice its half, since 2¹²⁸ is not a float. */
+/* p of eˣ = 2ⁿ (1 + p), |p| < 0.42, to about a unit: for functions that add 2ⁿ p to something larger. */
+static inline vf exp_fraction(vf x, vf *n) {
+    *n = vf_round(x * vf_set1(LOG2_E));
+    vf r = vf_fma(*n, vf_set1(-LN2_LO), vf_fma(*n, vf_set1(-LN2_HI), x));
+    return vf_fma(r * r, exp_tail(r), r);
+}
+
+/* eˣ − 1 = 2ⁿ p + (2ⁿ − 1). It is computed as twice its half, since 2¹²⁸ is not a float. */
 static inline vf vf_expm1(vf x) {
-    vf clamped = exp_clamp(x);
-    vf n = vf_round(clamped * vf_set1(LOG2_E));
-    vf r = vf_fma(n, vf_set1(-LN2_HI), clamped);
-    r = vf_fma(n, vf_set1(-LN2_LO), r);
-    vf p = vf_fma(r * r, exp_tail(r), r);
-    vf half = vf_ldexp(vf_set1(1), n - vf_set1(1));
+    vf n, p = exp_fraction(exp_clamp(x), &n), half = vf_ldexp(vf_set1(1), n - vf_set1(1));
     vf y = vf_fma(p, half, half - vf_set1(0.5f));
     y = vf_select(n == 0, p, y + y);
     return vf_copysign(y, x);
@@ -144,16 +148,15 @@ static inline vf vf_log1p(vf x) {
  * y = top/sum is corrected by (top − y sum)/sum. The remainder is exact but for what lo adds, and so small that a line
  * within 0.043 of 1/sum, 1 ≤ sum ≤ 2, serves for the second division. */
 static inline vf vf_sigmoid(vf x) {
-    vf a = vf_max(vf_set1(-104), -vf_abs(x)), one = vf_set1(1), n = vf_round(a * vf_set1(LOG2_E));
-    vf whole = vf_fma(n, vf_set1(-LN2_HI), a), small = n * vf_set1(-LN2_LO), r = whole + small;
-    vf p = r + vf_fma(r * r, exp_tail(r), (whole - r) + small); /* eʳ − 1 */
-    vf hi = one + p, lo = (one - hi) + p;
-    vf z = vf_ldexp(hi, n), sum = one + z, sum_lo = ((one - sum) + z) + vf_ldexp(lo, n);
+    exp_reduced e = exp_reduce(vf_max(vf_set1(-104), -vf_abs(x)), vf_zero());
+    vf r = e.whole + e.small, p = r + vf_fma(r * r, exp_tail(r), (e.whole - r) + e.small); /* eʳ − 1 */
+    vf one = vf_set1(1), hi = one + p, lo = (one - hi) + p;
+    vf z = vf_ldexp(hi, e.n), sum = one + z, sum_lo = ((one - sum) + z) + vf_ldexp(lo, e.n);
     vi negative = x < 0;
     vf top = vf_select(negative, hi, one), top_lo = vf_select(negative, lo, vf_zero()), y = top / sum;
     vf remainder = vf_fma_once(-y, sum, top) + vf_fma(-y, sum_lo, top_lo);
     y = vf_fma(remainder, vf_fma(vf_set1(-0.5f), sum, vf_set1(1.457f)), y);
-    return vf_ldexp(y, vf_select(negative, n, vf_zero()));
+    return vf_ldexp(y, vf_select(negative, e.n, vf_zero()));
 }
 
 /* σ(x + x_lo) = part/(part + rest), 1 − σ = rest/(part + rest): one of the two is 1, the other e^(−|x|), to about a unit.
@@ -188,9 +191,7 @@ static inline vf vf_tanh(vf x) {
     vf near = POLYNOMIAL(square, -0x1.555548p-2f, 0x1.110dfep-3f, -0x1.b9a0bcp-5f, 0x1.61b2cep-6f, -0x1.0a0e96p-7f,
                          0x1.40aa7ep-9f, -0x1.a9803ep-12f);
     near = vf_fma_once(a * square, near, a);
-    vf twice = a + a, n = vf_round(twice * vf_set1(LOG2_E)), power = vf_ldexp(one, n);
-    vf r = vf_fma(n, vf_set1(-LN2_LO), vf_fma(n, vf_set1(-LN2_HI), twice));
-    vf p = vf_fma(r * r, exp_tail(r), r);
+    vf n, p = exp_fraction(a + a, &n), power = vf_ldexp(one, n);
     vf far = one - vf_set1(2) / vf_fma(p, power, one + power);
     return vf_copysign(vf_select(a < vf_set1(0.95f), near, far), x);
 }

@@ -80,7 +80,7 @@ def test_a_goal_is_met_or_its_limit_is_said(monkeypatch: pytest.MonkeyPatch, bou
 def test_every_goal_speaks_of_a_row_and_says_what_limits_it() -> None:
     peers = with_torch()
     names = {name: [row for row, _ in module.contests(peers)] for name, module in
-             (("gemm", gemm), ("kernels", kernels), ("train", train), ("generate", generate))}
+             (("gemm", gemm), ("kernels", kernels), ("train", train), ("generate", generate), ("sharder", sharder))}
     for goal in goals.GOALS:
         assert any(re.fullmatch(goal.rows, row) for row in names[goal.table]), goal
         assert goal.limit.endswith((".", ")")) and (goal.ratio or goal.share)
@@ -236,10 +236,11 @@ def test_workers_and_the_loop_make_the_same_steps() -> None:
     assert all(one == other for one, other in losses) and losses[0] != losses[3]
 
 
-@pytest.mark.parametrize("clip_norm", [None, 1.0])
-def test_gradients_that_lie_ready_are_pushed(clip_norm: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At least: two gradients read, and p, m and v read and written."""
+@pytest.mark.parametrize("clip_norm, streams", [(None, 2 + 6), (1.0, 2 + 2 + 6)])
+def test_gradients_that_lie_ready_are_pushed(clip_norm: float | None, streams: int,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least: two gradients read, to clip them twice, and p, m and v read and written."""
     monkeypatch.setattr(sharder, "ELEMENTS", 16 * 5000)
     contest = sharder.update("rest", clip_norm, 2)
     first, second = (contest.contestants[OURS]() for _ in range(2))
-    assert (first.clock, second.clock) == (0, 1) and contest.bytes == 4 * 80_000 * 8
+    assert (first.clock, second.clock) == (0, 1) and contest.bytes == 4 * 80_000 * streams

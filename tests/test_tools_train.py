@@ -129,6 +129,18 @@ def test_precision_reaches_the_workers(finished: tuple[Path, str], text: Path, t
     assert found[0] == found[1] != result(finished[0])
 
 
+@pytest.mark.parametrize("how", [[], ["--outer-lr", "1.5"]])
+def test_the_memories_of_adamw_reach_its_rule(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                              how: list[str]) -> None:
+    """On the server, and in each microbatch: a value of its own for either of them makes a run of its own."""
+    found = []
+    for number, more in enumerate((["--beta1", "0.9", "--beta2", "0.95"], ["--beta1", "0.5"], ["--beta2", "0.5"], [])):
+        run = tmp_path / str(number)
+        assert call(train, *flags(run, text, *SMALL, "--steps", "3", *how, *more), monkeypatch=monkeypatch) == 0
+        found.append(result(run))
+    assert found[3] == found[0] and len(set(found)) == 3
+
+
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The servers that runs will make."""
     made: list[Any] = []

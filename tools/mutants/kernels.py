@@ -7,6 +7,7 @@ import shlex
 from tools.mutants.record import Mutant
 
 COPIES = "tests/test_backend.py"
+ACCURACY = "tests/ops/test_accuracy.py"
 FORWARD, BITS, GRADIENTS = "tests/ops/test_forward.py", "tests/ops/test_bits.py", "tests/ops/test_gradients.py"
 
 
@@ -54,6 +55,26 @@ KERNELS = [
            "vf_fma(clamp(x, 100), bell * vf_set1((real)0.3989322804014327), cdf)",
            "1/√(2π) with one wrong digit, the fifth",
            gradient("gelu")),
+    Mutant("sigmoid's remainder", "kernels/simd_math.h",
+           "    y = vf_fma(remainder, vf_fma(vf_set1(-0.5f), sum, vf_set1(1.457f)), y);\n",
+           "    (void)remainder;\n",
+           "the quotient keeps the rounding of the exponential: 1.2 units instead of 0.94",
+           f"{ACCURACY}::test_every_251st_float[sigmoid]"),
+    Mutant("tanh: where the polynomial ends", "kernels/simd_math.h",
+           "vf_select(a < vf_set1(0.95f), near, far)",
+           "vf_select(a < vf_set1(0.5f), near, far)",
+           "1 − 2/(1 + e²ˣ) is taken where it cancels: 1.2 units instead of 0.93",
+           f"{ACCURACY}::test_every_251st_float[tanh]"),
+    Mutant("exp of a sum: its second part", "kernels/simd_math.h",
+           "vf_fma(n, vf_set1(-LN2_LO), x_lo)}",
+           "n * vf_set1(-LN2_LO)}",
+           "e^(x + x_lo) is eˣ: the error of x² in GELU's bell is back",
+           f"{ACCURACY}::test_every_251st_float[gelu]"),
+    Mutant("ln 2 in one part", "kernels/simd_math.h",
+           "vf_fma(*n, vf_set1(-LN2_LO), vf_fma(*n, vf_set1(-LN2_HI), x))",
+           "vf_fma(*n, vf_set1(-LN2_HI), x)",
+           "ln 2 is subtracted with 9 bits only",
+           f"{ACCURACY}::test_every_251st_float[expm1]"),
     Mutant("gemm second KC block", "kernels/gemm.c",
            "if (whole && p >= KC)",
            "if (whole && p >= KC && last)",

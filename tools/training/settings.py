@@ -43,7 +43,7 @@ class Settings:
     lr: float = flag(2e-3, "peak learning rate")
     warmup: int = flag(60, "steps until the peak; from there a cosine to zero")
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices")
-    beta1: float = flag(0.9, "AdamW's memory of gradients; with --outer-lr less, as 0.2")
+    beta1: float = flag(0.9, "AdamW's memory of gradients; with --outer-lr less, as 0.4")
     beta2: float = flag(0.95, "AdamW's memory of squared gradients")
     precision: str = flag("float32", "of the factors in matrix products: float32, or bfloat16, which is faster where "
                           "the processor has a unit for it")
