@@ -15,7 +15,6 @@
 #define ROWS 512
 #define COLUMNS 16
 #define SIDE_BY_SIDE 8       /* elements along each of the two axes: with fewer, most of a block would be empty */
-#define CACHES (1 << 23)     /* bytes of y that may be wanted again before they have left the caches */
 
 /* y[i·y_row + j] = x[i + j·x_row] for i < rows, j < columns, and so for every index of the other axes. */
 struct turn {
@@ -98,7 +97,7 @@ static int find_turn(struct turn *t, real *y, const real *x, const int64_t *layo
             t->x_step[t->axes++] = x_strides[axis];
             t->others *= shape[axis], unaligned |= y_strides[axis];
         }
-    t->past_caches = t->rows * t->columns * t->others > CACHES / (int64_t)sizeof(real) && unaligned % VL == 0;
+    t->past_caches = goes_past_caches(2 * t->rows * t->columns * t->others) && unaligned % VL == 0;
     return 1;
 }
 

@@ -12,6 +12,7 @@
 #ifndef ELEMENTWISE_H
 #define ELEMENTWISE_H
 #include "simd_math_wide.h"
+#include "stream.h"
 #include "threads.h"
 
 #define MAX_OPERANDS 4
@@ -20,6 +21,7 @@
 #define STRIDED_RUN 128  /* of a strided one: short, so that the next row finds its cache lines again */
 #define GRAIN 16384      /* elements worth waking a thread for */
 #define SHORT_AXIS 16    /* a last axis shorter than this is not worth a run of its own */
+#define PAST_CACHES INT64_MIN /* the stride of a dense result that goes past the caches (stream.h) */
 
 typedef void (*run_function)(char *const *p, const int64_t *stride, int64_t n);
 
@@ -27,10 +29,11 @@ typedef void (*run_function)(char *const *p, const int64_t *stride, int64_t n);
  * fastest, then pieces of the run axis, so that neighbouring rows share the cache lines of a strided piece. */
 struct walk {
     run_function run;
-    int operands, axes;
+    int operands, axes, past_caches;
     int64_t n, piece, rows;                            /* length of the run axis, of a run, product of the others */
     char *base[MAX_OPERANDS];
     int64_t stride[MAX_OPERANDS], bytes[MAX_OPERANDS]; /* of the run axis, in elements; size of an element */
+    int64_t past[MAX_OPERANDS];                        /* stride, where the result goes past the caches */
     int64_t shape[MAX_AXES], step[MAX_OPERANDS][MAX_AXES]; /* of the other axes; steps in bytes */
 };
 
@@ -55,13 +58,15 @@ static void walk_items(void *context, int64_t begin, int64_t end) {
         for (int k = 0; k < w->operands; k++) p[k] += index[axis] * w->step[k][axis];
     }
     for (int64_t item = begin; item < end; item++) {
-        w->run(p, w->stride, w->n - start < w->piece ? w->n - start : w->piece);
+        int aligned = w->past_caches && (uintptr_t)p[0] % VECTOR_BYTES == 0;
+        w->run(p, aligned ? w->past : w->stride, w->n - start < w->piece ? w->n - start : w->piece);
         next_row(w, index, p);
         if (++row < w->rows) continue;
         row = 0;
         start += w->piece;
         for (int k = 0; k < w->operands; k++) p[k] += w->piece * w->stride[k] * w->bytes[k];
     }
+    if (w->past_caches) vf_stream_end();
 }
 
 /* The axis that runs go along: the last one, or the longest where the last is short. */
@@ -71,6 +76,20 @@ static int choose_run_axis(const int64_t *shape, int ndim) {
         for (int axis = 0; axis < ndim; axis++)
             if (shape[axis] > shape[best]) best = axis;
     return best;
+}
+
+/* A result goes past the caches if it is large and dense, and its lines are not fetched as an operand's. Operands are
+ * dense too; the last one may be one number a run. */
+static void plan_result(struct walk *w) {
+    int dense = 1, suits = w->stride[0] == 1 && w->bytes[0] == sizeof(real);
+    w->past[0] = PAST_CACHES;
+    for (int k = 1; k < w->operands; k++) {
+        int one_number = w->stride[k] == 0 && k == 2 && w->operands == 3;
+        suits &= (w->stride[k] == 1 || one_number) && w->base[k] != w->base[0];
+        dense += w->stride[k] == 1;
+        w->past[k] = w->stride[k];
+    }
+    w->past_caches = suits && goes_past_caches(dense * w->n * w->rows);
 }
 
 static void walk_layout(const int64_t *layout, int operands, void *const *base, const int64_t *bytes,
@@ -99,6 +118,7 @@ static void walk_layout(const int64_t *layout, int operands, void *const *base, 
         if (w.stride[k] != 0 && w.stride[k] != 1 && w.rows > 1) w.piece = STRIDED_RUN;
     }
     if (w.n == 0 || w.rows == 0) return;
+    plan_result(&w);
     int64_t pieces = (w.n + w.piece - 1) / w.piece, longest = w.n < w.piece ? w.n : w.piece;
     parallel_for(pieces * w.rows, 1 + (GRAIN - 1) / longest, walk_items, &w);
 }
@@ -122,11 +142,19 @@ ALWAYS_INLINE void store_mask(uint8_t *p, int64_t stride, vi mask, int64_t n) {
         for (int64_t i = 0; i < n; i++) p[i * stride] = lanes[i];
 }
 
+/* v as elements i … i + n − 1 of a run of results. */
+ALWAYS_INLINE void store_at(char *run, int64_t i, int64_t stride, vf v, int64_t n) {
+    real *y = (real *)run + i * (stride == PAST_CACHES ? 1 : stride);
+    if (stride == PAST_CACHES) store_result(y, v, n, 1);
+    else vf_store_any(y, stride, v, n);
+}
+
 /* ── Kernels from element functions ─────────────────────────────────────────────────────────────── */
 
 /* Makes name_run out of name_step(p, stride, i, n), which does elements i … i + n − 1 of a run. The strides
- * that matter are written out as constants, so that each has a loop of its own without decisions. */
-#define RUN_OF(name, operands) \
+ * that matter are written out as constants, so that each has a loop of its own without decisions. may_stream: where
+ * the result is real numbers, which may go past the caches. */
+#define RUN_OF(name, operands, may_stream) \
     ALWAYS_INLINE void name##_span(char *const *p, const int64_t *stride, int64_t n) { \
         int64_t i = 0; \
         for (; i + VL <= n; i += VL) name##_step(p, stride, i, VL); \
@@ -134,7 +162,11 @@ ALWAYS_INLINE void store_mask(uint8_t *p, int64_t stride, vi mask, int64_t n) {
     } \
     static void name##_run(char *const *p, const int64_t *stride, int64_t n) { \
         static const int64_t dense[] = {1, 1, 1, 1}, scalar_right[] = {1, 1, 0}, scalar_left[] = {1, 0, 1}; \
+        static const int64_t past[] = {PAST_CACHES, 1, 1, 1}, past_right[] = {PAST_CACHES, 1, 0}; \
         if (memcmp(stride, dense, operands * sizeof *dense) == 0) name##_span(p, dense, n); \
+        else if (may_stream && stride[0] == PAST_CACHES && operands == 3 && stride[2] == 0) \
+            name##_span(p, past_right, n); \
+        else if (may_stream && stride[0] == PAST_CACHES) name##_span(p, past, n); \
         else if (operands == 3 && memcmp(stride, scalar_right, sizeof scalar_right) == 0) \
             name##_span(p, scalar_right, n); \
         else if (operands == 3 && memcmp(stride, scalar_left, sizeof scalar_left) == 0) \
@@ -144,14 +176,15 @@ ALWAYS_INLINE void store_mask(uint8_t *p, int64_t stride, vi mask, int64_t n) {
 
 #define REAL_AT(k) ((real *)p[k] + i * stride[k])
 #define LOAD(k) vf_load_any(REAL_AT(k), stride[k], n)
+#define STORE(v) store_at(p[0], i, stride[0], v, n)
 #define REAL_SIZES ((const int64_t[]){sizeof(real), sizeof(real), sizeof(real), sizeof(real)})
 
 /* y = f(x) */
 #define UNARY_RUN(name, f) \
     ALWAYS_INLINE void name##_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
-        vf_store_any(REAL_AT(0), stride[0], f(LOAD(1)), n); \
+        STORE(f(LOAD(1))); \
     } \
-    RUN_OF(name, 2)
+    RUN_OF(name, 2, 1)
 #define UNARY(name, f) \
     UNARY_RUN(name, f) \
     KERNEL(name)(real *y, const real *x, const int64_t *layout) { \
@@ -161,9 +194,9 @@ ALWAYS_INLINE void store_mask(uint8_t *p, int64_t stride, vi mask, int64_t n) {
 /* y = f(a, b) */
 #define BINARY(name, f) \
     ALWAYS_INLINE void name##_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
-        vf_store_any(REAL_AT(0), stride[0], f(LOAD(1), LOAD(2)), n); \
+        STORE(f(LOAD(1), LOAD(2))); \
     } \
-    RUN_OF(name, 3) \
+    RUN_OF(name, 3, 1) \
     KERNEL(name)(real *y, const real *a, const real *b, const int64_t *layout) { \
         walk_layout(layout, 3, (void *const[]){y, (void *)a, (void *)b}, REAL_SIZES, name##_run); \
     }
@@ -173,7 +206,7 @@ ALWAYS_INLINE void store_mask(uint8_t *p, int64_t stride, vi mask, int64_t n) {
     ALWAYS_INLINE void name##_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
         store_mask((uint8_t *)p[0] + i * stride[0], stride[0], f(LOAD(1), LOAD(2)), n); \
     } \
-    RUN_OF(name, 3) \
+    RUN_OF(name, 3, 0) \
     KERNEL(name)(uint8_t *y, const real *a, const real *b, const int64_t *layout) { \
         const int64_t bytes[] = {1, sizeof(real), sizeof(real)}; \
         walk_layout(layout, 3, (void *const[]){y, (void *)a, (void *)b}, bytes, name##_run); \

@@ -19,6 +19,7 @@ struct norm_job {
     real *dweight, *dbias; /* of each block: (blocks, n) */
     int64_t rows, n;
     double eps;
+    int past_caches; /* y */
 };
 
 static inline real inverse_root(real variance, double eps) { return (real)(1 / sqrt((double)variance + eps)); }
@@ -41,19 +42,20 @@ static void layer_norm_rows(void *context, int64_t begin, int64_t end) {
         ROW_SUM(squares, n, ELEMENT);
 #undef ELEMENT
         real rstd = inverse_root(squares / (real)n, job->eps);
-        FOR_ROW(i, count, n) {
+        FOR_RESULT(i, count, n, y, job->past_caches) {
             vf standard = (vf_load_any(x + i, 1, count) - vf_set1(mean)) * vf_set1(rstd);
             vf weight = vf_load_any(job->weight + i, 1, count), bias = vf_load_any(job->bias + i, 1, count);
-            vf_store_any(y + i, 1, vf_fma(standard, weight, bias), count);
+            store_result(y + i, vf_fma(standard, weight, bias), count, job->past_caches);
         }
         job->mean[row] = mean;
         job->rstd[row] = rstd;
     }
+    if (job->past_caches) vf_stream_end();
 }
 KERNEL(layer_norm)(real *y, real *mean, real *rstd, const real *x, const real *weight, const real *bias, int64_t rows,
                    int64_t n, double eps) {
     struct norm_job job = {.y = y, .mean = mean, .rstd = rstd, .x = x, .weight = weight, .bias = bias, .n = n,
-                           .eps = eps};
+                           .eps = eps, .past_caches = goes_past_caches(2 * rows * n)};
     parallel_for(rows, grain_of_rows(n), layer_norm_rows, &job);
 }
 
@@ -69,10 +71,10 @@ static void layer_norm_vjp_row(const struct norm_job *job, int64_t row, real *dw
     ROW_SUM(sum_p, n, P);
     ROW_SUM(sum_ph, n, PH);
     vf mean_p = vf_set1(sum_p / (real)n), mean_ph = vf_set1(sum_ph / (real)n);
-    FOR_ROW(i, count, n) {
+    FOR_RESULT(i, count, n, dx, job->past_caches) {
         vf h = H(i, count), gradient = vf_load_any(g + i, 1, count);
         vf slope = vf_fma(h, -mean_ph, P(i, count) - mean_p);
-        vf_store_any(dx + i, 1, slope * vf_set1(rstd), count);
+        store_result(dx + i, slope * vf_set1(rstd), count, job->past_caches);
         vf_store_any(dweight + i, 1, vf_fma(gradient, h, vf_load_any(dweight + i, 1, count)), count);
         vf_store_any(dbias + i, 1, gradient + vf_load_any(dbias + i, 1, count), count);
     }
@@ -90,6 +92,7 @@ static void layer_norm_vjp_blocks(void *context, int64_t begin, int64_t end) {
         for (int64_t row = block * BLOCK_ROWS; row < (block + 1) * BLOCK_ROWS && row < job->rows; row++)
             layer_norm_vjp_row(job, row, dweight, dbias);
     }
+    if (job->past_caches) vf_stream_end();
 }
 
 /* ── RMS norm ───────────────────────────────────────────────────────────────────────────────────── */
@@ -105,15 +108,17 @@ static void rms_norm_rows(void *context, int64_t begin, int64_t end) {
         ROW_SUM(squares, n, ELEMENT);
 #undef ELEMENT
         real rstd = inverse_root(squares / (real)n, job->eps);
-        FOR_ROW(i, count, n) {
+        FOR_RESULT(i, count, n, y, job->past_caches) {
             vf standard = vf_load_any(x + i, 1, count) * vf_set1(rstd);
-            vf_store_any(y + i, 1, standard * vf_load_any(job->weight + i, 1, count), count);
+            store_result(y + i, standard * vf_load_any(job->weight + i, 1, count), count, job->past_caches);
         }
         job->rstd[row] = rstd;
     }
+    if (job->past_caches) vf_stream_end();
 }
 KERNEL(rms_norm)(real *y, real *rstd, const real *x, const real *weight, int64_t rows, int64_t n, double eps) {
-    struct norm_job job = {.y = y, .rstd = rstd, .x = x, .weight = weight, .n = n, .eps = eps};
+    struct norm_job job = {.y = y, .rstd = rstd, .x = x, .weight = weight, .n = n, .eps = eps,
+                           .past_caches = goes_past_caches(2 * rows * n)};
     parallel_for(rows, grain_of_rows(n), rms_norm_rows, &job);
 }
 
@@ -127,9 +132,9 @@ static void rms_norm_vjp_row(const struct norm_job *job, int64_t row, real *dwei
 #define PH(i, count) (P(i, count) * H(i, count))
     ROW_SUM(sum_ph, n, PH);
     vf mean_ph = vf_set1(sum_ph / (real)n);
-    FOR_ROW(i, count, n) {
+    FOR_RESULT(i, count, n, dx, job->past_caches) {
         vf h = H(i, count);
-        vf_store_any(dx + i, 1, vf_fma(h, -mean_ph, P(i, count)) * vf_set1(rstd), count);
+        store_result(dx + i, vf_fma(h, -mean_ph, P(i, count)) * vf_set1(rstd), count, job->past_caches);
         vf sum = vf_fma(vf_load_any(g + i, 1, count), h, vf_load_any(dweight + i, 1, count));
         vf_store_any(dweight + i, 1, sum, count);
     }
@@ -146,6 +151,7 @@ static void rms_norm_vjp_blocks(void *context, int64_t begin, int64_t end) {
         for (int64_t row = block * BLOCK_ROWS; row < (block + 1) * BLOCK_ROWS && row < job->rows; row++)
             rms_norm_vjp_row(job, row, dweight);
     }
+    if (job->past_caches) vf_stream_end();
 }
 
 /* ── Over the blocks ────────────────────────────────────────────────────────────────────────────── */
@@ -177,7 +183,8 @@ KERNEL(layer_norm_vjp)(real *dx, real *dweight, real *dbias, const real *g, cons
     int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     real *partial = thread_scratch(SCRATCH_ROWS, (size_t)(2 * blocks * n) * sizeof *partial);
     struct norm_job job = {.y = dx, .mean = (real *)mean, .rstd = (real *)rstd, .g = g, .x = x, .weight = weight,
-                           .dweight = partial, .dbias = partial + blocks * n, .rows = rows, .n = n};
+                           .dweight = partial, .dbias = partial + blocks * n, .rows = rows, .n = n,
+                           .past_caches = goes_past_caches(3 * rows * n)};
     parallel_for(blocks, grain_of_rows(n * BLOCK_ROWS), layer_norm_vjp_blocks, &job);
     sum_of_blocks(dweight, job.dweight, blocks, n);
     sum_of_blocks(dbias, job.dbias, blocks, n);
@@ -187,7 +194,7 @@ KERNEL(rms_norm_vjp)(real *dx, real *dweight, const real *g, const real *x, cons
     int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     real *partial = thread_scratch(SCRATCH_ROWS, (size_t)(blocks * n) * sizeof *partial);
     struct norm_job job = {.y = dx, .rstd = (real *)rstd, .g = g, .x = x, .weight = weight, .dweight = partial,
-                           .rows = rows, .n = n};
+                           .rows = rows, .n = n, .past_caches = goes_past_caches(3 * rows * n)};
     parallel_for(blocks, grain_of_rows(n * BLOCK_ROWS), rms_norm_vjp_blocks, &job);
     sum_of_blocks(dweight, partial, blocks, n);
 }

@@ -14,23 +14,27 @@ struct update {
     const real *p, *m, *v, *g;
     real divisor, scale, rate, beta1, rest1, beta2, rest2, eps, decay, shrink, root_bias2;
     int nesterov, first;
+    int64_t n;
 };
 
-/* Each element function is given vectors of the old values and leaves the new ones in place. */
+/* Each element function is given vectors of the old values and leaves the new ones in place. new_p goes past the caches
+ * where it is not p, whose lines are fetched anyway. */
 #define UPDATE(name, M, V) \
     static void name##_range(void *context, int64_t begin, int64_t end) { \
         const struct update *u = context; \
-        for (int64_t i = begin; i < end; i += VL) { \
-            int64_t count = end - i < VL ? end - i : VL; \
+        int past_caches = u->new_p != u->p && goes_past_caches((3 + 2 * M + 2 * V) * u->n); \
+        int64_t count = row_begins(end - begin, until_aligned(u->new_p + begin, past_caches)); \
+        for (int64_t i = begin; i < end; i += count, count = end - i < VL ? end - i : VL) { \
             vf p = vf_load_any(u->p + i, 1, count), m = vf_zero(), v = vf_zero(); \
             vf g = vf_load_any(u->g + i, 1, count) / vf_set1(u->divisor) * vf_set1(u->scale); \
             if (M) m = vf_load_any(u->m + i, 1, count); \
             if (V) v = vf_load_any(u->v + i, 1, count); \
             name##_element(u, &p, &m, &v, g); \
-            vf_store_any(u->new_p + i, 1, p, count); \
+            store_result(u->new_p + i, p, count, past_caches); \
             if (M) vf_store_any(u->new_m + i, 1, m, count); \
             if (V) vf_store_any(u->new_v + i, 1, v, count); \
         } \
+        if (past_caches) vf_stream_end(); \
     }
 #define UNUSED __attribute__((unused))
 
@@ -60,9 +64,10 @@ UPDATE(sgd, 1, 0)
 
 KERNEL(sgd)(real *new_p, real *new_m, const real *p, const real *m, const real *g, int64_t n, double divisor,
             double scale, double lr, double momentum, double dampening, double weight_decay, int nesterov, int64_t step) {
-    struct update u = {.new_p = new_p, .new_m = new_m, .p = p, .m = m, .g = g, .divisor = (real)divisor,
-                       .scale = (real)scale, .rate = (real)lr, .beta1 = (real)momentum, .rest1 = (real)(1 - dampening), .decay = (real)weight_decay,
-                       .nesterov = nesterov, .first = step == 1};
+    struct update u = {.new_p = new_p, .new_m = new_m, .p = p, .m = m, .g = g,
+                       .n = n, .divisor = (real)divisor,
+                       .scale = (real)scale, .rate = (real)lr, .beta1 = (real)momentum, .rest1 = (real)(1 - dampening),
+                       .decay = (real)weight_decay, .nesterov = nesterov, .first = step == 1};
     parallel_for(n, ROWS_GRAIN, momentum == 0 ? sgd_plain_range : sgd_range, &u);
 }
 
@@ -85,7 +90,8 @@ KERNEL(adam)(real *new_p, real *new_m, real *new_v, const real *p, const real *m
              int64_t n, double divisor, double scale, double lr, double beta1, double beta2, double eps,
              double weight_decay, int decoupled, int64_t step) {
     struct update u = {.new_p = new_p, .new_m = new_m, .new_v = new_v, .p = p, .m = m, .v = v, .g = g,
-                       .divisor = (real)divisor, .scale = (real)scale,
+                       .n = n, .divisor = (real)divisor,
+                       .scale = (real)scale,
                        .rate = (real)(lr / (1 - pow(beta1, (double)step))), .beta1 = (real)beta1,
                        .rest1 = (real)(1 - beta1), .beta2 = (real)beta2, .rest2 = (real)(1 - beta2), .eps = (real)eps,
                        .decay = decoupled ? 0 : (real)weight_decay,
@@ -107,7 +113,8 @@ UPDATE(adagrad, 0, 1)
 KERNEL(adagrad)(real *new_p, real *new_s, const real *p, const real *s, const real *g, int64_t n, double divisor,
                 double scale, double lr, double lr_decay, double eps, double weight_decay, int64_t step) {
     struct update u = {.new_p = new_p, .new_v = new_s, .p = p, .v = s, .g = g,
-                       .divisor = (real)divisor, .scale = (real)scale,
+                       .n = n, .divisor = (real)divisor,
+                       .scale = (real)scale,
                        .rate = (real)(lr / (1 + (double)(step - 1) * lr_decay)), .eps = (real)eps,
                        .decay = (real)weight_decay};
     parallel_for(n, ROWS_GRAIN, adagrad_range, &u);
@@ -137,7 +144,8 @@ KERNEL(rmsprop)(real *new_p, real *new_v, real *new_m, const real *p, const real
                 double momentum, int64_t step) {
     (void)step; /* RMSprop has no bias correction; all optimizers share one signature */
     struct update u = {.new_p = new_p, .new_m = new_m, .new_v = new_v, .p = p, .m = m, .v = v, .g = g,
-                       .divisor = (real)divisor, .scale = (real)scale, .rate = (real)lr,
+                       .n = n, .divisor = (real)divisor,
+                       .scale = (real)scale, .rate = (real)lr,
                        .beta1 = (real)momentum, .beta2 = (real)alpha, .rest2 = (real)(1 - alpha), .eps = (real)eps,
                        .decay = (real)weight_decay};
     parallel_for(n, ROWS_GRAIN, momentum == 0 ? rmsprop_plain_range : rmsprop_range, &u);

@@ -18,6 +18,7 @@ struct softmax_job {
     const int64_t *target;
     int64_t n, ignore;
     real smoothing;
+    int past_caches; /* y */
 };
 
 /* The largest element. A row with NaN may give anything: its exponentials are NaN in any case. */
@@ -71,14 +72,15 @@ static void softmax_vjp_rows(void *context, int64_t begin, int64_t end) {
 #define ELEMENT(i, count) (vf_load_any(g + (i), 1, count) * vf_load_any(y + (i), 1, count))
         ROW_SUM(dot, n, ELEMENT);
 #undef ELEMENT
-        FOR_ROW(i, count, n) {
+        FOR_RESULT(i, count, n, dx, job->past_caches) {
             vf slope = vf_load_any(g + i, 1, count) - vf_set1(dot);
-            vf_store_any(dx + i, 1, vf_load_any(y + i, 1, count) * slope, count);
+            store_result(dx + i, vf_load_any(y + i, 1, count) * slope, count, job->past_caches);
         }
     }
+    if (job->past_caches) vf_stream_end();
 }
 KERNEL(softmax_vjp)(real *dx, const real *g, const real *y, int64_t rows, int64_t n) {
-    struct softmax_job job = {.y = dx, .g = g, .x = y, .n = n};
+    struct softmax_job job = {.y = dx, .g = g, .x = y, .n = n, .past_caches = goes_past_caches(3 * rows * n)};
     parallel_for(rows, grain_of_rows(n), softmax_vjp_rows, &job);
 }
 
@@ -89,14 +91,15 @@ static void log_softmax_rows(void *context, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {
         const real *x = job->x + row * n;
         real *y = job->y + row * n, m = row_max(x, n), log_sum = log_one(row_sum_exp(x, m, n));
-        FOR_ROW(i, count, n) {
+        FOR_RESULT(i, count, n, y, job->past_caches) {
             vf shifted = vf_load_any(x + i, 1, count) - vf_set1(m);
-            vf_store_any(y + i, 1, shifted - vf_set1(log_sum), count);
+            store_result(y + i, shifted - vf_set1(log_sum), count, job->past_caches);
         }
     }
+    if (job->past_caches) vf_stream_end();
 }
 KERNEL(log_softmax)(real *y, const real *x, int64_t rows, int64_t n) {
-    struct softmax_job job = {.y = y, .x = x, .n = n};
+    struct softmax_job job = {.y = y, .x = x, .n = n, .past_caches = goes_past_caches(2 * rows * n)};
     parallel_for(rows, grain_of_rows(n), log_softmax_rows, &job);
 }
 
@@ -110,14 +113,15 @@ static void log_softmax_vjp_rows(void *context, int64_t begin, int64_t end) {
 #define ELEMENT(i, count) vf_load_any(g + (i), 1, count)
         ROW_SUM(total, n, ELEMENT);
 #undef ELEMENT
-        FOR_ROW(i, count, n) {
-            vf probability = vf_exp(vf_load_any(y + i, 1, count));
-            vf_store_any(dx + i, 1, vf_fma(probability, vf_set1(-total), vf_load_any(g + i, 1, count)), count);
+        FOR_RESULT(i, count, n, dx, job->past_caches) {
+            vf probability = vf_exp(vf_load_any(y + i, 1, count)), gradient = vf_load_any(g + i, 1, count);
+            store_result(dx + i, vf_fma(probability, vf_set1(-total), gradient), count, job->past_caches);
         }
     }
+    if (job->past_caches) vf_stream_end();
 }
 KERNEL(log_softmax_vjp)(real *dx, const real *g, const real *y, int64_t rows, int64_t n) {
-    struct softmax_job job = {.y = dx, .g = g, .x = y, .n = n};
+    struct softmax_job job = {.y = dx, .g = g, .x = y, .n = n, .past_caches = goes_past_caches(3 * rows * n)};
     parallel_for(rows, grain_of_rows(n), log_softmax_vjp_rows, &job);
 }
 
@@ -152,7 +156,7 @@ static void cross_entropy_rows(void *context, int64_t begin, int64_t end) {
 }
 KERNEL(cross_entropy)(real *loss, real *lse, const real *x, const int64_t *target, int64_t rows, int64_t n,
                       int64_t ignore, double smoothing) {
-    struct softmax_job job = {loss, lse, NULL, x, target, n, ignore, (real)smoothing};
+    struct softmax_job job = {loss, lse, NULL, x, target, n, ignore, (real)smoothing, 0};
     parallel_for(rows, grain_of_rows(n), cross_entropy_rows, &job);
 }
 
@@ -171,16 +175,18 @@ static void cross_entropy_vjp_rows(void *context, int64_t begin, int64_t end) {
         }
         int in_row = target >= 0 && target < n;
         real at_target = in_row ? x[target] : 0;
-        FOR_ROW(i, count, n) {
+        FOR_RESULT(i, count, n, dx, job->past_caches) {
             vf probability = vf_exp(vf_load_any(x + i, 1, count) - vf_set1(lse));
-            vf_store_any(dx + i, 1, vf_set1(g) * (probability - vf_set1(share)), count);
+            store_result(dx + i, vf_set1(g) * (probability - vf_set1(share)), count, job->past_caches);
         }
         if (in_row)
             dx[target] = g * (vf_exp(vf_set1(at_target - lse))[0] - share - hit);
     }
+    if (job->past_caches) vf_stream_end();
 }
 KERNEL(cross_entropy_vjp)(real *dx, const real *g, const real *x, const real *lse, const int64_t *target, int64_t rows,
                           int64_t n, int64_t ignore, double smoothing) {
-    struct softmax_job job = {dx, (real *)lse, g, x, target, n, ignore, (real)smoothing};
+    int past_caches = dx != x && goes_past_caches(2 * rows * n);
+    struct softmax_job job = {dx, (real *)lse, g, x, target, n, ignore, (real)smoothing, past_caches};
     parallel_for(rows, grain_of_rows(n), cross_entropy_vjp_rows, &job);
 }

@@ -19,6 +19,11 @@ def gradient(*rows: str) -> str:
     return shlex.join(f"{GRADIENTS}::test_kernel_vjp[{row}]" for row in rows)
 
 
+def past_caches(row: str) -> str:
+    return shlex.join(["tests/ops/test_past_caches.py::test_large_results_have_the_bits_of_small_ones"
+                       f"[1-{row}-1003-5-float32]"])
+
+
 KERNELS = [
     Mutant("elementwise tail", "kernels/elementwise.h",
            "if (i < n) name##_step(p, stride, i, n - i); \\",
@@ -55,6 +60,21 @@ KERNELS = [
            "vf_fma(clamp(x, 100), bell * vf_set1((real)0.3989322804014327), cdf)",
            "1/√(2π) with one wrong digit, the fifth",
            gradient("gelu")),
+    Mutant("past the caches: one number a run", "kernels/elementwise.h",
+           "w->past[k] = w->stride[k];",
+           "w->past[k] = 1;",
+           "in a large result a column that is broadcast is read as if it were dense",
+           past_caches("subtract a column")),
+    Mutant("past the caches: rows that are not aligned", "kernels/rows.h",
+           "row_begins(n, until_aligned(y, past_caches))",
+           "row_begins(n, VL)",
+           "large results whose rows do not begin with a whole vector are stored as if they did",
+           past_caches("layer_norm_vjp")),
+    Mutant("past the caches: where the update ends", "kernels/optimize.c",
+           "i += count, count = end - i < VL ? end - i : VL) { \\",
+           "i += VL, count = end - i < VL ? end - i : VL) { \\",
+           "after a first part of a vector, elements of a large update are left out",
+           past_caches("adam")),
     Mutant("sigmoid's remainder", "kernels/simd_math.h",
            "    y = vf_fma(remainder, vf_fma(vf_set1(-0.5f), sum, vf_set1(1.457f)), y);\n",
            "    (void)remainder;\n",
@@ -200,8 +220,8 @@ KERNELS = [
            "of equal extremes the last one is named",
            forward("argmax", "argmin")),
     Mutant("log_softmax_vjp sign", "kernels/softmax.c",
-           "vf_fma(probability, vf_set1(-total), vf_load_any(g + i, 1, count))",
-           "vf_fma(probability, vf_set1(total), vf_load_any(g + i, 1, count))",
+           "vf_fma(probability, vf_set1(-total), gradient)",
+           "vf_fma(probability, vf_set1(total), gradient)",
            "g + eʸ Σ g in place of g − eʸ Σ g",
            gradient("log_softmax")),
     Mutant("cross_entropy smoothing", "kernels/softmax.c",
