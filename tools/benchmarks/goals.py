@@ -49,8 +49,8 @@ TILES = ("AMX: two thirds of the time are tiles, which alone do 2,000 GFLOP/s on
          "stores of tiles before the sums of blocks are added. The rest rounds and packs A again for each 768 columns. "
          "Smaller groups of rows gained nothing (Sapphire Rapids).")
 EXPONENTIAL = "Bound by arithmetic: some 30 operations an element and a division, for the accuracy that is promised."
-STREAMS = ("Bound by memory, as PyTorch's is: at 0.9 to 1.0 of the copy bandwidth only fewer bytes would help (Sapphire "
-           "Rapids).")
+STREAMS = ("Bound by memory, as PyTorch's is: at 0.9 to 1.0 of the copy bandwidth only fewer bytes would help "
+           "(Sapphire Rapids).")
 SOFTMAX = ("A row takes an exponential an element and is then written at once. Its lines are fetched before, so that "
            "12 bytes move where the bound has 8; past the caches, so many stores at once take longer.")
 LAUNCHES = ("Captured, a step is 184 launches with no Python in between, and AdamW takes 5 % of it; products take 81 %,"
