@@ -23,7 +23,7 @@ struct update {
     static void name##_range(void *context, int64_t begin, int64_t end) { \
         const struct update *u = context; \
         int past_caches = u->new_p != u->p && goes_past_caches((3 + 2 * M + 2 * V) * u->n); \
-        int64_t count = row_begins(end - begin, until_aligned(u->new_p + begin, past_caches)); \
+        int64_t count = at_most(end - begin, until_aligned(u->new_p + begin, past_caches)); \
         for (int64_t i = begin; i < end; i += count, count = end - i < VL ? end - i : VL) { \
             vf p = vf_load_any(u->p + i, 1, count), m = vf_zero(), v = vf_zero(); \
             vf g = vf_load_any(u->g + i, 1, count) / vf_set1(u->divisor) * vf_set1(u->scale); \

@@ -15,8 +15,7 @@ static inline int64_t grain_of_rows(int64_t n) { return n > 0 ? 1 + (ROWS_GRAIN 
 
 /* The same for results at y: where they go past the caches, the first round ends where y is aligned (stream.h). */
 #define FOR_RESULT(i, count, n, y, past_caches) \
-    for (int64_t i = 0, count = row_begins(n, until_aligned(y, past_caches)); i < (n); \
+    for (int64_t i = 0, count = at_most(n, until_aligned(y, past_caches)); i < (n); \
          i += count, count = (n) - i < VL ? (n) - i : VL)
-static inline int64_t row_begins(int64_t n, int64_t elements) { return n < elements ? n : elements; }
 
 #endif

@@ -4,7 +4,7 @@ nothing beside them is written, wherever they begin and whatever their rows are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -113,14 +113,6 @@ def result(kernel: Kernel, operands: list[np.ndarray], rows: int, n: int, dtype:
     outside = np.concatenate([memory.data[:AROUND + begin], memory.data[AROUND + begin + rows * n:]])
     assert np.isnan(outside).all()
     return inside.reshape(rows, n).copy()
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = eg.get_num_threads()
-    eg.set_num_threads(request.param)
-    yield
-    eg.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")

@@ -3,12 +3,9 @@ of few columns, of parts of vectors and of whole tiles are computed in ways of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
-import engine as eg
 from engine.backend import Array, get_backend
 
 MANY = 70  # columns, or rows: several tiles of any level, and part of one
@@ -47,14 +44,6 @@ def same_bits_as_among_many(a: np.ndarray, b: np.ndarray, shapes: list[tuple[int
                            row=n + (m + n) % 3)
             expected = np.ascontiguousarray(whole[:m, :n])
             assert part.tobytes() == expected.tobytes(), (m, n, plus is not None, was is not None)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = eg.get_num_threads()
-    eg.set_num_threads(request.param)
-    yield
-    eg.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")
