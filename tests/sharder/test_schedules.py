@@ -2,7 +2,7 @@
 invariants hold after every event (the simulator checks them), and training ends with the bits of plain training.
 
 A draw is a seed and a list of (event, fault): a full state machine would cost more to draw than a history to run.
-10,000 histories take one to one and a half minutes of two cores, and `make test` runs them.
+10,000 histories take 50 seconds of two quiet cores, twice that of busy ones, and `make test` runs them.
 """
 
 from __future__ import annotations
