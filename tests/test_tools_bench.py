@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ import engine as eg
 from engine.backend import get_backend, get_num_threads, set_num_threads
 from engine.backend.cpu import CpuBackend
 from tools.benchmarks import gemm, generate, goals, kernels, memory, overhead, sharder, sweep, train
-from tools.benchmarks.contest import OURS, Contest, Machine, Result, measure
+from tools.benchmarks.contest import OURS, Contest, Machine, Result, measure, wait_until_quiet
 from tools.benchmarks.kernels import Maker
 from tools.benchmarks.peers import Peers, prepare_environment
 from tools.benchmarks.report import rows, table
@@ -98,6 +100,19 @@ def test_contestants_take_turns() -> None:
     kept = [who for who, before in zip(order, [None, *order]) if who != before]
     assert kept == ["a", "b", "a", "b", "a", "b"]  # once to choose the number of calls, then two turns each
     assert probed == ["peak", "peak"] and len(result.bounds) == len(result.seconds["a"]) == 2
+
+
+def test_nobody_is_measured_beside_a_thread_that_still_spins() -> None:
+    until = time.perf_counter() + 0.2
+
+    def spin() -> None:
+        while time.perf_counter() < until:
+            pass
+
+    spinning = threading.Thread(target=spin)
+    spinning.start()
+    wait_until_quiet()
+    assert not spinning.is_alive()
 
 
 def test_a_setting_that_changes_a_peer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

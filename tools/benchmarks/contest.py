@@ -1,9 +1,9 @@
 """Contestants that take turns, A B C A B C ..., so that a machine whose speed changes is fair to all of them.
 
-Each turn is a pause, in which the threads of the one before stop spinning (OpenBLAS's go on for some 30 ms), an untimed
-call, which brings back caches and sleeping threads, and then as many timed calls as fill TURN_SECONDS. The machine
-takes turns as well: what it can do is measured as often as what is done with it. What is reported is the median over
-the turns and the spread from the 10th to the 90th percentile.
+Each turn is a pause, until the threads of the one before have stopped spinning (OpenBLAS's go on for a tenth of a
+second), untimed calls, which bring back caches and sleeping threads, and then as many timed calls as fill TURN_SECONDS.
+The machine takes turns as well: what it can do is measured as often as what is done with it. What is reported is the
+median over the turns and the spread from the 10th to the 90th percentile.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import numpy as np
 
 TURN_SECONDS = 0.01
 TIMES = {"ms": 1e3, "µs": 1e6}  # units of time, in a second
-PAUSE_SECONDS = 0.05
+WARM_SECONDS = 0.002  # of untimed calls, and at least one
+QUIET_SECONDS = 0.02  # in which next to nothing may run, and
+PATIENCE_SECONDS = 1.0  # how long to wait for that
 OURS = "engine"
 EAGER = "engine, eager"  # ours as well: what is not captured (eg.capture)
 
@@ -103,8 +105,27 @@ class Result:
         return f"{self.contest.name}: " + ", ".join(f"{who} {self.shown(who):.4g}" for who in self.seconds)
 
 
-def calls_a_turn(run: Callable[[], object]) -> int:
+def wait_until_quiet() -> None:
+    """Sleep until no thread of this process runs: one that spins holds up whoever is measured next."""
+    patience = time.perf_counter() + PATIENCE_SECONDS
+    while time.perf_counter() < patience:
+        used = time.process_time()
+        time.sleep(QUIET_SECONDS)
+        if time.process_time() - used < QUIET_SECONDS / 10:
+            return
+
+
+def warm_up(run: Callable[[], object]) -> None:
+    stop = time.perf_counter() + WARM_SECONDS
     run()
+    while time.perf_counter() < stop:
+        run()
+
+
+def calls_a_turn(run: Callable[[], object]) -> int:
+    """How many calls fill TURN_SECONDS, after those that others began have ended."""
+    wait_until_quiet()
+    warm_up(run)
     start = time.perf_counter()
     run()
     return max(1, int(TURN_SECONDS / max(time.perf_counter() - start, 1e-9)))
@@ -122,13 +143,13 @@ def measure(contest: Contest, seconds: float, probes: tuple[Probe, Probe], least
     while turns < least_turns or time.perf_counter() < stop:
         turns += 1
         for who, run in contest.contestants.items():
-            time.sleep(PAUSE_SECONDS)
-            run()
+            wait_until_quiet()
+            warm_up(run)
             start = time.perf_counter()
             for _ in range(calls[who]):
                 run()
             result.seconds[who].append((time.perf_counter() - start) / calls[who])
         if need:
-            time.sleep(PAUSE_SECONDS)
+            wait_until_quiet()
             result.bounds.append(need / probe())
     return result

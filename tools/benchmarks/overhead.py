@@ -18,7 +18,7 @@ import numpy as np
 import engine as eg
 from engine.backend import get_backend, set_num_threads
 from tools.benchmarks import kernels
-from tools.benchmarks.contest import OURS, PAUSE_SECONDS, Contest, Result
+from tools.benchmarks.contest import OURS, Contest, Result, wait_until_quiet
 from tools.benchmarks.kernels import Maker, Run
 from tools.benchmarks.peers import Peers
 
@@ -174,7 +174,7 @@ def job_results(name: str, jobs: Jobs, peers: Peers, turns: int) -> Iterator[Res
         result = Result(contest, {who: [] for who in together})
         for _ in range(turns):
             for who, run in together.items():
-                time.sleep(PAUSE_SECONDS)
+                wait_until_quiet()
                 run()
                 result.seconds[who] += [max(LEAST, timed(run, asleep) - alone[who]) for _ in range(JOBS)]
         yield result

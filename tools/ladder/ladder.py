@@ -99,7 +99,7 @@ def take_turns(runs: dict[str, Run], flops: float, threads: int, seconds: float,
 
     from engine.backend import set_num_threads
     from engine.backend.roofs import peak_flops
-    from tools.benchmarks.contest import PAUSE_SECONDS, calls_a_turn
+    from tools.benchmarks.contest import calls_a_turn, wait_until_quiet, warm_up
 
     set_num_threads(threads)
     calls = {who: calls_a_turn(run) for who, run in runs.items()}
@@ -108,12 +108,12 @@ def take_turns(runs: dict[str, Run], flops: float, threads: int, seconds: float,
     stop = time.perf_counter() + seconds
     while len(shares["engine"]) < least_turns or time.perf_counter() < stop:
         for who, run in runs.items():
-            run()  # brings back caches and sleeping threads
+            warm_up(run)
             start = time.perf_counter()
             for _ in range(calls[who]):
                 run()
             rate = calls[who] * flops / (time.perf_counter() - start)
-            time.sleep(PAUSE_SECONDS)  # in which threads stop spinning
+            wait_until_quiet()
             peaks.append(peak_flops(repeats=2) or 0.0)
             shares[who].append(2 * rate / (peaks[-2] + peaks[-1]))
     bars = []
