@@ -94,7 +94,7 @@ def test_a_write_outside_of_the_arrays_is_caught(loaded: dict[str, rungs.Loaded]
 
 def test_times_tables_and_the_picture(loaded: dict[str, rungs.Loaded], tmp_path: Path,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contest, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(contest, "PATIENCE_SECONDS", 0)
     monkeypatch.setattr(contest, "TURN_SECONDS", 0)
     monkeypatch.setattr(roofs, "peak_flops", lambda repeats: 1e12)
     before = get_num_threads()
