@@ -25,8 +25,8 @@
 #include "gemm_bf16.h"
 #include "threads.h"
 
-#define SPAN 12                   /* column panels a task at most: 384 KiB packed, a share of the second-level cache */
-#define GROUP 64                  /* row panels a task at most */
+#define SPAN 16                   /* column panels a task at most: 512 KiB packed, a share of the second-level cache */
+#define GROUP 256                 /* row panels a task at most */
 #define BUNDLE 8                  /* row panels packed together: long runs of memory where A is transposed */
 #define PANEL_SIZE (BF16_UNITS ? AMX_ROWS * KC / 2 : MR * KC + 16) /* of A, at most; of floats it is smaller */
 _Static_assert(!BF16_UNITS || MR * KC + 16 <= AMX_ROWS * KC / 2, "pairs of AMX's rows take more room than floats");
