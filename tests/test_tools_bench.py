@@ -20,7 +20,7 @@ import engine as eg
 from engine.backend import get_backend, get_num_threads, set_num_threads
 from engine.backend.cpu import CpuBackend
 from tools.benchmarks import gemm, generate, goals, kernels, memory, overhead, sharder, sweep, train
-from tools.benchmarks.contest import OURS, Contest, Machine, Result, measure, wait_until_quiet
+from tools.benchmarks.contest import OURS, Contest, Machine, Result, measure
 from tools.benchmarks.kernels import Maker
 from tools.benchmarks.peers import Peers, prepare_environment
 from tools.benchmarks.report import rows, table
@@ -103,16 +103,27 @@ def test_contestants_take_turns() -> None:
 
 
 def test_nobody_is_measured_beside_a_thread_that_still_spins() -> None:
-    until = time.perf_counter() + 0.2
+    spinning = threading.Thread()
+    beside: list[bool] = []
 
     def spin() -> None:
+        until = time.perf_counter() + 0.1
         while time.perf_counter() < until:
             pass
 
-    spinning = threading.Thread(target=spin)
-    spinning.start()
-    wait_until_quiet()
-    assert not spinning.is_alive()
+    def leave_a_thread_behind() -> None:
+        nonlocal spinning
+        if not spinning.is_alive():
+            spinning = threading.Thread(target=spin)
+            spinning.start()
+
+    def witness() -> float:
+        beside.append(spinning.is_alive())
+        return 1.0
+
+    runs = {"first": leave_a_thread_behind, "witness": witness, "before the probe": leave_a_thread_behind}
+    measure(Contest("row", runs, flops=1.0, streams=False), 0.0, (witness, witness), 2)
+    assert beside and not any(beside)
 
 
 def test_a_setting_that_changes_a_peer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,20 +115,21 @@ def wait_until_quiet() -> None:
             return
 
 
-def warm_up(run: Callable[[], object]) -> None:
-    stop = time.perf_counter() + WARM_SECONDS
+def take_turn(run: Callable[[], object], calls: int) -> float:
+    """Seconds a call, of so many calls in a row; before them a pause and calls that are not timed."""
+    wait_until_quiet()
+    warm = time.perf_counter() + WARM_SECONDS
     run()
-    while time.perf_counter() < stop:
+    while time.perf_counter() < warm:
         run()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
 
 
 def calls_a_turn(run: Callable[[], object]) -> int:
-    """How many calls fill TURN_SECONDS, after those that others began have ended."""
-    wait_until_quiet()
-    warm_up(run)
-    start = time.perf_counter()
-    run()
-    return max(1, int(TURN_SECONDS / max(time.perf_counter() - start, 1e-9)))
+    return max(1, int(TURN_SECONDS / max(take_turn(run, 1), 1e-9)))
 
 
 def measure(contest: Contest, seconds: float, probes: tuple[Probe, Probe], least_turns: int = 5) -> Result:
@@ -143,12 +144,7 @@ def measure(contest: Contest, seconds: float, probes: tuple[Probe, Probe], least
     while turns < least_turns or time.perf_counter() < stop:
         turns += 1
         for who, run in contest.contestants.items():
-            wait_until_quiet()
-            warm_up(run)
-            start = time.perf_counter()
-            for _ in range(calls[who]):
-                run()
-            result.seconds[who].append((time.perf_counter() - start) / calls[who])
+            result.seconds[who].append(take_turn(run, calls[who]))
         if need:
             wait_until_quiet()
             result.bounds.append(need / probe())

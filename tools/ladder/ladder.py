@@ -99,7 +99,7 @@ def take_turns(runs: dict[str, Run], flops: float, threads: int, seconds: float,
 
     from engine.backend import set_num_threads
     from engine.backend.roofs import peak_flops
-    from tools.benchmarks.contest import calls_a_turn, wait_until_quiet, warm_up
+    from tools.benchmarks.contest import calls_a_turn, take_turn, wait_until_quiet
 
     set_num_threads(threads)
     calls = {who: calls_a_turn(run) for who, run in runs.items()}
@@ -108,11 +108,7 @@ def take_turns(runs: dict[str, Run], flops: float, threads: int, seconds: float,
     stop = time.perf_counter() + seconds
     while len(shares["engine"]) < least_turns or time.perf_counter() < stop:
         for who, run in runs.items():
-            warm_up(run)
-            start = time.perf_counter()
-            for _ in range(calls[who]):
-                run()
-            rate = calls[who] * flops / (time.perf_counter() - start)
+            rate = flops / take_turn(run, calls[who])
             wait_until_quiet()
             peaks.append(peak_flops(repeats=2) or 0.0)
             shares[who].append(2 * rate / (peaks[-2] + peaks[-1]))
