@@ -42,8 +42,8 @@ class Goal:
 
 PACKING = ("Tiles alone reach 0.95 of the peak on packed panels; packing both operands for each task takes 14 % of the "
            "time, most of it waiting for memory. Packing once for all tasks gains 2 % at one shape and loses as much "
-           "at another (Cascade Lake). Zen 4: tiles 0.97, packing takes 10 %, sums read and written 4; wider spans than "
-           "512 columns gain nothing, and asking for A during the tiles loses 1 to 2 %.")
+           "at another (Cascade Lake). Zen 4: tiles 0.97, packing takes 10 %, sums read and written 4; spans wider "
+           "than 512 columns gain nothing, and asking for A during the tiles loses 1 to 2 %.")
 SMALL = "Tasks of a few microseconds, of which the call through Python and the packing of both operands are a part."
 TILES = ("AMX: two thirds of the time are tiles, which alone do 2,000 GFLOP/s on a core and 500 to 600 while the host "
          "runs another program on it, in any order of loads and multiplications; a quarter of that waits for the "
