@@ -18,7 +18,7 @@ ALWAYS_INLINE activated relu_of(vf x) {
 
 /* x σ(x), and σ (1 + x (1 − σ)). Hendrycks and Gimpel 2016, arXiv:1606.08415; also called swish. */
 ALWAYS_INLINE activated silu_of(vf x) {
-    sigmoid_parts s = vf_sigmoid_parts(x, vf_zero());
+    sigmoid_parts s = vf_sigmoid_parts(x < 0, vf_exp(-vf_abs(x)));
     vf sum = s.part + s.rest, inverse = vf_set1(1) / sum;
     return (activated){x * s.part / sum,
                        s.part * inverse * vf_fma(clamp(x, 1000), s.rest * inverse, vf_set1(1))};
@@ -35,10 +35,10 @@ ALWAYS_INLINE activated gelu_of(vf x) {
 #define TANH_1 1.5957691216057308  /* 2 √(2/π) */
 #define TANH_3 0.07135481627260025 /* 2 √(2/π) · 0.044715 */
 ALWAYS_INLINE activated gelu_tanh_of(vf x) {
-    vf near = clamp(x, 100), v_lo, v = vf_cubic(near, TANH_1, TANH_3, &v_lo);
-    sigmoid_parts s = vf_sigmoid_parts(v, v_lo);
+    vf size = vf_min(vf_set1(REAL_BITS == 32 ? 13 : 30), vf_abs(x)), near = vf_copysign(size, x); /* z is 0 there */
+    sigmoid_parts s = vf_sigmoid_parts(x < 0, vf_exp_minus_cubic(size, TANH_1, TANH_3));
     vf sum = s.part + s.rest, inverse = vf_set1(1) / sum;
-    vf v_slope = vf_fma(near * near, vf_set1((real)(3 * TANH_3)), vf_set1((real)TANH_1));
+    vf v_slope = vf_fma(size * size, vf_set1((real)(3 * TANH_3)), vf_set1((real)TANH_1));
     return (activated){x * s.part / sum,
                        s.part * inverse * vf_fma(near * (s.rest * inverse), v_slope, vf_set1(1))};
 }

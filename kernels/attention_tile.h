@@ -83,21 +83,13 @@ static inline int64_t visible_to_tile(const struct query_tile *w) { return w->li
 static void tile_product(real *c, int64_t c_row, const real *a, int64_t a_row, int64_t a_step, int64_t rows,
                          const real *b, int64_t b_row, int64_t columns, int64_t k, int add, const real *factor) {
     int64_t height = divide_up(rows, divide_up(rows, MR));
-    for (int64_t j = 0; j < columns; j += NR) {
-        int64_t width = at_most(columns - j, NR);
+    for (int64_t j = 0; j < columns; j += NR)
         for (int64_t i = 0; i < rows; i += height) {
-            int64_t n = at_most(rows - i, height);
-            real tile[MR * NR], *to = c + i * c_row + j;
-            TYPED(micro_tile)(add ? tile : to, a + i * a_row, b + j, n, width, k, add ? NR : c_row, a_row, a_step,
-                              b_row, &NOTHING);
-            for (int64_t r = 0; add && r < n; r++)
-                for (int64_t e = 0; e < width; e += VL) {
-                    vf sum = vf_load(tile + r * NR + e), old = load_up_to(to + r * c_row + e, width - e);
-                    sum = factor ? vf_fma(old, vf_set1(factor[i + r]), sum) : old + sum;
-                    store_up_to(to + r * c_row + e, sum, width - e);
-                }
+            real *to = c + i * c_row + j;
+            struct beside old = {.partial = add ? to : NULL, .partial_row = c_row, .factor = factor ? factor + i : NULL};
+            TYPED(micro_tile)(to, a + i * a_row, b + j, at_most(rows - i, height), at_most(columns - j, NR), k, c_row,
+                              a_row, a_step, b_row, &old);
         }
-    }
 }
 
 /* ── the tile of queries ─────────────────────────────────────────────────────────────────────────── */
@@ -226,8 +218,9 @@ static void keys_by_queries(struct query_tile *w, real *to, const real *rows, in
 /* to[query, :] = factor · to[query, :] + Σ_key tile[key, query] rows[key, :]: the output, or dq. */
 static void add_over_keys(struct query_tile *w, real *to, const real *tile, const real *rows, int64_t rows_stride,
                           const real *factor) {
-    for (int64_t i = 0; i < w->rows; i += 2 * MR) {
-        int64_t n = at_most(w->rows - i, 2 * MR);
+    int64_t height = divide_up(w->rows, divide_up(w->rows, MR));
+    for (int64_t i = 0; i < w->rows; i += height) {
+        int64_t n = at_most(w->rows - i, height);
         tile_product(to + i * w->x->d, w->x->d, tile + i, 1, w->wide, n, rows, rows_stride, w->x->d, seen_by(w, i, n),
                      1, factor ? factor + i : NULL);
     }

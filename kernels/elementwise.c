@@ -49,10 +49,10 @@ UNARY(softplus, vf_softplus)
 #define ACTIVATION(name, gradient) \
     ALWAYS_INLINE vf name##_value(vf x) { return name##_of(x).y; } \
     UNARY(name, name##_value) \
-    ALWAYS_INLINE void name##_vjp_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
-        STORE(gradient(LOAD(1), name##_of(LOAD(2)).slope)); \
+    ALWAYS_INLINE vf name##_vjp_at(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
+        return gradient(LOAD(1), name##_of(LOAD(2)).slope); \
     } \
-    RUN_OF(name##_vjp, 3, 1) \
+    RUN_OF(name##_vjp, 3, vf, store_at, 1) \
     KERNEL(name##_vjp)(real *dx, const real *g, const real *x, const int64_t *layout) { \
         walk_layout(layout, 3, (void *const[]){dx, (void *)g, (void *)x}, REAL_SIZES, name##_vjp_run); \
     }
@@ -89,11 +89,11 @@ COMPARISON(less, is_less)
 COMPARISON(less_equal, is_less_equal)
 
 /* y = condition ? a : b */
-ALWAYS_INLINE void where_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) {
+ALWAYS_INLINE vf where_at(char *const *p, const int64_t *stride, int64_t i, int64_t n) {
     vi condition = load_mask((const uint8_t *)p[1] + i * stride[1], stride[1], n);
-    STORE(vf_select(condition, LOAD(2), LOAD(3)));
+    return vf_select(condition, LOAD(2), LOAD(3));
 }
-RUN_OF(where, 4, 1)
+RUN_OF(where, 4, vf, store_at, 1)
 KERNEL(where)(real *y, const uint8_t *condition, const real *a, const real *b, const int64_t *layout) {
     const int64_t bytes[] = {sizeof(real), 1, sizeof(real), sizeof(real)};
     walk_layout(layout, 4, (void *const[]){y, (void *)condition, (void *)a, (void *)b}, bytes, where_run);

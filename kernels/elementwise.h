@@ -134,12 +134,13 @@ ALWAYS_INLINE vi load_mask(const uint8_t *p, int64_t stride, int64_t n) {
         for (int64_t i = 0; i < n; i++) lanes[i] = p[i * stride];
     return __builtin_convertvector(lanes, vi) != 0;
 }
-/* A mask as bytes 0 and 1. */
-ALWAYS_INLINE void store_mask(uint8_t *p, int64_t stride, vi mask, int64_t n) {
+/* A mask as bytes 0 and 1, elements i … i + n − 1 of a run of them. */
+ALWAYS_INLINE void store_mask(char *run, int64_t i, int64_t stride, vi mask, int64_t n) {
     byte_lanes lanes = __builtin_convertvector(mask & 1, byte_lanes);
+    uint8_t *p = (uint8_t *)run + i * stride;
     if (stride == 1 && n == VL) memcpy(p, &lanes, VL);
     else
-        for (int64_t i = 0; i < n; i++) p[i * stride] = lanes[i];
+        for (int64_t e = 0; e < n; e++) p[e * stride] = lanes[e];
 }
 
 /* v as elements i … i + n − 1 of a run of results. */
@@ -151,14 +152,20 @@ ALWAYS_INLINE void store_at(char *run, int64_t i, int64_t stride, vf v, int64_t 
 
 /* ── Kernels from element functions ─────────────────────────────────────────────────────────────── */
 
-/* Makes name_run out of name_step(p, stride, i, n), which does elements i … i + n − 1 of a run. The strides
+/* Makes name_run out of name_at(p, stride, i, n), the results (of type `lanes`) of elements i … i + n − 1 of a run, and
+ * store(run, i, stride, results, n). Two vectors are computed before either is stored, and the build lets the compiler
+ * take their instructions in turns: most of a function is one chain, each link waiting for the one before. The strides
  * that matter are written out as constants, so that each has a loop of its own without decisions. may_stream: where
  * the result is real numbers, which may go past the caches. */
-#define RUN_OF(name, operands, may_stream) \
+#define RUN_OF(name, operands, lanes, store, may_stream) \
     ALWAYS_INLINE void name##_span(char *const *p, const int64_t *stride, int64_t n) { \
         int64_t i = 0; \
-        for (; i + VL <= n; i += VL) name##_step(p, stride, i, VL); \
-        if (i < n) name##_step(p, stride, i, n - i); \
+        for (; i + 2 * VL <= n; i += 2 * VL) { \
+            lanes first = name##_at(p, stride, i, VL), second = name##_at(p, stride, i + VL, VL); \
+            store(p[0], i, stride[0], first, VL); \
+            store(p[0], i + VL, stride[0], second, VL); \
+        } \
+        for (; i < n; i += VL) store(p[0], i, stride[0], name##_at(p, stride, i, at_most(n - i, VL)), at_most(n - i, VL)); \
     } \
     static void name##_run(char *const *p, const int64_t *stride, int64_t n) { \
         static const int64_t dense[] = {1, 1, 1, 1}, scalar_right[] = {1, 1, 0}, scalar_left[] = {1, 0, 1}; \
@@ -176,15 +183,12 @@ ALWAYS_INLINE void store_at(char *run, int64_t i, int64_t stride, vf v, int64_t 
 
 #define REAL_AT(k) ((real *)p[k] + i * stride[k])
 #define LOAD(k) vf_load_any(REAL_AT(k), stride[k], n)
-#define STORE(v) store_at(p[0], i, stride[0], v, n)
 #define REAL_SIZES ((const int64_t[]){sizeof(real), sizeof(real), sizeof(real), sizeof(real)})
 
 /* y = f(x) */
 #define UNARY_RUN(name, f) \
-    ALWAYS_INLINE void name##_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
-        STORE(f(LOAD(1))); \
-    } \
-    RUN_OF(name, 2, 1)
+    ALWAYS_INLINE vf name##_at(char *const *p, const int64_t *stride, int64_t i, int64_t n) { return f(LOAD(1)); } \
+    RUN_OF(name, 2, vf, store_at, 1)
 #define UNARY(name, f) \
     UNARY_RUN(name, f) \
     KERNEL(name)(real *y, const real *x, const int64_t *layout) { \
@@ -193,20 +197,20 @@ ALWAYS_INLINE void store_at(char *run, int64_t i, int64_t stride, vf v, int64_t 
 
 /* y = f(a, b) */
 #define BINARY(name, f) \
-    ALWAYS_INLINE void name##_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
-        STORE(f(LOAD(1), LOAD(2))); \
+    ALWAYS_INLINE vf name##_at(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
+        return f(LOAD(1), LOAD(2)); \
     } \
-    RUN_OF(name, 3, 1) \
+    RUN_OF(name, 3, vf, store_at, 1) \
     KERNEL(name)(real *y, const real *a, const real *b, const int64_t *layout) { \
         walk_layout(layout, 3, (void *const[]){y, (void *)a, (void *)b}, REAL_SIZES, name##_run); \
     }
 
 /* y = f(a, b) as bytes, f giving a mask */
 #define COMPARISON(name, f) \
-    ALWAYS_INLINE void name##_step(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
-        store_mask((uint8_t *)p[0] + i * stride[0], stride[0], f(LOAD(1), LOAD(2)), n); \
+    ALWAYS_INLINE vi name##_at(char *const *p, const int64_t *stride, int64_t i, int64_t n) { \
+        return f(LOAD(1), LOAD(2)); \
     } \
-    RUN_OF(name, 3, 0) \
+    RUN_OF(name, 3, vi, store_mask, 0) \
     KERNEL(name)(uint8_t *y, const real *a, const real *b, const int64_t *layout) { \
         const int64_t bytes[] = {1, sizeof(real), sizeof(real)}; \
         walk_layout(layout, 3, (void *const[]){y, (void *)a, (void *)b}, bytes, name##_run); \

@@ -46,11 +46,14 @@ struct stage {
     int64_t column, columns;
     int64_t panel_rows, row_panels; /* A by panels: all of panel_rows rows, but the last may have fewer */
     int64_t group, groups;          /* a task multiplies `group` row panels */
-    int64_t span, spans;            /* by `span` panels of NR columns */
+    int64_t column_panels, spans;   /* by the panels of NR columns from span_begin(span) to that of the next one */
     int64_t in_place;               /* B is read where it lies, so many steps at a time; or 0, and it is packed */
     real *partial;                  /* the sums so far, partial_row apart, seen from (row 0, column): C or scratch */
     int64_t partial_row;
 };
+
+/* The spans differ by a panel at most, as their threads shall end together. */
+static inline int64_t span_begin(const struct stage *s, int64_t span) { return span * s->column_panels / s->spans; }
 
 /* ── packing ─────────────────────────────────────────────────────────────────────────────────────── */
 
@@ -174,7 +177,8 @@ static void multiply_tasks(void *context, int64_t begin, int64_t end) {
         amx_begin();
     for (int64_t t = begin; t < end; t++) {
         int64_t first = t / s->spans * s->group, last = at_most(first + s->group, s->row_panels);
-        int64_t left = t % s->spans * s->span * NR, columns = at_most(s->columns - left, s->span * NR), p = 0;
+        int64_t left = span_begin(s, t % s->spans) * NR, right = span_begin(s, t % s->spans + 1) * NR;
+        int64_t columns = at_most(right, s->columns) - left, p = 0;
         left += s->column;
         do { /* at least once: with k = 0 the sums are zero */
             int64_t depths = at_most(k - p, s->in_place ? s->in_place : KC);
@@ -198,24 +202,26 @@ static void multiply_tasks(void *context, int64_t begin, int64_t end) {
 /* ── one product ─────────────────────────────────────────────────────────────────────────────────── */
 
 /* Tasks as large as the caches like them, but one for every thread, and two where there is time to even out their
- * speeds. Of the time that a task of w column panels and h row panels multiplies, packing A takes 0.6/w and B 1/h. */
+ * speeds; of a few, as many for each. Of the time that a task of w column panels and h row panels multiplies, packing A
+ * takes 0.6/w and B 1/h. */
 static void choose_tasks(struct stage *s) {
     int64_t threads = threads_get(), column_panels = divide_up(s->columns, NR);
     int long_work = 2.0 * (double)s->product->m * (double)s->columns * (double)s->product->k > LONG_FLOPS;
     int64_t wanted = threads > 1 && long_work ? 2 * threads : threads;
+    s->column_panels = column_panels;
     s->spans = divide_up(column_panels, in_pairs(s->product) ? 2 * SPAN : SPAN); /* half the room */
     s->groups = divide_up(s->row_panels, GROUP);
     while (s->groups * s->spans < wanted) {
         int64_t width = divide_up(column_panels, s->spans), height = divide_up(s->row_panels, s->groups);
         if (width > 1 && (5 * width > 3 * height || height < 8))
-            s->spans *= 2;
+            s->spans = at_most(2 * s->spans, column_panels);
         else if (height >= 8)
             s->groups *= 2;
         else
             break;
     }
-    s->span = divide_up(column_panels, s->spans);
-    s->spans = divide_up(column_panels, s->span);
+    while (s->groups * s->spans % threads && s->groups * s->spans < 4 * threads && 2 * s->spans <= column_panels)
+        s->spans++;
     s->group = divide_up(s->row_panels, s->groups);
     s->groups = divide_up(s->row_panels, s->group);
 }
@@ -244,7 +250,7 @@ void TYPED(multiply_product)(const struct product *x) {
             s.partial = thread_scratch(SCRATCH_GEMM_PARTIAL, (size_t)(x->m * s.partial_row) * sizeof(real));
         }
         choose_tasks(&s);
-        int64_t task_flops = 1 + 2 * s.group * s.panel_rows * s.span * NR * x->k;
+        int64_t task_flops = 1 + 2 * s.group * s.panel_rows * divide_up(s.column_panels, s.spans) * NR * x->k;
         parallel_for(s.groups * s.spans, 1 + (PIECE_FLOPS - 1) / task_flops, multiply_tasks, &s);
     }
 }

@@ -133,7 +133,7 @@ static void multiply_panels(void *context, int64_t begin, int64_t end) {
         int64_t columns = at_most(x->n - j * NR, NR), p = 0;
         do { /* at least once: with k = 0 the sums are zero */
             int64_t depths = at_most(x->k - p, KC);
-            struct beside beside = {p ? tile : NULL, NR, NULL, NULL};
+            struct beside beside = {.partial = p ? tile : NULL, .partial_row = NR};
             TYPED(micro_tile)(tile, x->a + p * x->a_col, x->panels + (j * x->k + p) * NR, x->m, NR, depths, NR, x->a_row,
                               x->a_col, NR, &beside);
             p += KC;

@@ -94,9 +94,11 @@ static inline __attribute__((always_inline)) void store_sums(int rows, int vecto
     int last = vectors - 1;
     if (partial)
         EACH_ROW {
+            vf factor = beside->factor ? vf_set1(beside->factor[i]) : vf_zero();
+            vf left = vectors == 2 ? vf_load(partial) : vf_zero(), right = load_end(partial + last * VL, end);
             if (vectors == 2)
-                sum[i][0] = vf_load(partial) + sum[i][0];
-            sum[i][last] = load_end(partial + last * VL, end) + sum[i][last];
+                sum[i][0] = beside->factor ? vf_fma(left, factor, sum[i][0]) : left + sum[i][0];
+            sum[i][last] = beside->factor ? vf_fma(right, factor, sum[i][last]) : right + sum[i][last];
             partial += beside->partial_row;
         }
     if (beside->bias) {

@@ -76,9 +76,9 @@ void TYPED(store_turned)(real *to, int64_t to_row, const real *sums, int64_t row
                          int accumulate);
 
 /* What is added to a finished tile while it is in registers: (partial[i·partial_row + j] + tile) + bias[j]; each of
- * the two may be NULL, and partial may be the tile's own place. If chain is not NULL, the sums go on from
- * chain[i·NR + j] instead of zero. */
-struct beside { const real *partial; int64_t partial_row; const real *bias, *chain; };
+ * the two may be NULL, and partial may be the tile's own place. If factor is not NULL, row i of partial counts factor[i]
+ * times. If chain is not NULL, the sums go on from chain[i·NR + j] instead of zero. */
+struct beside { const real *partial; int64_t partial_row; const real *factor, *bias, *chain; };
 static const struct beside NOTHING;
 
 /* tile[i·tile_row + j] = Σ_p a[i·a_row + p·a_step] · b[p·b_step + j], one ascending chain of FMAs from zero for

@@ -159,29 +159,36 @@ static inline vf vf_sigmoid(vf x) {
     return vf_ldexp(y, vf_select(negative, e.n, vf_zero()));
 }
 
-/* σ(x + x_lo) = part/(part + rest), 1 − σ = rest/(part + rest): one of the two is 1, the other e^(−|x|), to about a unit.
- * For functions with σ as a factor, whose bounds leave room for that. */
+/* σ(x) = part/(part + rest), 1 − σ = rest/(part + rest), from z = e^(−|x|): one of the two is 1, the other z. With a z to
+ * about a unit, they are for functions with σ as a factor, whose bounds leave room for that. */
 typedef struct { vf part, rest; } sigmoid_parts;
 
-static inline sigmoid_parts vf_sigmoid_parts(vf x, vf x_lo) {
-    vi negative = x < 0;
-    vf z = vf_exp_sum(-vf_abs(x), vf_select(negative, x_lo, -x_lo)), one = vf_set1(1);
+ALWAYS_INLINE sigmoid_parts vf_sigmoid_parts(vi negative, vf z) {
+    vf one = vf_set1(1);
     return (sigmoid_parts){vf_select(negative, z, one), vf_select(negative, one, z)};
 }
 
-/* x (c₁ + c₃ x²) = the result + *lo, c₁ and c₃ positive: in the tail of a sigmoid an error of its argument would count
- * x-fold. Every product and sum is kept with what its rounding lost. */
-static inline vf vf_cubic(vf x, double c1, double c3, vf *lo) {
-    vf c1_hi = vf_set1((float)c1), c1_lo = vf_set1((float)(c1 - (float)c1));
-    vf c3_hi = vf_set1((float)c3), c3_lo = vf_set1((float)(c3 - (float)c3));
+/* 2^(v + v_lo), v + v_lo ≤ 0 and |v_lo| small: n = round(v), and 2ᶠ = 1 + f P(f) for the rest, |f| ≤ ½, to 2⁻²⁸. */
+ALWAYS_INLINE vf vf_exp2_sum(vf v, vf v_lo) {
+    vi vanishes = v < -150; /* as in vf_exp_sum */
+    v = vf_select(vanishes, vf_zero(), v);
+    vf n = vf_round(v), f = (v - n) + v_lo;
+    vf p = POLYNOMIAL(f, 0x1.62e43p-1f, 0x1.ebfbdcp-3f, 0x1.c6af7cp-5f, 0x1.3b2dep-7f, 0x1.5f082ep-10f, 0x1.416b52p-13f);
+    return vf_select(vanishes, vf_zero(), vf_ldexp(vf_fma(f, p, vf_set1(1)), n));
+}
+
+/* e^(−x (c1 + c3 x²)) for x ≥ 0 with c1 + c3 x² < 22, c1 and c3 positive. An error of the exponent counts as often as it
+ * has units, so that every product and sum is kept with what its rounding lost; as a power of two, −x (a + b x²), since
+ * that is taken apart exactly. a is split at 2⁻¹⁹, of which every sum below 32 is a multiple: a − sum is exact. */
+ALWAYS_INLINE vf vf_exp_minus_cubic(vf x, double c1, double c3) {
+    const double a = -0x1.71547652b82fep+0 * c1, b = -0x1.71547652b82fep+0 * c3, a_split = (a + 0x1.8p33) - 0x1.8p33;
+    vf a_hi = vf_set1((float)a_split), a_lo = vf_set1((float)(a - a_split));
+    vf b_hi = vf_set1((float)b), b_lo = vf_set1((float)(b - (float)b));
     vf square = x * x, square_lo = vf_fma_once(x, x, -square);
-    vf third = c3_hi * square;
-    vf third_lo = vf_fma_once(c3_hi, square, -third) + vf_fma(c3_hi, square_lo, c3_lo * square);
-    vf sum = c1_hi + third, large = vf_max(c1_hi, third), small = vf_min(c1_hi, third);
-    vf sum_lo = ((large - sum) + small) + (third_lo + c1_lo);
+    vf sum = vf_fma(b_hi, square, a_hi);
+    vf sum_lo = vf_fma_once(b_hi, square, a_hi - sum) + vf_fma(b_hi, square_lo, vf_fma(b_lo, square, a_lo));
     vf y = x * sum;
-    *lo = vf_fma(x, sum_lo, vf_fma_once(x, sum, -y));
-    return y;
+    return vf_exp2_sum(y, vf_fma(x, sum_lo, vf_fma_once(x, sum, -y)));
 }
 
 /* Below 0.95: x + x³ P(x²). Above: 1 − 2/(1 + e^2|x|), where e^2|x| = 2ⁿ (1 + p) comes into the sum unrounded, as
@@ -255,18 +262,15 @@ LANES_OF(vf_erfc, erfc)
 
 /* The formulas of the float half above; there they are explained. */
 typedef struct { vf part, rest; } sigmoid_parts;
-static inline sigmoid_parts vf_sigmoid_parts(vf x, vf x_lo) {
-    vf z = vf_exp(-vf_abs(x + x_lo)), one = vf_set1(1);
-    return (sigmoid_parts){vf_select(x < 0, z, one), vf_select(x < 0, one, z)};
+static inline sigmoid_parts vf_sigmoid_parts(vi negative, vf z) {
+    vf one = vf_set1(1);
+    return (sigmoid_parts){vf_select(negative, z, one), vf_select(negative, one, z)};
 }
 static inline vf vf_sigmoid(vf x) {
-    sigmoid_parts s = vf_sigmoid_parts(x, vf_zero());
+    sigmoid_parts s = vf_sigmoid_parts(x < 0, vf_exp(-vf_abs(x)));
     return s.part / (s.part + s.rest);
 }
-static inline vf vf_cubic(vf x, double c1, double c3, vf *lo) {
-    *lo = vf_zero();
-    return x * (c1 + c3 * (x * x));
-}
+static inline vf vf_exp_minus_cubic(vf x, double c1, double c3) { return vf_exp(-x * (c1 + c3 * (x * x))); }
 static inline vf vf_softplus(vf x) { return vf_max(x, vf_zero()) + vf_log1p(vf_exp(-vf_abs(x))); }
 static inline vf vf_normal_cdf(vf x, vf *bell) {
     *bell = vf_exp(-0.5 * x * x);

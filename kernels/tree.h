@@ -33,21 +33,21 @@ ALWAYS_INLINE real neutral(enum operation op) {
     return op == SUM ? (real)-0.0 : op == PRODUCT ? 1 : op == MAXIMUM ? (real)-INFINITY : (real)INFINITY;
 }
 
-/* a op b. A NaN on either side wins. */
+/* a op b. A NaN on either side wins (vf_max and vf_min give their second operand where one is), and of two zeros a. */
 ALWAYS_INLINE vf combine(enum operation op, vf a, vf b) {
     switch (op) {
     case SUM: return a + b;
     case PRODUCT: return a * b;
-    case MAXIMUM: return vf_select((a >= b) | vf_is_nan(a), a, b);
-    default: return vf_select((a <= b) | vf_is_nan(a), a, b);
+    case MAXIMUM: return vf_select(vf_is_nan(b), b, vf_max(b, a));
+    default: return vf_select(vf_is_nan(b), b, vf_min(b, a));
     }
 }
 ALWAYS_INLINE real combine_one(enum operation op, real a, real b) {
     switch (op) {
     case SUM: return a + b;
     case PRODUCT: return a * b;
-    case MAXIMUM: return a >= b || a != a ? a : b;
-    default: return a <= b || a != a ? a : b;
+    case MAXIMUM: return b > a || b != b ? b : a;
+    default: return b < a || b != b ? b : a;
     }
 }
 ALWAYS_INLINE group combine_groups(enum operation op, group a, group b) {

@@ -29,6 +29,9 @@ KERNELS = ROOT / "kernels"
 UNTYPED = {"threads.c", "machine.c"}  # no element type inside: compiled once
 FLAGS = ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
          "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Werror=implicit-function-declaration"]
+# Of one source: the instructions of neighbouring vectors in turns (elementwise.h). Clang does not know it, and shall not
+# say so each time.
+FLAGS_OF = {"elementwise.c": ["-fschedule-insns", "-Wno-ignored-optimization-argument"]}
 
 # An instruction-set level is three facts: its name, the compiler's flags, the vector width (simd.h reads it).
 X86_LEVELS = {
@@ -178,7 +181,8 @@ def units_of(level: str, glue: Path, work: Path) -> Iterator[Unit]:
     flags = levels_here()[level]
     for source in sorted(KERNELS.glob("*.c")):
         for bits in ("32",) if source.name in UNTYPED else ("32", "64"):
-            yield Unit(source, work / f"{level}_{source.stem}_{bits}.o", [*flags, f"-DREAL_BITS={bits}"])
+            yield Unit(source, work / f"{level}_{source.stem}_{bits}.o",
+                       [*flags, *FLAGS_OF.get(source.name, []), f"-DREAL_BITS={bits}"])
     yield Unit(glue, work / f"{level}_glue.o", [*flags, "-O1", "-w", f"-I{sysconfig.get_paths()['include']}"])
 
 

@@ -35,7 +35,7 @@ from engine.backend.cpu import CpuBackend, load_level
 from engine.files import replace_file
 from engine.testing.rounded import FLOAT32_ULPS
 from tools.accuracy import FUNCTIONS, Function, allow_floor, units, wrong_zeros
-from tools.build_kernels import FLAGS, find_compiler, levels_here
+from tools.build_kernels import FLAGS, FLAGS_OF, find_compiler, levels_here
 from tools.c_parts import definitions, needed
 from tools.training.errors import run_program
 
@@ -168,7 +168,7 @@ def digests(chosen: Iterable[str], names: Iterable[str]) -> dict[str, str]:
     """What each proof holds for: all that the kernel is made of, the flags of these levels, the compiler."""
     flags = levels_here()
     version = subprocess.run([*find_compiler(), "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
-    around = [FLAGS, {level: flags.get(level) for level in chosen}, version]
+    around = [FLAGS, FLAGS_OF, {level: flags.get(level) for level in chosen}, version]
     parts = definitions(text.decode() for text in sources().values())
     made_of = {name: sorted((*part.when, part.text) for part in needed(parts, name)) for name in names}
     return {name: hashlib.sha256(repr([own, *around]).encode()).hexdigest()[:16] for name, own in made_of.items()}
