@@ -29,8 +29,8 @@ KERNELS = ROOT / "kernels"
 UNTYPED = {"threads.c", "machine.c"}  # no element type inside: compiled once
 FLAGS = ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
          "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Werror=implicit-function-declaration"]
-# Of one source: the instructions of neighbouring vectors in turns (elementwise.h). Clang does not know it, and shall not
-# say so each time.
+# Of one source: the instructions of neighbouring vectors in turns (elementwise.h). Clang does not know the flag, and
+# shall not say so each time.
 FLAGS_OF = {"elementwise.c": ["-fschedule-insns", "-Wno-ignored-optimization-argument"]}
 
 # An instruction-set level is three facts: its name, the compiler's flags, the vector width (simd.h reads it).
