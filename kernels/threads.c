@@ -15,20 +15,22 @@
  * Waiting spins for SPIN_NANOSECONDS (a wake-up from there takes under a microsecond), then sleeps on
  * a condition variable (from there it can take a hundred). Between two launches of an eager program lie tens of
  * microseconds of Python, at times hundreds: the workers stay awake over those. With more threads than processors a
- * spinning thread holds up the one it waits for, so then nobody spins. */
+ * spinning thread holds up the one it waits for, so then nobody spins.
+ *
+ * Linux may put a worker that it wakes on the processor of the caller that woke it, which is busy, and leave it waiting
+ * there for milliseconds, beside an idle one (after a pause of a tenth of a second in more than every second job). So the
+ * caller offers its processor once, and a worker that finds itself there goes elsewhere. */
 #define _GNU_SOURCE
 #include "threads.h"
 #include "kernels.h"
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
 #include <unistd.h>
-#ifdef __linux__
-#include <sched.h>
-#endif
 
 #define SPIN_NANOSECONDS 1000000
 #define TEAM_LIMIT 1024
@@ -45,6 +47,7 @@ struct team {
     int64_t n, piece;                  /* the job; body == NULL tells the workers to end */
     void (*body)(void *context, int64_t begin, int64_t end);
     void *context;
+    int caller_processor;
     pthread_mutex_t lock;
     pthread_cond_t wake, done;
     int size;
@@ -133,17 +136,18 @@ static int spin(struct team *team, int for_job, uint32_t served) {
     return 0;
 }
 
-/* Who sleeps announces it first and looks at the gate again; who changes the gate looks for sleepers
+/* 1: it slept. Who sleeps announces it first and looks at the gate again; who changes the gate looks for sleepers
  * afterwards. Both in sequentially consistent order, so one of the two always sees the other. */
-static void wait_for_job(struct team *team, uint32_t served) {
+static int wait_for_job(struct team *team, uint32_t served) {
     if (spin(team, 1, served))
-        return;
+        return 0;
     pthread_mutex_lock(&team->lock);
     atomic_fetch_add(&team->sleeping_workers, 1);
     while (!is_new(atomic_load(&team->gate), served))
         pthread_cond_wait(&team->wake, &team->lock);
     atomic_fetch_sub(&team->sleeping_workers, 1);
     pthread_mutex_unlock(&team->lock);
+    return 1;
 }
 
 static void wait_until_empty(struct team *team) {
@@ -166,6 +170,8 @@ static void open_job(struct team *team) {
         pthread_mutex_lock(&team->lock);
         pthread_cond_broadcast(&team->wake);
         pthread_mutex_unlock(&team->lock);
+        if (atomic_load_explicit(&team_members, memory_order_relaxed) <= processors)
+            sched_yield();
     }
 }
 
@@ -191,6 +197,30 @@ static void leave_job(struct team *team) {
     }
 }
 
+static int processor_here(void) {
+#ifdef __linux__
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
+/* Called inside a job, by a worker that was woken for it. It may run anywhere again as soon as it has moved. */
+static void leave_callers_processor(const struct team *team) {
+    int here = processor_here();
+    if (here < 0 || here != team->caller_processor)
+        return;
+#ifdef __linux__
+    cpu_set_t allowed, others;
+    if (sched_getaffinity(0, sizeof allowed, &allowed))
+        return;
+    others = allowed;
+    CPU_CLR(here, &others);
+    if (CPU_COUNT(&others) && sched_setaffinity(0, sizeof others, &others) == 0)
+        sched_setaffinity(0, sizeof allowed, &allowed);
+#endif
+}
+
 static void take_pieces(struct team *team) {
     int64_t begin;
     while ((begin = atomic_fetch_add_explicit(&team->next, team->piece, memory_order_relaxed)) < team->n) {
@@ -204,11 +234,13 @@ static void *worker(void *argument) {
     uint32_t served = 0;
     state_here()->inside_job = 1;
     for (;;) {
-        wait_for_job(team, served);
+        int slept = wait_for_job(team, served);
         if (!enter_job(team, &served))
             continue;
         if (!team->body)
             return NULL;
+        if (slept)
+            leave_callers_processor(team);
         take_pieces(team);
         leave_job(team);
     }
@@ -331,6 +363,7 @@ void parallel_for(int64_t n, int64_t grain, void (*body)(void *context, int64_t 
     team->piece = pieces_each > 1 ? pieces_each * grain : grain;
     team->body = body;
     team->context = context;
+    team->caller_processor = processor_here();
     atomic_store_explicit(&team->next, 0, memory_order_relaxed);
     state->inside_job = 1;
     open_job(team);

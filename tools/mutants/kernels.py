@@ -302,4 +302,8 @@ KERNELS = [
            "memory_order_relaxed)) + team->piece <= team->n) {",
            "a last piece that is shorter than the others is not computed",
            "tests/test_survivors.py::test_no_piece_of_a_job_is_left_out"),
+    Mutant("threads: only there", "kernels/threads.c",
+           "sched_setaffinity(0, sizeof allowed, &allowed);", ";",
+           "a worker that made room for its caller may never run on that processor again",
+           "tests/test_processors.py"),
 ]
